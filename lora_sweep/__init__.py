@@ -1,0 +1,3 @@
+"""Pick LoRA hyperparameters for production."""
+
+__version__ = "0.1.0"
