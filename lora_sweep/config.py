@@ -1,0 +1,475 @@
+"""The schema: every knob, its unit and its bounds.
+
+Values live in conf/, one folder per group; this file says what a value may be. `compose` lets Hydra put a configuration
+together, `check` names every fault of it at once, `build` turns a faultless one into the dataclasses below.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+
+from lora_sweep.errors import ConfigError
+from lora_sweep.records import Fault
+
+
+def _no_truth_value(value: Any) -> Any:
+    """Python counts True as 1; in a configuration it is a slip."""
+    if isinstance(value, bool):
+        raise ValueError("must be a number")
+    return value
+
+
+_Integer = Annotated[int, BeforeValidator(_no_truth_value)]
+_Number = Annotated[float, BeforeValidator(_no_truth_value)]
+Positive = Annotated[_Number, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[_Number, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[_Number, Field(ge=0, lt=1)]
+Whole = Annotated[_Integer, Field(ge=0)]
+Seed = Annotated[_Integer, Field(ge=0, lt=2**32)]
+Count = Annotated[_Integer, Field(ge=1)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+_FORBID = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    __pydantic_config__ = _FORBID
+
+    name: Name
+    path: str | None
+    """Hub id, checkpoint folder or .gguf file; `embedded:tiny` is the base in the package."""
+    revision: str | None
+    """Commit or tag of a hub id; null: the newest."""
+    dtype: Literal["fp32", "bf16", "fp64"]
+    """Of the frozen base; adapters are fp32 (fp64 on an fp64 base)."""
+    attn_implementation: Literal["sdpa", "eager"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    __pydantic_config__ = _FORBID
+
+    name: Literal["facts", "style", "jsonl"]
+    path: str | None
+    """Training file of `jsonl`: one object a line with `text`, or `prompt` and `completion`."""
+    eval_path: str | None
+    """Evaluation file; null: a share of `path`, held out by a hash of each example."""
+    eval_share: Annotated[_Number, Field(gt=0, lt=1)]
+    people: Count | None
+    """People to teach (facts) or to show in the new manner (style); null for jsonl."""
+    max_length: Annotated[_Integer, Field(ge=2)]
+    """Tokens an example; longer ones are cut."""
+    eval_size: Count | None
+    """At most so many evaluation examples; null: all."""
+    probe_size: Count
+    """Training examples measured like the evaluation set."""
+    seed: Seed
+    """Of the task's own making and of the choice of examples, not of the training order."""
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    __pydantic_config__ = _FORBID
+
+    name: Literal["lora"]
+    rank: Count
+    alpha: Positive
+    """scaling = alpha / rank, with rsLoRA alpha / sqrt(rank)."""
+    use_rslora: bool
+    dropout: Share
+    """Probability of dropping an element of the adapter's input."""
+    target_modules: Any
+    """`all-linear`, a list of module names, or a regular expression: PEFT's own words."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    __pydantic_config__ = _FORBID
+
+    name: Literal["loraplus"]
+    """AdamW with one group for A and one for B (2402.12354); ratio 1 is plain AdamW."""
+    ratio: Positive
+    """lr of B over lr of A."""
+    base_lr: Positive
+    """lr of A at the top of the schedule."""
+    weight_decay: NotNegative
+    """Decoupled, of A; a step decays by lr x weight_decay."""
+    weight_decay_B: NotNegative | None
+    """Of B; null: the same as A's."""
+    beta1: Share
+    beta2: Share
+    eps: Positive
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    __pydantic_config__ = _FORBID
+
+    max_steps: Count
+    """Optimizer steps."""
+    batch_size: Count
+    """Examples a micro-batch of one trial."""
+    gradient_accumulation_steps: Count
+    """Micro-batches an optimizer step."""
+    eval_every: Count
+    """Optimizer steps between evaluations; the last step is always evaluated."""
+    eval_batch_size: Count
+    """Evaluation examples a forward pass of one trial."""
+    warmup_steps: Whole
+    schedule: Literal["constant", "linear", "cosine"]
+    """Factor on every group's lr after the warm-up; linear and cosine end at 0."""
+    max_grad_norm: Positive | None
+    """Clips a trial's whole gradient norm; null: no clipping."""
+    gradient_checkpointing: bool
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: Seed
+    """Initial A, order of the data, dropout masks."""
+    slots: Count
+    """Adapters trained at once on one base."""
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    __pydantic_config__ = _FORBID
+
+    name: Literal["grid", "optuna"]
+    n_trials: Count | None
+    """Cells to draw; null for a grid, which runs all its cells."""
+    instance: dict[str, Any] | None
+    """`_target_: optuna.samplers.<class>` and its arguments."""
+
+
+@dataclass(frozen=True)
+class PrunerConfig:
+    __pydantic_config__ = _FORBID
+
+    name: Literal["none", "asha", "optuna"]
+    eta: Annotated[_Integer, Field(ge=2)] | None
+    """ASHA: one in eta goes on at each rung."""
+    min_steps: Count | None
+    """ASHA: optimizer steps before the first rung."""
+    instance: dict[str, Any] | None
+    """`_target_: optuna.pruners.<class>` and its arguments."""
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    __pydantic_config__ = _FORBID
+
+    name: Literal["wandb", "none"]
+    mode: Literal["offline", "online"]
+    project: Name
+    entity: str | None
+    tags: list[str]
+
+
+@dataclass(frozen=True)
+class LauncherConfig:
+    __pydantic_config__ = _FORBID
+
+    name: Literal["local"]
+    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    threads: Count | None
+    """CPU threads of torch; null: as many as torch takes."""
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    __pydantic_config__ = _FORBID
+
+    min_gain_of_base: Share
+    """A gain over the base below this share of its loss is negligible..."""
+    min_gain_standard_errors: NotNegative
+    """... and so is one below so many paired standard errors."""
+    min_delta_rel: NotNegative
+    """B hardly moved when s |BA|_F / |W|_F stays below this in the median group of modules."""
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    __pydantic_config__ = _FORBID
+
+    name: Name
+    """Folder and W&B group; defaults to the sweep file's name."""
+    root: str
+    """Where studies lie, relative to the working directory."""
+    keep_adapters: Literal["all"] | Whole
+    """`all`: the adapter of every finished trial; k: of the best k only."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One trial, whole: what a cell becomes when it is merged into its sweep."""
+
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    sampler: SamplerConfig
+    pruner: PrunerConfig
+    tracker: TrackerConfig
+    launcher: LauncherConfig
+    health: HealthConfig
+    study: StudyConfig
+
+
+GROUPS: dict[str, Any] = {field.name: field.type for field in fields(Config)}
+_ADAPTERS = {name: TypeAdapter(section) for name, section in GROUPS.items()}
+
+RESOLVERS = ("times", "divide", "power")
+"""Arithmetic for derived values, the only resolvers a configuration may use."""
+
+_READ = re.compile(r"\s*(?:(?:times|divide|power)\s*:|(?!\.*hydra\b)\.*[A-Za-z_][\w.-]*\s*\})")
+"""What may follow `${`: one of the resolvers, or a plain reference. A name put together (`oc.${x}`) is neither."""
+
+
+def _power(base: float, exponent: float) -> float:
+    # In floats: 10**10**10 in whole numbers would never end.
+    result = math.pow(base, exponent)
+    return int(result) if result.is_integer() and isinstance(base, int) and isinstance(exponent, int) else result
+
+
+def register_resolvers() -> None:
+    OmegaConf.register_new_resolver("times", lambda a, b: _number(a) * _number(b), replace=True)
+    OmegaConf.register_new_resolver("divide", lambda a, b: _number(a) / _number(b), replace=True)
+    OmegaConf.register_new_resolver("power", lambda a, b: _power(_number(a), _number(b)), replace=True)
+
+
+def _number(value: Any) -> Any:
+    if not isinstance(value, int | float):
+        raise ValueError(f"takes numbers, got {value!r}")
+    return value
+
+
+def shipped(folder: str) -> Path:
+    """`conf` or `sweeps` as shipped: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / folder
+    return inside if inside.is_dir() else package.parent / folder
+
+
+class _OwnGroups(SearchPathPlugin):
+    """A conf/ folder in the working directory comes before the shipped one."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        own = Path.cwd() / "conf"
+        if own.is_dir() and own.resolve() != shipped("conf").resolve():
+            search_path.prepend("working-directory", f"file://{own}")
+
+
+@contextmanager
+def groups() -> Iterator[None]:
+    """Hydra over the user's own and the shipped groups."""
+    Plugins.instance().register(_OwnGroups)
+    with initialize_config_dir(str(shipped("conf")), version_base="1.3", job_name="lora_sweep"):
+        yield
+
+
+def compose(overrides: Sequence[str], sweep: Mapping[str, Any] | None = None) -> DictConfig:
+    """The configuration of `overrides` over `sweep` over the defaults, interpolations unresolved.
+
+    `sweep` is the content of a sweep file without its `space`; its `defaults` list is Hydra's own
+    (`- override /data: facts`). Raises ConfigError with all faults that keep Hydra from composing.
+    """
+    register_resolvers()
+    store = ConfigStore.instance()
+    # From the store, so that a config.yaml in the user's own conf/ is not taken for it.
+    store.store(name="lora_sweep", node=OmegaConf.load(shipped("conf") / "config.yaml"))
+    chosen = list(overrides)
+    if sweep is not None:
+        store.store(group="sweep", name="this", node=OmegaConf.create(dict(sweep)), package="_global_")
+        chosen.insert(0, "+sweep=this")
+    with groups():
+        faults = [*_group_faults(overrides), *_default_faults(sweep or {})]
+        if faults:
+            raise ConfigError(faults)
+        try:
+            composed: DictConfig = hydra_compose("lora_sweep", overrides=chosen)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError([Fault("configuration", " ".join(str(error).split()))]) from error
+    return composed
+
+
+def _group_faults(overrides: Sequence[str]) -> list[Fault]:
+    pairs = [override.lstrip("+").partition("=") for override in overrides]
+    return [fault for key, _, value in pairs if key in GROUPS for fault in option_faults(key, value)]
+
+
+def _default_faults(sweep: Mapping[str, Any]) -> list[Fault]:
+    remedy = "write `- override /data: facts`"
+    entries = sweep.get("defaults", [])
+    if not isinstance(entries, list):
+        return [Fault("defaults", "must be a list", entries, remedy)]
+    faults = []
+    for entry in entries:
+        if not isinstance(entry, Mapping):
+            faults += (
+                [] if entry == "_self_" else [Fault("defaults", "must choose an option of a group", entry, remedy)]
+            )
+            continue
+        for key, value in entry.items():
+            word, _, group = str(key).partition("/")
+            if word.strip() == "override" and group in GROUPS:
+                faults += option_faults(group, value)
+            else:
+                faults.append(Fault("defaults", "no such group", key, remedy))
+    return faults
+
+
+def option_faults(group: str, option: Any) -> list[Fault]:
+    """Whether conf/<group>/ (shipped or the user's own) has the option; needs Hydra initialised."""
+    loader = GlobalHydra.instance().config_loader()
+    options = loader.get_group_options(group)
+    if option in options:
+        return []
+    return [Fault(group, f"must be one of {', '.join(options)}", option, nearest(str(option), options))]
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """`did you mean ...?`, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def text_faults(where: str, text: str) -> list[Fault]:
+    """A configuration from a stranger must neither run code nor read secrets."""
+    rule = f"refused: only the resolvers {', '.join(RESOLVERS)} and plain references between fields are read"
+    if all(_READ.match(after) for after in text.split("${")[1:]):
+        return []
+    return [Fault(where, rule, text)]
+
+
+def leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of nested mappings and lists."""
+    if isinstance(tree, Mapping):
+        pairs = tree.items()
+    elif isinstance(tree, list | tuple):
+        pairs = {str(index): value for index, value in enumerate(tree)}.items()
+    else:
+        return [(prefix, tree)]
+    return [leaf for key, value in pairs for leaf in leaves(value, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def _unsafe(tree: Any) -> list[Fault]:
+    texts = [(key, value) for key, value in leaves(tree) if isinstance(value, str)]
+    return [fault for key, value in texts for fault in text_faults(key, value)]
+
+
+def sections(config: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
+    """(name -> dataclass of every faultless group, all faults of the others)."""
+    faults = _unsafe(OmegaConf.to_container(config, resolve=False))
+    if faults:
+        return {}, faults
+    try:
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        return {}, [Fault(str(error.full_key or "configuration"), str(error).splitlines()[0])]
+    # Again: two halves of a reference may have met.
+    faults = _unsafe(plain)
+    if faults:
+        return {}, faults
+    for key in plain.keys() - GROUPS.keys():
+        near = nearest(key, list(GROUPS))
+        faults.append(Fault(key, "unknown group", None, near or f"groups are {', '.join(GROUPS)}"))
+    absent = {key.partition(".")[0]: key for key, value in leaves(plain) if value == "???"}
+    faults += [Fault(key, "is needed", None, f"{key}=...") for key in absent.values()]
+    good = {}
+    for name, adapter in _ADAPTERS.items():
+        if name in absent:
+            continue
+        try:
+            good[name] = adapter.validate_python(plain.get(name))
+        except ValidationError as error:
+            faults += _readable(name, error)
+    return good, faults
+
+
+def _readable(group: str, error: ValidationError) -> list[Fault]:
+    """pydantic's errors as faults; of a union, one fault for the field."""
+    known = [field.name for field in fields(GROUPS[group])]
+    faults: dict[str, Fault] = {}
+    for item in error.errors():
+        names = [str(part) for part in item["loc"]]
+        key = ".".join([group, *names[:1]])
+        got = item["input"]
+        if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            faults[key] = Fault(key, "unknown key", None, nearest(names[0], known) or f"known: {', '.join(known)}")
+        elif item["type"] in ("missing", "missing_argument"):
+            faults[key] = Fault(key, "is missing")
+        elif item["type"] == "string_pattern_mismatch" and group == "study":
+            faults[key] = Fault(key, "must be a plain name: letters, digits, `.`, `_`, `-`, no path parts", got)
+        elif key in faults:
+            rule = f"{faults[key].rule}, or {_rule(item['msg'])}"
+            faults[key] = Fault(key, rule, faults[key].got)
+        else:
+            faults[key] = Fault(key, _rule(item["msg"]), got)
+    return list(faults.values())
+
+
+def _rule(message: str) -> str:
+    rule = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    rule = re.sub(r"a dictionary or an instance of \w+", "a mapping", rule)
+    return rule.replace("greater than or equal to", "at least")
+
+
+def build(config: DictConfig) -> Config:
+    """The dataclasses of a composed configuration. Raises ConfigError with all faults."""
+    good, faults = sections(config)
+    if not faults:
+        faults = cross_faults(good)
+    if faults:
+        raise ConfigError(faults)
+    return Config(**good)
+
+
+def cross_faults(good: Mapping[str, Any]) -> list[Fault]:
+    """Rules between fields, among the groups that are faultless by themselves."""
+    faults = []
+    train, sampler, pruner, model = (good.get(name) for name in ("train", "sampler", "pruner", "model"))
+    if train and train.eval_every > train.max_steps:
+        faults.append(Fault("train.eval_every", f"must be at most train.max_steps={train.max_steps}", train.eval_every))
+    if train and train.warmup_steps >= train.max_steps:
+        rule = f"must be below train.max_steps={train.max_steps}"
+        faults.append(Fault("train.warmup_steps", rule, train.warmup_steps))
+    if sampler and sampler.name == "grid" and sampler.n_trials is not None:
+        faults.append(
+            Fault("sampler.n_trials", "a grid runs all its cells", sampler.n_trials, "null, or sampler=random")
+        )
+    if sampler and sampler.name == "optuna":
+        if sampler.instance is None:
+            faults.append(Fault("sampler.instance", "an Optuna sampler is needed", None, "take sampler=tpe or random"))
+        if sampler.n_trials is None:
+            faults.append(Fault("sampler.n_trials", "a sampler needs the number of cells to draw"))
+    if pruner and pruner.name == "asha":
+        for name in ("eta", "min_steps"):
+            if getattr(pruner, name) is None:
+                faults.append(Fault(f"pruner.{name}", "is needed by ASHA"))
+    if pruner and pruner.name == "optuna" and pruner.instance is None:
+        faults.append(Fault("pruner.instance", "an Optuna pruner is needed", None, "take pruner=median"))
+    if model and model.path is None:
+        faults.append(Fault("model.path", "a checkpoint folder, .gguf file or hub id is needed"))
+    return faults
+
+
+def to_yaml(tree: Mapping[str, Any]) -> str:
+    """Nested plain values as YAML, in their order."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(tree)))

@@ -1,0 +1,43 @@
+"""What can go wrong, and whose mistake it is.
+
+LoraSweepError              never raised itself
+├── UserError               exit code 2, one line each, no traceback
+│   ├── ConfigError         faults of a configuration, all at once (also a ValueError)
+│   └── StudyError          the study on disk does not allow what was asked
+├── NoSafeAnswer            exit code 3: nothing that could be shipped with a clear conscience
+└── OutOfRoom               the disk or the storage went away; what was recorded is safe, resume later
+
+Anything else that escapes is a bug and keeps its traceback.
+"""
+
+from collections.abc import Sequence
+
+from lora_sweep.records import Fault
+
+
+class LoraSweepError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class UserError(LoraSweepError):
+    """The user can mend this; the message says how."""
+
+
+class ConfigError(UserError, ValueError):
+    """One or more faults of a configuration, told together."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(str(fault) for fault in self.faults))
+
+
+class StudyError(UserError, RuntimeError):
+    """The study on disk does not allow what was asked."""
+
+
+class NoSafeAnswer(LoraSweepError):
+    """No trial can be shipped; the message says why and what to try."""
+
+
+class OutOfRoom(LoraSweepError, OSError):
+    """The disk is full or the storage is away."""
