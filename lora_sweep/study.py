@@ -1,0 +1,530 @@
+"""The ledger of a study: who runs what, what is finished. Optuna's storage is the only truth.
+
+A **cell** is what the user asked for; an Optuna trial is one **attempt** at it. Every attempt is born WAITING with
+its cell as one attribute, is claimed by compare-and-swap (WAITING -> RUNNING) and ends COMPLETE, PRUNED or FAIL,
+which Optuna makes immutable. It never goes back: a lost attempt is told FAIL, reason `lost`, and the cell is
+enqueued again. So whatever process dies wherever, one rule repairs the study: a cell needs an attempt iff none is
+live or finished and the last one, if any, was lost.
+
+Until leases have deadlines one process at a time works on a study (`Study.open`); anybody may look (`Study.read`).
+A `Study` serves one thread.
+"""
+
+import json
+import logging
+import math
+import os
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from operator import itemgetter
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Self, cast, get_args
+
+import optuna
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.pruners import BasePruner, HyperbandPruner, SuccessiveHalvingPruner
+from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler
+from optuna.storages import JournalStorage
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+from lora_sweep.asha import Asha
+from lora_sweep.errors import StudyError
+from lora_sweep.journal import Journal, disk_errors, hold
+from lora_sweep.records import Cell, State
+
+Reason = Literal["diverged", "memory", "error", "lost"]
+"""Why an attempt failed; after `lost` the cell is tried again, the others are final."""
+
+JOURNAL = "study.journal"
+
+
+class StaleLease(StudyError):
+    """The attempt was reaped or told meanwhile: nothing of it was overwritten. `lease` says which."""
+
+    def __init__(self, lease: "Lease", now: str) -> None:
+        super().__init__(
+            f"cell {lease.cell.number}: attempt {lease.attempt} is no longer held here, it is {now}; not recorded"
+        )
+        self.lease = lease
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to run one attempt at a cell: a plain value, hashable, picklable."""
+
+    cell: Cell = field(hash=False)
+    attempt: int
+    """1 for the first attempt at the cell, 2 after one loss, ..."""
+    trial: int
+    """Optuna's trial id: names the attempt in the storage."""
+
+
+@dataclass(frozen=True)
+class CellStatus:
+    """One line per cell, derived from all attempts at it."""
+
+    cell: Cell
+    state: State
+    value: float | None
+    """As told with COMPLETE or PRUNED, nats per token; None in other states."""
+    reason: Reason | None
+    """Of a FAIL; None in other states."""
+    attempts: int
+    """Attempts that were begun."""
+    step: int | None
+    """Last reported step of the attempt shown; None before its first report."""
+    started: datetime | None
+    finished: datetime | None
+    """UTC, of the attempt shown."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """Where sampled cells come from. Raises ValueError when it cannot serve."""
+
+    sampler: BaseSampler
+    distributions: Mapping[str, BaseDistribution]
+    """Optuna's parameter name -> distribution; the same for the whole life of the study."""
+    n_trials: int
+    """Cells in all; lost attempts don't count."""
+    decode: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
+    """Optuna's parameters (e.g. a log2 rank) -> the config values that Cell.params holds."""
+    hold: int = 8
+    """At most so many cells are drawn that don't fit and wait: each is drawn knowing less than it could."""
+
+    def __post_init__(self) -> None:
+        if self.n_trials < 1 or self.hold < 1:
+            raise ValueError(f"n_trials and hold must be at least 1, got {self.n_trials} and {self.hold}")
+        if not self.distributions:
+            raise ValueError("distributions must name at least one parameter")
+        if isinstance(self.sampler, GridSampler | BruteForceSampler):
+            raise ValueError(f"{type(self.sampler).__name__} runs cells twice in parallel: give the grid as `cells`")
+
+
+class _Attempt(NamedTuple):
+    """What a trial is for."""
+
+    cell: Cell
+    number: int
+    """1 for the first attempt at the cell."""
+
+    def stored(self) -> dict[str, Any]:
+        return {"number": self.cell.number, "params": dict(self.cell.params), "attempt": self.number}
+
+
+class StudyView:
+    """What anybody may know about a study, also while another process works on it."""
+
+    def __init__(self, folder: Path, storage: JournalStorage, name: str) -> None:
+        self.folder = folder
+        self.name = name
+        self._storage = storage
+        self._study_id = storage.get_study_id_from_name(name)
+        self._read: list[_Attempt | None] = []
+        self._unread: list[int] = []
+
+    @property
+    def id(self) -> str:
+        """Eight hexadecimal digits drawn at creation; never changes."""
+        return str(self._about()["id"])
+
+    @property
+    def size(self) -> int:
+        """How many cells were asked for; those not drawn yet have no status."""
+        return int(self._about()["size"])
+
+    def statuses(self) -> tuple[CellStatus, ...]:
+        """One per cell that has an attempt, by number."""
+        by_number: dict[int, tuple[Cell, list[FrozenTrial]]] = {}
+        for attempt, trial in self._attempts():
+            by_number.setdefault(attempt.cell.number, (attempt.cell, []))[1].append(trial)
+        return tuple(status_of(*by_number[number]) for number in sorted(by_number))
+
+    def counts(self) -> dict[State, int]:
+        """Cells by state; every state is a key."""
+        states = [status.state for status in self.statuses()]
+        return {state: states.count(state) for state in cast(tuple[State, ...], get_args(State))}
+
+    def _about(self) -> dict[str, Any]:
+        return cast(dict[str, Any], self._storage.get_study_user_attrs(self._study_id).get("about", {}))
+
+    def _trials(self) -> list[FrozenTrial]:
+        return self._storage.get_all_trials(self._study_id, deepcopy=False)
+
+    def _attempts(self) -> Iterator[tuple[_Attempt, FrozenTrial]]:
+        """In the order of creation, without trials whose drawing was cut short."""
+        trials = self._trials()
+        # What an attempt is for never changes, so it is read once: this runs at every call of the seam.
+        self._unread.extend(range(len(self._read), len(trials)))
+        self._read.extend([None] * (len(trials) - len(self._read)))
+        for number in self._unread:
+            if (stored := trials[number].user_attrs.get("cell")) is not None:
+                self._read[number] = _Attempt(Cell(stored["number"], stored["params"]), stored["attempt"])
+        self._unread = [
+            number
+            for number in self._unread
+            if self._read[number] is None and trials[number].state is not TrialState.FAIL
+        ]
+        named = filter(itemgetter(0), zip(self._read, trials, strict=True))
+        return cast(Iterator[tuple[_Attempt, FrozenTrial]], named)
+
+
+class Study(StudyView):
+    """A study to work on. Make one with `Study.open`; use it as a context manager."""
+
+    def __init__(
+        self,
+        folder: Path,
+        storage: JournalStorage,
+        journal: Journal,
+        name: str,
+        search: Search | None,
+        pruner: Asha | BasePruner | None,
+    ) -> None:
+        super().__init__(folder, storage, name)
+        self._journal = journal
+        self._search = search
+        self._pruner = pruner
+        self._leased: set[int] = set()
+        self._lock: int | None = None
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path | str,
+        *,
+        name: str,
+        cells: Iterable[Cell] | None = None,
+        search: Search | None = None,
+        pruner: Asha | BasePruner | None = None,
+    ) -> Self:
+        """Create or resume the study in `folder`, for this process alone.
+
+        Give `cells` (a grid: each is enqueued once, never sampled) or `search`. Attempts of a dead process are reaped
+        and every cell that needs an attempt gets one. The kernel frees the lock when this process and the children it
+        forked are gone, kill -9 included.
+
+        Raises StudyError when another process holds the study, when what is on disk is another study (name, cells or
+        distributions), and when the folder can't be written; OutOfRoom when the disk is full or away; ValueError for
+        arguments that make no sense. Nothing is written before the arguments are checked.
+        """
+        if (cells is None) == (search is None):
+            raise ValueError("give either cells or search")
+        grid = None if cells is None else tuple(cells)
+        if grid is not None and not 0 < len(grid) == len({cell.number for cell in grid}):
+            raise ValueError("cells must not be empty and every number must be there once")
+        for cell in grid or ():
+            _as_json(cell.params)
+        inner = pruner
+        while inner is not None:
+            if isinstance(inner, SuccessiveHalvingPruner | HyperbandPruner):
+                raise ValueError(f"{type(inner).__name__} keeps too few or all, by the order of calls: use Asha")
+            inner = getattr(inner, "_wrapped_pruner", None)
+
+        if optuna.logging.get_verbosity() == logging.INFO:  # Its default: one line per study and trial on stderr.
+            optuna.logging.set_verbosity(logging.WARNING)
+        folder = Path(folder).absolute()
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = hold(folder)
+            try:
+                # Whoever left Optuna's own lock behind is dead: don't wait out its 30 s of grace.
+                for left in folder.glob(f"{JOURNAL}.lock*"):
+                    left.unlink(missing_ok=True)
+                journal = Journal(folder / JOURNAL, writable=True)
+                storage = JournalStorage(journal)
+                found = [each.study_name for each in storage.get_all_studies()]
+                if not found:
+                    optuna.create_study(study_name=name, storage=storage, direction="minimize")
+                elif found != [name]:
+                    raise StudyError(f"{folder}: holds the study {found[0]!r}, not {name!r}; choose another study.name")
+                study = cls(folder, storage, journal, name, search, pruner)
+                study._match(grid)
+                study.reap()
+                study._repair(grid or ())
+            except BaseException:
+                os.close(lock)
+                raise
+        study._lock = lock
+        return study
+
+    @staticmethod
+    def read(folder: Path | str) -> StudyView:
+        """Look at the study in `folder`: no lock, nothing written. Raises StudyError where there is none."""
+        folder = Path(folder).absolute()
+        path = folder / JOURNAL
+        if not path.is_file():
+            raise StudyError(f"{folder}: no study here (no {JOURNAL}); `launch` makes one")
+        with disk_errors(folder):
+            storage = JournalStorage(Journal(path, writable=False))
+        for found in storage.get_all_studies():
+            if "about" in found.user_attrs:
+                return StudyView(folder, storage, found.study_name)
+        raise StudyError(f"{folder}: the study was never begun; `launch` begins it")
+
+    def close(self) -> None:
+        """Let go of the study; leases still held are reaped by whoever opens it next. May be called twice."""
+        self._journal.writable = False
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def ask(self, fits: Callable[[Cell], bool]) -> Lease | None:
+        """Claim the waiting cell of the lowest number that fits, else draw new ones until one fits.
+
+        None: nothing fits now, or nothing is left. A drawn cell that does not fit waits, unchanged, for a later call
+        (at most `Search.hold` of them), so don't ask for a pack that is full.
+        """
+        waiting = [(attempt, trial) for attempt, trial in self._attempts() if trial.state is TrialState.WAITING]
+        waiting.sort(key=lambda each: each[0].cell.number)
+        for attempt, trial in waiting:
+            if fits(attempt.cell) and (lease := self._claim(attempt, trial._trial_id)):
+                return lease
+        if self._search is not None:
+            drawn = len({attempt.cell.number for attempt, _ in self._attempts()})
+            for _ in range(min(self._search.n_trials - drawn, self._search.hold - len(waiting))):
+                attempt, trial_id = self._draw(self._search)
+                if fits(attempt.cell) and (lease := self._claim(attempt, trial_id)):
+                    return lease
+        return None
+
+    def report_rung(self, values: Mapping[Lease, float], step: int) -> dict[Lease, bool]:
+        """Store the losses (nats per token) of all slots at `step`, then decide as a whole who goes on (True).
+
+        With Asha a step that is no rung keeps all; at a rung each cell is held against all values stored there, of
+        its latest attempt unless that failed, whatever the order of `values`. Without a pruner all go on. Raises
+        StaleLease before anything is stored when one of the leases is no longer held.
+        """
+        for lease in values:
+            self.renew(lease)
+        for lease, value in values.items():
+            with _fresh(lease):
+                self._storage.set_trial_intermediate_value(lease.trial, int(step), float(value))
+        if isinstance(self._pruner, Asha):
+            if step not in self._pruner.rungs:
+                return dict.fromkeys(values, True)
+            at_rung = {
+                attempt.cell.number: trial.intermediate_values[step]
+                for attempt, trial in self._attempts()
+                if trial.state is not TrialState.FAIL and step in trial.intermediate_values
+            }
+            survivors = self._pruner.survivors(at_rung)
+            return {lease: lease.cell.number in survivors for lease in values}
+        if self._pruner is None:
+            return dict.fromkeys(values, True)
+        study = self._optuna()
+        return {lease: not self._pruner.prune(study, self._storage.get_trial(lease.trial)) for lease in values}
+
+    def tell(
+        self,
+        lease: Lease,
+        state: Literal["COMPLETE", "PRUNED", "FAIL"],
+        value: float | None = None,
+        why: Reason | None = None,
+    ) -> None:
+        """End the attempt, for good.
+
+        COMPLETE needs a finite `value` (nats per token). PRUNED may have one, by default the last finite one reported.
+        FAIL needs `why` and has no value; after `lost` the cell waits again. Raises StaleLease when the attempt was
+        ended by somebody else, ValueError otherwise.
+        """
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"value must be finite, got {value}: tell FAIL, diverged")
+        if (state == "COMPLETE" and value is None) or (state == "FAIL" and value is not None):
+            raise ValueError(f"COMPLETE needs a value and FAIL has none, got {state} with {value}")
+        if (why in get_args(Reason)) != (state == "FAIL") or (state != "FAIL" and why is not None):
+            raise ValueError(f"FAIL needs a reason of {get_args(Reason)}, other states none, got {state} with {why!r}")
+        trial = self._running(lease)
+        if state == "PRUNED" and value is None:
+            finite = {step: told for step, told in trial.intermediate_values.items() if math.isfinite(told)}
+            value = finite[max(finite)] if finite else None
+        values = None if value is None else [float(value)]
+        with _fresh(lease):
+            if self._search is not None:
+                self._search.sampler.after_trial(self._optuna(), trial, TrialState[state], values)
+            if why is not None:
+                self._storage.set_trial_user_attr(lease.trial, "reason", why)
+            self._storage.set_trial_state_values(lease.trial, TrialState[state], values)
+        self._leased.discard(lease.trial)
+        if why == "lost":
+            self._enqueue(_Attempt(lease.cell, lease.attempt + 1), trial)
+
+    def release(self, lease: Lease) -> None:
+        """Give the cell back unfinished (a clean stop): the attempt is told FAIL, `lost`, and the cell waits again."""
+        self.tell(lease, "FAIL", why="lost")
+
+    def renew(self, lease: Lease) -> None:
+        """Make sure that the lease is still held; raises StaleLease otherwise. Leases have no deadline yet."""
+        self._running(lease)
+
+    def reap(self) -> tuple[Cell, ...]:
+        """End what dead processes left RUNNING, as `lost`, and enqueue those cells again; returns them.
+
+        As long as one process at a time holds the study, that is every running attempt that isn't leased by it.
+        """
+        lost = [
+            (attempt.cell, trial._trial_id)
+            for attempt, trial in self._attempts()
+            if trial.state is TrialState.RUNNING and trial._trial_id not in self._leased
+        ]
+        half_drawn = [
+            trial._trial_id
+            for trial in self._trials()
+            if trial.state is TrialState.WAITING and "cell" not in trial.user_attrs
+        ]
+        for trial_id in half_drawn + [trial_id for _, trial_id in lost]:
+            self._storage.set_trial_user_attr(trial_id, "reason", "lost")
+            self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
+        self._repair()
+        return tuple(cell for cell, _ in lost)
+
+    def _repair(self, cells: Iterable[Cell] = ()) -> None:
+        """Enqueue exactly those of `cells` and of the cells known that need an attempt."""
+        last: dict[int, tuple[_Attempt, FrozenTrial]] = {}
+        settled = set()
+        for attempt, trial in self._attempts():
+            last[attempt.cell.number] = (attempt, trial)
+            if trial.state is not TrialState.FAIL:
+                settled.add(attempt.cell.number)
+        for cell in cells:
+            if cell.number not in last:
+                self._enqueue(_Attempt(cell, 1), None)
+        for number, (attempt, trial) in sorted(last.items()):
+            if number not in settled and trial.user_attrs.get("reason") == "lost":
+                self._enqueue(_Attempt(attempt.cell, attempt.number + 1), trial)
+
+    def _enqueue(self, attempt: _Attempt, like: FrozenTrial | None) -> None:
+        """A drawn cell keeps its parameters and distributions, so that samplers learn from the attempt that ends."""
+        template = create_trial(
+            state=TrialState.WAITING,
+            params=like.params if like else None,
+            distributions=like.distributions if like else None,
+            user_attrs={"cell": attempt.stored()},
+        )
+        self._storage.create_new_trial(self._study_id, template)
+
+    def _draw(self, search: Search) -> tuple[_Attempt, int]:
+        """A new cell, as a WAITING attempt that becomes one by its last write; returns it with its trial id.
+
+        Not by optuna.Study.ask: that would claim the waiting cells first, which were just found not to fit.
+        """
+        trial_id = self._storage.create_new_trial(self._study_id, create_trial(state=TrialState.WAITING))
+        trial = Trial(self._optuna(), trial_id)
+        drawn = {name: _suggest(trial, name, each) for name, each in search.distributions.items()}
+        attempt = _Attempt(Cell(trial.number, dict(search.decode(drawn))), 1)
+        self._storage.set_trial_user_attr(trial_id, "cell", attempt.stored())
+        return attempt, trial_id
+
+    def _claim(self, attempt: _Attempt, trial_id: int) -> Lease | None:
+        try:
+            won = self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+        except UpdateFinishedTrialError:
+            won = False
+        if not won:
+            return None
+        self._leased.add(trial_id)
+        return Lease(attempt.cell, attempt.number, trial_id)
+
+    def _running(self, lease: Lease) -> FrozenTrial:
+        trial = self._storage.get_trial(lease.trial)
+        if trial.state != TrialState.RUNNING:
+            raise StaleLease(lease, trial.state.name)
+        return trial
+
+    def _optuna(self) -> optuna.Study:
+        """For samplers and pruners. Always a new one: it caches trials, and only its own ask and tell clear that."""
+        sampler = self._search.sampler if self._search else None
+        return optuna.load_study(study_name=self.name, storage=self._storage, sampler=sampler)
+
+    def _match(self, grid: Sequence[Cell] | None) -> None:
+        """Refuse to go on with other cells or another space than those on disk; remember what is asked."""
+        kind, size = ("grid", len(grid)) if grid else ("search", self._search.n_trials if self._search else 0)
+        about = self._about() or {"id": secrets.token_hex(4), "kind": kind}
+        if about["kind"] != kind:
+            raise StudyError(f"{self.folder}: begun as a {about['kind']}, not a {kind}; choose another study.name")
+        asked = {cell.number: _as_json(cell.params) for cell in grid or ()}
+        for attempt, trial in self._attempts():
+            cell = attempt.cell
+            if self._search is not None:
+                if trial.distributions != dict(self._search.distributions):
+                    raise StudyError(f"{self.folder}: begun with another space; choose another study.name")
+            elif asked.get(cell.number) != _as_json(cell.params):
+                raise StudyError(
+                    f"{self.folder}: begun with other cells (cell {cell.number} was {dict(cell.params)}); choose "
+                    f"another study.name"
+                )
+        if self._about() != (about := about | {"size": size}):
+            # One attribute, so that a kill leaves all of it or nothing.
+            self._storage.set_study_user_attr(self._study_id, "about", about)
+        if self._search is not None and self._read:
+            # A seeded sampler would begin its sequence anew and draw the same cells.
+            self._search.sampler.reseed_rng()
+
+
+def status_of(cell: Cell, attempts: Sequence[FrozenTrial]) -> CellStatus:
+    """How far a cell is, by all attempts at it (at least one, in order of creation).
+
+    A finished attempt wins (the first), then a running one, then a waiting one. Otherwise the last failure says it:
+    final, or `lost`, and then the cell is waiting for whoever opens the study next.
+    """
+    ranks = {TrialState.COMPLETE: 3, TrialState.PRUNED: 3, TrialState.RUNNING: 2, TrialState.WAITING: 1}
+    best = max(ranks.get(trial.state, 0) for trial in attempts)
+    of_best = [trial for trial in attempts if ranks.get(trial.state, 0) == best]
+    shown = of_best[0] if best == 3 else of_best[-1]
+    state, reason = cast(State, shown.state.name), None
+    if state == "FAIL":
+        reason = cast(Reason, shown.user_attrs.get("reason", "error"))
+        if reason == "lost":
+            state, reason = "WAITING", None
+    idle = state == "WAITING"
+    return CellStatus(
+        cell=cell,
+        state=state,
+        value=shown.value if best == 3 else None,
+        reason=reason,
+        attempts=sum(trial.state != TrialState.WAITING for trial in attempts),
+        step=None if idle else max(shown.intermediate_values, default=None),
+        started=None if idle else _utc(shown.datetime_start),
+        finished=None if idle else _utc(shown.datetime_complete),
+    )
+
+
+def _as_json(params: Mapping[str, Any]) -> str:
+    """To compare with what is on disk: JSON tells true from 1 and makes lists of tuples."""
+    return json.dumps(dict(params), sort_keys=True)
+
+
+def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, FloatDistribution):
+        low, high = distribution.low, distribution.high
+        return trial.suggest_float(name, low, high, step=distribution.step, log=distribution.log)
+    if isinstance(distribution, IntDistribution):
+        low, high = distribution.low, distribution.high
+        return trial.suggest_int(name, low, high, step=distribution.step, log=distribution.log)
+    return trial.suggest_categorical(name, cast(Any, distribution).choices)
+
+
+@contextmanager
+def _fresh(lease: Lease) -> Iterator[None]:
+    try:
+        yield
+    except UpdateFinishedTrialError as error:
+        raise StaleLease(lease, "finished") from error
+
+
+def _utc(local: datetime | None) -> datetime | None:
+    # Optuna hands out local time without a zone.
+    return None if local is None else local.astimezone(UTC)
