@@ -1,0 +1,267 @@
+"""A trial on disk: its rows, its evaluations and its result; what was interrupted is cut back and goes on."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_sweep.errors import OutOfRoom
+from lora_sweep.records import Base, Cell, Evaluation, Finding
+from lora_sweep.tracking.wandb_run import Histograms, Row, Run, Tracker, plain
+
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations"
+RESULT = "result.json"
+
+
+class Record:
+    """The record of one trial, from `open` to `finish` or `abandon`. Not for several threads."""
+
+    def __init__(self, folder: Path, cell: Cell, last: int, wandb_id: str | None, run: Run | None) -> None:
+        self.folder = folder
+        self.wandb_id = wandb_id
+        self._cell = cell.number
+        self._last = last
+        self._run = run
+        self._metrics: BinaryIO = (folder / METRICS).open("ab")
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        *,
+        cell: Cell,
+        config: Mapping[str, Any],
+        base: Base,
+        tracker: Tracker,
+        resume_step: int | None = None,
+    ) -> "Record":
+        """The record of `cell` in `folder`: empty, or given `resume_step` with the rows up to that step.
+
+        `config` is the resolved configuration, nested. What an earlier attempt wrote after `resume_step` is cut off
+        (without a `resume_step`: all of it), so that the trial goes on as if it had never been interrupted. In W&B it
+        stays the same run: an offline one is written anew from the rows kept, since a file torn by a kill can't be
+        uploaded; an online one gets the rows that its server lacks.
+
+        Raises OutOfRoom where the folder can't be written.
+        """
+        with _disk(folder):
+            rows = _cut(folder, -1 if resume_step is None else resume_step)
+            _write_evaluation(_npz(folder, "base"), base.eval_losses, {})
+            record = cls(folder, cell, rows[-1]["step"] if rows else -1, tracker.wandb_id(cell.number), None)
+        record._run = tracker.start(cell, config, base)
+        if record._run is not None:
+            replay(folder, record._run)
+        return record
+
+    def log(self, evaluation: Evaluation) -> None:
+        """Adds the evaluation and the steps before it; steps that are recorded already are not recorded again.
+
+        Raises OutOfRoom where they can't be written; what was recorded before stays safe.
+        """
+        histograms = {m.group: m.histogram.counts for m in evaluation.measurements}
+        rows = [row for row in _rows(evaluation) if row["step"] > self._last]
+        if not rows:
+            return
+        with _disk(self.folder):
+            # The arrays first: a row with an evaluation promises its file.
+            _write_evaluation(_npz(self.folder, evaluation.step), evaluation.eval_losses, histograms)
+            self._metrics.write(b"".join(_json(row) + b"\n" for row in rows))
+            _flush(self._metrics)
+        self._last = rows[-1]["step"]
+        if self._run is not None:
+            for row in rows:
+                self._run.log(row, histograms if row["step"] == evaluation.step else {})
+
+    def finish(
+        self,
+        state: Literal["COMPLETE", "PRUNED", "FAIL"],
+        result: Mapping[str, Any],
+        findings: Sequence[Finding] = (),
+        reason: str | None = None,
+    ) -> None:
+        """Ends the trial: `result` (plain values, nested or not) goes into result.json and into the run's summary.
+
+        result.json holds `cell`, `state`, `reason`, `flags`, `findings`, `wandb_id` and the keys of `result`. `reason`
+        is of a FAIL. Raises OutOfRoom where it can't be written.
+        """
+        whole = {
+            "cell": self._cell,
+            **result,
+            "state": state,
+            "reason": reason,
+            "flags": [finding.flag for finding in findings],
+            "findings": [{"flag": f.flag, "evidence": f.evidence, "sentence": f.sentence} for f in findings],
+            "wandb_id": self.wandb_id,
+        }
+        if self._run is not None:
+            self._run.finish(whole)
+        with _disk(self.folder):
+            self._metrics.close()
+            _replace(self.folder / RESULT, _json(whole, indent=2) + b"\n")
+
+    def abandon(self) -> None:
+        """Closes files and run without a result: the trial was interrupted and can be resumed."""
+        with suppress(OSError):  # the disk that cost us the last rows may refuse them again
+            self._metrics.close()
+        if self._run is not None:
+            self._run.end(failed=True)
+
+
+def replay(folder: Path, run: Run) -> None:
+    """Gives `run` the rows of a trial's files that it lacks: a resumed run and an upload afterwards are made alike."""
+    for row in read_rows(folder):
+        run.log(row, read_evaluation(folder, row["step"])[1] if "eval/loss" in row else {})
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The whole rows of a trial's metrics.jsonl, in order; [] where there is none. A torn last line is left out."""
+    return [row for row, _ in _scan(folder)]
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """result.json of a finished trial; None while it is not finished."""
+    try:
+        found: dict[str, Any] = json.loads((folder / RESULT).read_bytes())
+    except FileNotFoundError:
+        return None
+    return found
+
+
+def read_evaluation(folder: Path, step: int) -> tuple[NDArray[np.float64], dict[str, NDArray[np.int64]]]:
+    """(examples,) losses in nats per token, and the histograms, of one evaluation.
+
+    Raises FileNotFoundError where the trial has none at `step`.
+    """
+    return _read_npz(_npz(folder, step))
+
+
+def read_base_losses(folder: Path) -> NDArray[np.float64]:
+    """(examples,) losses of the base alone on the evaluation set of this trial, nats per token."""
+    return _read_npz(_npz(folder, "base"))[0]
+
+
+def _rows(evaluation: Evaluation) -> list[Row]:
+    rows: dict[int, Row] = {
+        step.step: {
+            "step": step.step,
+            "train/loss": step.train_loss,
+            "optimizer/lr_A": step.lr_A,
+            "optimizer/lr_B": step.lr_B,
+        }
+        for step in evaluation.steps
+    }
+    row = rows.setdefault(evaluation.step, {"step": evaluation.step})
+    row |= {
+        "eval/loss": evaluation.eval_loss,
+        "eval/gap": evaluation.gap,
+        "probe/loss": evaluation.probe_loss,
+        "grad_norm/A": evaluation.grad_norm_A,
+        "grad_norm/B_over_s": evaluation.grad_norm_B_over_s,
+        "perf/tokens": evaluation.tokens,
+        "perf/tokens_per_second": evaluation.tokens_per_second,
+        "perf/seconds": evaluation.seconds,
+    }
+    for m in evaluation.measurements:
+        row |= {
+            f"lora_B/{m.group}/rms": m.rms_B,
+            f"lora_B/{m.group}/absmax": m.absmax_B,
+            f"lora_B/{m.group}/exact_zero": m.exact_zero_B,
+            f"lora_B/{m.group}/delta_rel": m.delta_rel,
+            f"lora_B/{m.group}/rho": m.rho,
+            f"lora_A/{m.group}/rms": m.rms_A,
+        }
+    return [plain(rows[step]) for step in sorted(rows)]
+
+
+def _json(value: Any, indent: int | None = None) -> bytes:
+    return json.dumps(plain(value), allow_nan=False, ensure_ascii=False, indent=indent).encode()
+
+
+def _npz(folder: Path, step: int | Literal["base"]) -> Path:
+    return folder / EVALUATIONS / ("base.npz" if step == "base" else f"{step:06d}.npz")
+
+
+def _write_evaluation(path: Path, losses: NDArray[np.float64], histograms: Histograms) -> None:
+    counts: dict[str, Any] = {f"lora_B/{group}": np.asarray(count, np.int64) for group, count in histograms.items()}
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, losses=np.asarray(losses, np.float64), **counts)
+        _flush(file)
+    temporary.replace(path)
+
+
+def _read_npz(path: Path) -> tuple[NDArray[np.float64], dict[str, NDArray[np.int64]]]:
+    with np.load(path, allow_pickle=False) as arrays:
+        losses = arrays["losses"]
+        return losses, {name.removeprefix("lora_B/"): arrays[name] for name in arrays.files if name != "losses"}
+
+
+def _scan(folder: Path) -> Iterator[tuple[Row, int]]:
+    """Each whole row and the byte where it ends."""
+    path = folder / METRICS
+    if not path.exists():
+        return
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                return
+            if not line.endswith(b"\n"):
+                return
+            end += len(line)
+            yield row, end
+
+
+def _cut(folder: Path, step: int) -> list[Row]:
+    """Takes off a record what came after `step`, and gives the rows that stay."""
+    (folder / RESULT).unlink(missing_ok=True)  # the marker goes first: from here on the trial is not finished
+    (folder / EVALUATIONS).mkdir(parents=True, exist_ok=True)
+    rows, end = [], 0
+    for row, after in _scan(folder):
+        if row["step"] > step:
+            break
+        rows.append(row)
+        end = after
+    with (folder / METRICS).open("ab") as file:
+        file.truncate(end)
+        _flush(file)
+    for path in (folder / EVALUATIONS).iterdir():
+        if path.suffix == ".tmp" or (path.stem.isdecimal() and int(path.stem) > step):
+            path.unlink()
+    return rows
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        _flush(file)
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)  # else the name may be lost with the power
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextmanager
+def _disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutOfRoom(
+            f"{folder}: cannot be written ({error.strerror or error}); make room, then launch again to resume"
+        ) from error
