@@ -1,0 +1,1 @@
+"""The embedded base and its world."""
