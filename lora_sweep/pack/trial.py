@@ -1,0 +1,68 @@
+"""What a pack is asked to train: one trial, and the settings all its trials share."""
+
+from dataclasses import dataclass
+
+from lora_sweep.config import Config, MethodConfig, OptimizerConfig, TrainConfig
+from lora_sweep.records import Cell
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One cell as the trainer sees it."""
+
+    cell: Cell
+    method: MethodConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+
+    @classmethod
+    def of(cls, cell: Cell, config: Config) -> "Trial":
+        return cls(cell, config.method, config.optimizer, config.train)
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r (LoRA, 2106.09685) or alpha / sqrt(r) (rsLoRA, 2312.03732)."""
+        return self.method.alpha / (self.method.rank**0.5 if self.method.use_rslora else self.method.rank)
+
+    @property
+    def lr_A(self) -> float:
+        return self.optimizer.base_lr
+
+    @property
+    def lr_B(self) -> float:
+        return self.optimizer.base_lr * self.optimizer.ratio
+
+    @property
+    def weight_decay_B(self) -> float:
+        decay = self.optimizer.weight_decay_B
+        return self.optimizer.weight_decay if decay is None else decay
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What trials must agree on to share a pack."""
+
+    slots: int
+    max_steps: int
+    eval_every: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    eval_batch_size: int
+    gradient_checkpointing: bool
+    optimizer: str
+    target_modules: str | tuple[str, ...]
+
+    @classmethod
+    def of(cls, trial: Trial) -> "Settings":
+        targets = trial.method.target_modules
+        return cls(
+            slots=trial.train.slots,
+            max_steps=trial.train.max_steps,
+            eval_every=trial.train.eval_every,
+            batch_size=trial.train.batch_size,
+            gradient_accumulation_steps=trial.train.gradient_accumulation_steps,
+            eval_batch_size=trial.train.eval_batch_size,
+            gradient_checkpointing=trial.train.gradient_checkpointing,
+            optimizer=trial.optimizer.name,
+            target_modules=targets if isinstance(targets, str) else tuple(targets),
+        )

@@ -1,0 +1,74 @@
+"""Shared parts: the embedded base, loaded once, and trials on it."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# No test reaches a hub; read when the hub's client is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# As the command line does it (cli.main); read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+from lora_sweep import data as data_room
+from lora_sweep import model as model_room
+from lora_sweep import space
+from lora_sweep.data import Data
+from lora_sweep.model import LoadedBase
+from lora_sweep.pack import Trial
+from lora_sweep.records import Cell
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(2, threads))
+    yield
+    torch.set_num_threads(threads)
+
+
+def config_of(*overrides: str) -> Any:
+    sweep, faults = space.read(None, overrides)
+    assert not faults
+    return sweep.base()
+
+
+@pytest.fixture(scope="session")
+def base() -> LoadedBase:
+    return model_room.load(config_of().model, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def base64() -> LoadedBase:
+    return model_room.load(config_of("model.dtype=fp64").model, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def style(base: LoadedBase) -> Data:
+    return data_room.load(config_of("data.people=64", "data.eval_size=16", "data.probe_size=8").data, base.tokenizer)
+
+
+@pytest.fixture
+def trial() -> Callable[..., Trial]:
+    """trial(number, rank=..., max_steps=..., ...): any knob of method, optimizer and train by its own name."""
+
+    def make(number: int = 0, **knobs: Any) -> Trial:
+        config = config_of("train.max_steps=50", "train.eval_every=50")
+        parts = []
+        for section in (config.method, config.optimizer, config.train):
+            names = set(section.__dataclass_fields__)
+            parts.append(replace(section, **{key: knobs.pop(key) for key in names & knobs.keys()}))
+        assert not knobs, f"no such knobs: {knobs}"
+        return Trial(Cell(number), *parts)
+
+    return make
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

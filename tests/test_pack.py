@@ -1,0 +1,357 @@
+"""The pack against its oracles: PEFT with torch's AdamW, the same trial alone, and PEFT's loader."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lora_sweep import model as model_room
+from lora_sweep.config import ModelConfig
+from lora_sweep.data import Data, TokenSet, order
+from lora_sweep.model import LoadedBase
+from lora_sweep.pack import Pack, Settings, Trial
+from lora_sweep.pack.dropout import keep_mask, slot_key
+from lora_sweep.records import Evaluation
+
+MakeTrial = Callable[..., Trial]
+IGNORED = "ignore:`is_gradient_checkpointing` is deprecated"
+
+
+def packed(base: LoadedBase, data: Data, trials: list[Trial], slots: int = 0, rank: int = 0) -> list[Evaluation]:
+    """The first evaluation of each trial, all in one pack."""
+    slots = slots or len(trials)
+    together = [replace(trial, train=replace(trial.train, slots=slots)) for trial in trials]
+    pack = Pack(base, data, Settings.of(together[0]), rank or max(trial.method.rank for trial in trials))
+    try:
+        for trial in together:
+            pack.admit(trial)
+        return pack.advance()
+    finally:
+        pack.close()
+
+
+def losses(evaluation: Evaluation) -> torch.Tensor:
+    return torch.tensor([step.train_loss for step in evaluation.steps], dtype=torch.float64)
+
+
+def largest_difference(mine: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative."""
+    return float(((mine - other).abs() / other.abs()).max())
+
+
+def plain_peft_losses(base: LoadedBase, data: Data, trial: Trial) -> torch.Tensor:
+    """The oracle: PEFT's LoraConfig on the whole base, torch's AdamW, the groups of create_loraplus_optimizer."""
+    arguments = {"dtype": base.dtype, "attn_implementation": "sdpa"}
+    model = AutoModelForCausalLM.from_pretrained(base.name_or_path, **arguments)
+    model.eval()
+    method, optimizer, train = trial.method, trial.optimizer, trial.train
+    torch.manual_seed(train.seed)
+    adapted = get_peft_model(
+        model,
+        LoraConfig(
+            r=method.rank,
+            lora_alpha=method.alpha,
+            use_rslora=method.use_rslora,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+    )
+    adam = create_loraplus_optimizer(
+        adapted,
+        torch.optim.AdamW,
+        lr=optimizer.base_lr,
+        loraplus_lr_ratio=optimizer.ratio,
+        loraplus_weight_decay=optimizer.weight_decay,
+        eps=optimizer.eps,
+        betas=(optimizer.beta1, optimizer.beta2),
+    )
+    rows = order(len(data.train), train.seed)
+    each, b = train.batch_size * train.gradient_accumulation_steps, train.batch_size
+    found = []
+    for step in range(train.max_steps):
+        chosen = rows(step * each, each)
+        counted = data.train.counted[chosen][:, 1:]
+        total = 0.0
+        for first in range(0, each, b):
+            ids = data.train.input_ids[chosen[first : first + b]]
+            logits = adapted(input_ids=ids).logits[:, :-1].flatten(0, 1)
+            nll = functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none").view(b, -1)
+            loss = (nll * counted[first : first + b]).sum() / counted.sum()
+            loss.backward()
+            total += loss.item()
+        adam.step()
+        adam.zero_grad()
+        found.append(total)
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.filterwarnings(IGNORED)
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_one_slot_gives_the_losses_of_peft_and_torch(
+    base: LoadedBase, style: Data, trial: MakeTrial, use_rslora: bool, ratio: float, accumulation: int
+) -> None:
+    one = trial(
+        rank=8,
+        alpha=16.0,
+        use_rslora=use_rslora,
+        ratio=ratio,
+        base_lr=1e-4,
+        weight_decay=0.01,
+        gradient_accumulation_steps=accumulation,
+        batch_size=2,
+    )
+    mine = losses(packed(base, style, [one])[0])
+    assert len(mine) == 50
+    assert largest_difference(mine, plain_peft_losses(base, style, one)) < 1e-5
+
+
+def mixed(trial: MakeTrial, **shared: Any) -> list[Trial]:
+    """Eight trials that differ in everything that slots may differ in."""
+    return [
+        trial(0, rank=8, alpha=16.0, base_lr=2e-4, **shared),
+        trial(1, rank=4, alpha=8.0, base_lr=5e-4, schedule="linear", **shared),
+        trial(2, rank=16, alpha=16.0, use_rslora=True, ratio=4.0, base_lr=1e-4, **shared),
+        trial(3, rank=2, alpha=4.0, ratio=16.0, base_lr=1e-4, weight_decay=0.1, **shared),
+        trial(4, rank=8, alpha=16.0, seed=1, base_lr=3e-4, warmup_steps=5, **shared),
+        trial(5, rank=32, alpha=32.0, use_rslora=True, base_lr=1e-4, max_grad_norm=1.0, **shared),
+        trial(6, rank=1, alpha=1.0, base_lr=1e-3, seed=3, schedule="cosine", **shared),
+        trial(7, rank=8, alpha=32.0, ratio=2.0, weight_decay=0.01, weight_decay_B=0.5, base_lr=2e-4, **shared),
+    ]
+
+
+def test_each_of_eight_slots_gives_what_it_gives_alone(base: LoadedBase, style: Data, trial: MakeTrial) -> None:
+    trials = mixed(trial)
+    for one, evaluation in zip(trials, packed(base, style, trials), strict=True):
+        alone = losses(packed(base, style, [one])[0])
+        assert alone.max() < 1.5 * alone[0], "all of them calm: a hot trial amplifies rounding"
+        assert largest_difference(losses(evaluation), alone) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "steps"),
+    [(True, 12), pytest.param(False, 50, marks=pytest.mark.slow), pytest.param(True, 50, marks=pytest.mark.slow)],
+)
+def test_in_double_precision_packing_changes_nothing_even_with_dropout_and_checkpointing(
+    base64: LoadedBase, style: Data, trial: MakeTrial, checkpointing: bool, steps: int
+) -> None:
+    shared = {"dropout": 0.1, "gradient_checkpointing": checkpointing, "max_steps": steps, "eval_every": steps}
+    trials = mixed(trial, **shared)
+    trials[0] = replace(trials[0], method=replace(trials[0].method, dropout=0.0))
+    trials[7] = replace(trials[7], optimizer=replace(trials[7].optimizer, base_lr=1e-3))  # hot
+    for one, evaluation in zip(trials, packed(base64, style, trials), strict=True):
+        alone = packed(base64, style, [one])[0]
+        assert largest_difference(losses(evaluation), losses(alone)) < 1e-9
+        assert evaluation.eval_loss == pytest.approx(alone.eval_loss, rel=1e-9)
+
+
+def test_a_slot_that_is_not_a_number_changes_no_bit_of_the_others(
+    base: LoadedBase, style: Data, trial: MakeTrial
+) -> None:
+    calm = [trial(i, rank=4 + i, base_lr=2e-4, max_steps=12, eval_every=12) for i in range(3)]
+    wild = trial(9, rank=8, base_lr=1e30, max_steps=12, eval_every=12)
+    tame = trial(9, rank=2, base_lr=1e-4, seed=5, max_steps=12, eval_every=12)
+    with_wild = packed(base, style, [calm[0], wild, *calm[1:]], rank=8)
+    with_tame = packed(base, style, [tame, *calm], rank=8)
+    assert with_wild[1].diverged
+    assert with_wild[1].last_finite_step is not None
+    assert with_wild[1].last_finite_step < 12
+    for mine, other in zip([with_wild[0], *with_wild[2:]], with_tame[1:], strict=True):
+        assert torch.equal(losses(mine), losses(other))
+        assert mine.eval_loss == other.eval_loss
+        assert (mine.eval_losses == other.eval_losses).all()
+
+
+def test_refilling_a_slot_changes_no_bit_of_the_others(base: LoadedBase, style: Data, trial: MakeTrial) -> None:
+    keeps = trial(0, rank=4, slots=2, max_steps=8, eval_every=4)
+    leaves, comes = (
+        trial(1, rank=8, slots=2, max_steps=8, eval_every=4),
+        trial(2, slots=2, seed=7, max_steps=8, eval_every=4),
+    )
+
+    def run(refill: bool) -> list[Evaluation]:
+        pack = Pack(base, style, Settings.of(keeps), 8)
+        try:
+            mine, other = pack.admit(keeps), pack.admit(leaves)
+            first = pack.advance()
+            if refill:
+                pack.evict(other)
+                assert pack.admit(comes) == other
+            later = pack.advance()
+        finally:
+            pack.close()
+        assert mine == 0
+        return [first[0], later[0], later[1]]
+
+    stayed, refilled = run(False), run(True)
+    assert torch.equal(losses(stayed[1]), losses(refilled[1]))
+    assert stayed[1].eval_loss == refilled[1].eval_loss
+    fresh = packed(base, style, [keeps, comes], rank=8)[1]
+    assert torch.equal(losses(refilled[2]), losses(fresh))
+
+
+def test_a_trial_restored_from_its_checkpoint_goes_on_bit_for_bit(
+    base: LoadedBase, style: Data, trial: MakeTrial, tmp_path: Path
+) -> None:
+    one = trial(
+        0, rank=4, slots=2, max_steps=8, eval_every=4, schedule="cosine", warmup_steps=2, dropout=0.1, ratio=4.0
+    )
+
+    def second_half(interrupted: bool) -> Evaluation:
+        pack = Pack(base, style, Settings.of(one), 4)
+        try:
+            slot = pack.admit(one)
+            pack.advance()
+            if interrupted:
+                pack.checkpoint(slot, tmp_path)
+                pack.evict(slot)
+                pack.admit(trial(1, rank=2, slots=2, max_steps=8, eval_every=4))
+                slot = pack.restore(one, tmp_path)
+                assert pack.step(slot) == 4
+            return next(evaluation for evaluation in pack.advance() if evaluation.cell == 0)
+        finally:
+            pack.close()
+
+    whole, resumed = second_half(False), second_half(True)
+    assert torch.equal(losses(whole), losses(resumed))
+    assert whole.eval_loss == resumed.eval_loss
+    assert whole.tokens == resumed.tokens
+    other = trial(0, rank=4, slots=2, max_steps=8, eval_every=4, base_lr=1.0)
+    pack = Pack(base, style, Settings.of(other), 4)
+    with pytest.raises(ValueError, match="other settings"):
+        pack.restore(other, tmp_path)
+    pack.close()
+
+
+@pytest.mark.filterwarnings(IGNORED)
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_an_exported_adapter_loads_with_peft_and_gives_the_recorded_loss(
+    base: LoadedBase, style: Data, trial: MakeTrial, tmp_path: Path, use_rslora: bool
+) -> None:
+    one = trial(0, rank=4, use_rslora=use_rslora, ratio=4.0, base_lr=1e-3, max_steps=10, eval_every=10, slots=2)
+    pack = Pack(base, style, Settings.of(one), 8)
+    slot = pack.admit(one)
+    evaluation = pack.advance()[0]
+    pack.export(slot, tmp_path)
+    pack.close()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.name_or_path), str(tmp_path))
+    loaded.eval()
+    assert mean_loss(loaded, style.evaluation) == pytest.approx(evaluation.eval_loss, rel=1e-4)
+    merged = loaded.merge_and_unload()
+    assert mean_loss(merged, style.evaluation) == pytest.approx(evaluation.eval_loss, rel=1e-4)
+
+
+def mean_loss(model: Any, part: TokenSet) -> float:
+    with torch.no_grad():
+        logits = model(input_ids=part.input_ids).logits[:, :-1]
+    nll = functional.cross_entropy(logits.flatten(0, 1).float(), part.input_ids[:, 1:].flatten(), reduction="none")
+    counted = part.counted[:, 1:].flatten()
+    return float(nll[counted].mean())
+
+
+def test_the_base_losses_are_those_of_the_untouched_base(base: LoadedBase, style: Data, trial: MakeTrial) -> None:
+    one = trial(0, slots=2, eval_batch_size=5)
+    before = mean_loss(base.model, style.evaluation)
+    pack = Pack(base, style, Settings.of(one), 8)
+    pack.admit(one)
+    measured = pack.evaluate_base()
+    pack.close()
+    assert measured.eval_loss == pytest.approx(before, rel=1e-6)
+    assert measured.probe_loss == pytest.approx(mean_loss(base.model, style.probe), rel=1e-6)
+    assert mean_loss(base.model, style.evaluation) == before
+    assert len(measured.eval_losses) == len(style.evaluation)
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj", "v_proj"], r".*layers\.[01]\..*up_proj", ["lm_head", "o_proj"]]
+)
+def test_chunks_of_the_output_layer_change_no_loss_and_no_gradient(
+    base64: LoadedBase, style: Data, trial: MakeTrial, targets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trial(0, target_modules=targets, dropout=0.2, max_steps=4, eval_every=4, base_lr=1e-3)
+    whole = packed(base64, style, [one])[0]
+    monkeypatch.setattr("lora_sweep.pack.loss.CHUNK_LOGITS", 4 * 1024 * 7)
+    chunked = packed(base64, style, [one])[0]
+    assert largest_difference(losses(chunked), losses(whole)) < 1e-12
+    assert chunked.eval_loss == pytest.approx(whole.eval_loss, rel=1e-12)
+
+
+def tiny_stranger(kind: str) -> Any:
+    from transformers import Gemma2Config, GPT2Config
+
+    small = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    if kind == "gpt2":  # Conv1D instead of Linear, dropout of its own
+        return GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **small)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind == "gemma2":  # caps its logits, so the output layer alone does not give them
+        return Gemma2Config(num_key_value_heads=1, head_dim=16, final_logit_softcapping=2.0, **shape, **small)
+    return LlamaConfig(**shape, **small)
+
+
+@pytest.mark.filterwarnings(IGNORED)
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2", "llama"])
+def test_other_architectures_train_like_peft_alone(kind: str, trial: MakeTrial, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_stranger(kind)).save_pretrained(tmp_path)
+    config = ModelConfig("local", str(tmp_path), None, "fp32", "sdpa")
+    at = model_room.source(config)
+    loaded = AutoModelForCausalLM.from_pretrained(at.name_or_path, dtype=torch.float32).requires_grad_(False).eval()
+    stranger = LoadedBase(loaded, None, at.name_or_path, None, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 300, (12, 16), generator=generator)
+    counted = torch.ones_like(ids, dtype=torch.bool)
+    counted[:, :3] = False
+    part = TokenSet(ids, counted, torch.full((12,), 16), 0)
+    data = Data(part, part, part)
+    one = trial(0, rank=4, base_lr=1e-3, max_steps=10, eval_every=10, batch_size=2, ratio=4.0)
+    with_others = packed(
+        stranger, data, [one, trial(1, rank=8, base_lr=1e-3, max_steps=10, eval_every=10, batch_size=2)]
+    )
+    assert largest_difference(losses(with_others[0]), plain_peft_losses(stranger, data, one)) < 1e-5
+
+
+def test_dropout_masks_are_fair_and_know_neither_padding_nor_neighbours() -> None:
+    key = slot_key(seed=3, step=7, micro_batch=0, module="q_proj")
+    keys = torch.tensor([key, slot_key(3, 8, 0, "q_proj"), slot_key(4, 7, 0, "q_proj")], dtype=torch.int32)
+    p = torch.tensor([0.1, 0.5, 0.0])
+    mask = keep_mask(keys, p, (3, 4, 64, 256))
+    assert mask[0].float().mean() == pytest.approx(0.9, abs=0.005)
+    assert mask[1].float().mean() == pytest.approx(0.5, abs=0.005)
+    assert mask[2].all()
+    assert torch.equal(keep_mask(keys[:1], p[:1], (1, 4, 32, 256)), mask[:1, :, :32])
+    assert torch.equal(keep_mask(keys[:1], p[:1], (1, 4, 32, 256), first_position=32), mask[:1, :, 32:])
+    half = keep_mask(keys[[1, 0]], torch.tensor([0.5, 0.5]), (2, 4, 64, 256)).double()
+    centred = half - half.mean()
+    for shifted in (centred.roll(1, 1), centred.roll(1, 2), centred.roll(1, 3), centred.flip(0)):
+        assert abs(float((centred * shifted).mean()) / 0.25) < 0.01
+
+
+def test_a_trial_of_another_shape_does_not_fit(base: LoadedBase, style: Data, trial: MakeTrial) -> None:
+    pack = Pack(base, style, Settings.of(trial(slots=1)), 8)
+    assert pack.fits(trial(rank=8, slots=1))
+    assert not pack.fits(trial(rank=16, slots=1))
+    assert not pack.fits(trial(batch_size=2, slots=1))
+    assert not pack.fits(trial(target_modules=["q_proj"], slots=1))
+    pack.admit(trial(slots=1))
+    assert not pack.fits(trial(rank=8, slots=1))
+    with pytest.raises(ValueError, match="does not fit"):
+        pack.admit(trial(slots=1))
+    pack.close()
+
+
+def test_stopping_ends_the_advance_without_an_evaluation(base: LoadedBase, style: Data, trial: MakeTrial) -> None:
+    pack = Pack(base, style, Settings.of(trial(slots=1)), 8)
+    pack.admit(trial(slots=1))
+    asked = iter([False, False, True])
+    assert pack.advance(lambda: next(asked)) == []
+    assert pack.step(0) == 2
+    pack.close()
