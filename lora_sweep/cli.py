@@ -1,0 +1,305 @@
+"""The verbs. Nothing heavy is imported before a verb runs."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lora_sweep.config import Config
+    from lora_sweep.records import Fault
+    from lora_sweep.space import Sweep
+
+app = typer.Typer(
+    help="Pick LoRA hyperparameters for production: exact packed sweeps over rank, alpha, rsLoRA and LoRA+ ratio.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+SweepFile = Annotated[
+    str, typer.Argument(metavar="SWEEP", help="Sweep file, yours or a shipped one (sweeps/NAME.yaml).")
+]
+StudyFolder = Annotated[Path, typer.Argument(metavar="STUDY", help="Study folder, e.g. outputs/quickstart.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Hydra overrides: train.max_steps=100 'method.rank=choice(8,32)'"),
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")]
+
+STOPPED = 130
+
+
+def main() -> NoReturn:
+    """Runs a verb. Exit codes: 0 done, 2 the user's mistake, 3 no safe answer, 130 stopped, 1 anything else."""
+    from lora_sweep.errors import NoSafeAnswer, OutOfRoom, UserError
+
+    # Read when torch is imported. On a machine with other work, threads that spin for one another wait for the one that
+    # lost its core: small operations took 10 to 40 times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+        code = 0
+    except UserError as error:
+        print(error, file=sys.stderr)
+        code = 2
+    except NoSafeAnswer as error:
+        print(error, file=sys.stderr)
+        code = 3
+    except OutOfRoom as error:
+        print(f"{error}; what was recorded is safe, the same command goes on once there is room", file=sys.stderr)
+        code = 1
+    sys.exit(code)
+
+
+@app.command()
+def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
+    """Run or resume a study here; ends with a ranking, the flags, the winner and where everything lies."""
+    _quiet()
+    asked = _checked(sweep, overrides)
+    from rich.console import Console
+
+    from lora_sweep import launch as launcher
+    from lora_sweep import progress, results, space
+    from lora_sweep.study import Study
+
+    config = asked.base()
+    folder = launcher.study_folder(config.study)
+    console = Console()
+    done = 0
+    if space.load_launched(folder) is not None:
+        counts = Study.read(folder).counts()
+        done = counts["COMPLETE"] + counts["PRUNED"] + counts["FAIL"]
+    cells = config.sampler.n_trials or len(asked.cells())
+    _say(
+        console, f"{config.study.name}: {cells} cells, {done} of them finished, {config.train.slots} slots -> {folder}"
+    )
+    with _stoppable() as stop, progress.Show(console, cells, done, config.train.max_steps) as show:
+        finished = launcher.launch(asked, show, stop)
+    view = Study.read(folder)
+    table = results.rows(view)
+    if not finished:
+        left = sum(row["state"] not in ("COMPLETE", "PRUNED", "FAIL") for row in table)
+        _say(console, f"stopped with {left} cells left; the same command goes on from here")
+        raise typer.Exit(STOPPED)
+    _conclude(console, folder, table, config)
+
+
+@app.command()
+def plan(sweep: SweepFile, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Check a sweep and show its cells, memory and time estimate; trains nothing."""
+    _quiet()
+    asked = _checked(sweep, overrides)
+    from rich.console import Console
+    from rich.table import Table
+
+    from lora_sweep import estimate
+    from lora_sweep.progress import duration, short
+
+    made = estimate.plan(asked)
+    if as_json:
+        print(json.dumps(made))
+        return
+    console = Console()
+    _say(console, f"{made['study']}: {made['cells']} cells over {', '.join(made['axes']) or 'nothing'}")
+    if made["packs"] > 1:
+        _say(console, f"{made['packs']} kinds of pack: an axis changes the base, the data or the shape of a batch")
+    table = Table(box=None, show_header=False)
+    table.add_row("base", f"{made['base_parameters']:,} parameters, {made['base_mib']:,.1f} MiB in {made['dtype']}")
+    ranks = ", ".join(f"{count:,} at rank {rank}" for rank, count in made["adapter_parameters"].items())
+    table.add_row("adapter", f"{ranks} parameters")
+    table.add_row("data", f"{made['train_examples']:,} training and {made['eval_examples']:,} evaluation examples")
+    table.add_row("tokens", f"{made['train_tokens']:,} counted in an epoch, {made['epochs']:.1f} epochs a trial")
+    table.add_row("cut", f"{made['examples_cut']:,} examples longer than data.max_length")
+    table.add_row(
+        "memory", f"about {made['memory_mib']:,.0f} MiB for the base and {made['slots']} adapters with their states"
+    )
+    table.add_row("time", f"about {duration(made['seconds'])} on {made['device']}, if no cell is pruned")
+    console.print(table)
+    for cell in asked.cells()[:3] if made["is_grid"] else ():
+        _say(console, f"cell {cell.folder}: {short(cell.params)}")
+
+
+@app.command()
+def train(overrides: Overrides = None) -> None:
+    """Train one trial, without a study."""
+    _quiet()
+    asked = _checked(None, overrides)
+    from rich.console import Console
+
+    from lora_sweep import launch as launcher
+    from lora_sweep import progress
+    from lora_sweep.tracking import read_result
+
+    config = asked.base()
+    folder = launcher.study_folder(config.study)
+    console = Console()
+    with _stoppable() as stop, progress.Show(console, 1, 0, config.train.max_steps) as show:
+        finished = launcher.train(config, show, stop)
+    if not finished:
+        _say(console, "stopped; the same command goes on from here")
+        raise typer.Exit(STOPPED)
+    result = read_result(folder) or {}
+    loss = "not finite" if result["eval_loss"] is None else f"{result['eval_loss']:.4f}"
+    _say(console, f"{result['state']}: eval loss {loss} (base {result['base_loss']:.4f}), {duration_of(result)}")
+    for finding in result["findings"]:
+        _say(console, f"{finding['flag']}: {finding['sentence']}")
+    _say(console, f"record and adapter in {folder}")
+
+
+def duration_of(result: dict[str, Any]) -> str:
+    from lora_sweep.progress import duration
+
+    return duration(result["seconds"])
+
+
+@app.command()
+def status(study: StudyFolder, as_json: Json = False) -> None:
+    """How far a study is, once."""
+    from rich.console import Console
+
+    from lora_sweep import progress, results, space
+    from lora_sweep.study import Study
+
+    view = Study.read(study)
+    launched = space.load_launched(study) or {}
+    made = results.summary(view, int(launched.get("train", {}).get("slots", 1)))
+    if as_json:
+        print(json.dumps(made))
+        return
+    console = Console()
+    states = ", ".join(f"{made[state]} {state}" for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING"))
+    _say(console, f"{made['study']}: {made['cells']} cells: {states}; ETA {progress.duration(made['eta_seconds'])}")
+    table = results.rows(view)
+    ranked = results.ranked(table)
+    if ranked:
+        console.print(progress.ranking(table, ranked))
+    for line in progress.flag_lines(table):
+        _say(console, line)
+
+
+@app.command()
+def pick(study: StudyFolder, as_json: Json = False) -> None:
+    """Export the best healthy finished cell to STUDY/production."""
+    from rich.console import Console
+
+    from lora_sweep import pick as picker
+    from lora_sweep.progress import short
+
+    winner, production = picker.pick(study)
+    if as_json:
+        print(json.dumps({"winner": winner, "production": str(production)}))
+        return
+    console = Console()
+    share = winner["eval_loss"] / winner["base_loss"]
+    _say(console, f"winner: cell {winner['number']:04d}  {short(winner['params'])}")
+    _say(console, f"eval loss {winner['eval_loss']:.4f}, {share:.1%} of the base's; one seed, not yet confirmed")
+    _say(console, f"exported to {production}: production.yaml, adapter/, evidence.md")
+
+
+def _checked(path: str | None, overrides: list[str] | None) -> "Sweep":
+    """The sweep, or every fault of all rooms at once."""
+    from lora_sweep import space
+    from lora_sweep.errors import ConfigError
+    from lora_sweep.records import Fault
+
+    if path is not None and "=" in path:
+        raise ConfigError(
+            [Fault("SWEEP", "must be a sweep file", path, "e.g. sweeps/quickstart.yaml, overrides after it")]
+        )
+    sweep, faults = space.read(path, overrides or [])
+    variants, found = space.check(sweep)
+    faults += found
+    if path is None:
+        faults += [Fault(axis.key, "train runs one trial", str(axis), "use launch") for axis in sweep.axes]
+    elif not sweep.axes and not faults:
+        faults.append(Fault("space", "is empty", None, "give it an axis: method.rank: choice(4, 16)"))
+    faults += _room_faults(variants)
+    if faults:
+        raise ConfigError(list({str(fault): fault for fault in faults}.values()))
+    return sweep
+
+
+def _room_faults(variants: list[dict[str, Any]]) -> "list[Fault]":
+    """What the rooms that read files and devices find, each model, target and data set asked once."""
+    from lora_sweep import data, launch, model, worker
+
+    models, sets = [], []
+    for groups in variants:
+        targets = groups["method"].target_modules if "method" in groups else "all-linear"
+        if "model" in groups and (groups["model"], targets) not in models:
+            models.append((groups["model"], targets))
+        if "data" in groups and groups["data"] not in sets:
+            sets.append(groups["data"])
+    faults = [fault for each in models for fault in model.check(*each)]
+    faults += [fault for each in sets for fault in data.check(each)]
+    for groups in variants[:1]:
+        faults += launch.check(groups["study"]) if "study" in groups else []
+        faults += worker.check(groups["launcher"]) if "launcher" in groups else []
+    return faults
+
+
+def _conclude(console: "Console", folder: Path, table: list[dict[str, Any]], config: "Config") -> None:
+    from lora_sweep import progress, results
+
+    ranked = results.ranked(table)
+    if ranked:
+        console.print(progress.ranking(table, ranked))
+    for line in progress.flag_lines(table):
+        _say(console, line)
+    winner = next((row for row in ranked if results.is_healthy(row)), None)
+    if winner is None:
+        _say(console, "no healthy cell is finished: widen the learning rates")
+    else:
+        share = winner["eval_loss"] / winner["base_loss"]
+        _say(console, f"winner: cell {winner['number']:04d}  {progress.short(winner['params'])}")
+        _say(
+            console,
+            f"  eval loss {winner['eval_loss']:.4f} nats per token, {share:.1%} of the base's",
+        )
+    _say(console, f"all cells     {folder}/trials.jsonl")
+    _say(console, f"each trial    {folder}/trials/NNNN/  (metrics.jsonl, adapter/, result.json)")
+    if config.tracker.name == "wandb":
+        where = f"{folder}/wandb/  (wandb sync {folder}/wandb/offline-run-*)"
+        _say(console, f"W&B runs      {where if config.tracker.mode == 'offline' else config.tracker.project}")
+    _say(console, f"ship it       lora-sweep pick {folder}")
+
+
+def _say(console: "Console", line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _quiet() -> None:
+    """Libraries' chatter off, their warnings of problems on; nothing is fetched for a base that lies on disk."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+@contextmanager
+def _stoppable() -> Iterator[Any]:
+    """Ctrl-C (or SIGTERM) asks for a clean stop; a second one no longer waits."""
+    asked: list[int] = []
+
+    def ask(number: int, _: Any) -> None:
+        if asked:
+            raise SystemExit(STOPPED)
+        asked.append(number)
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

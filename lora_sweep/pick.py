@@ -1,0 +1,75 @@
+"""The decision: which cell goes into production, exported with what speaks for it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lora_sweep import results, space
+from lora_sweep.config import to_yaml
+from lora_sweep.errors import NoSafeAnswer, StudyError
+from lora_sweep.results import Row
+from lora_sweep.study import Study
+
+IN_PRODUCTION = ("model", "data", "method", "optimizer", "train")
+"""Groups of a trial's configuration that its numbers depend on."""
+
+
+def pick(folder: Path) -> tuple[Row, Path]:
+    """(the best healthy finished cell, production/): its configuration, adapter and evidence, written whole.
+
+    Raises NoSafeAnswer where no finished cell is healthy and better than the base.
+    """
+    view = Study.read(folder)
+    table = results.rows(view)
+    ranking = results.ranked(table)
+    if not ranking:
+        raise NoSafeAnswer(f"{folder}: no cell is finished yet; `lora-sweep status` says how far the study is")
+    healthy = [row for row in ranking if results.is_healthy(row) and row["eval_loss"] < row["base_loss"]]
+    if not healthy:
+        flags = sorted({flag for row in ranking for flag in row["flags"]})
+        why = f"flags: {', '.join(flags)}" if flags else "none is better than its base"
+        raise NoSafeAnswer(
+            f"{folder}: none of {len(ranking)} finished cells can be shipped ({why}); widen the learning rates"
+        )
+    winner = healthy[0]
+    trial = folder / "trials" / f"{winner['number']:04d}"
+    if not (trial / "adapter").is_dir():
+        raise StudyError(f"{trial}/adapter: is missing; study.keep_adapters must keep the best cell's")
+    aside, production = folder / ".production", folder / "production"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    shutil.copytree(trial / "adapter", aside / "adapter")
+    (aside / "production.yaml").write_text(to_yaml(_production(view.name, winner, trial)))
+    (aside / "evidence.md").write_text(_evidence(view.name, winner, table))
+    shutil.rmtree(production, ignore_errors=True)
+    aside.rename(production)
+    return winner, production
+
+
+def _production(study: str, winner: Row, trial: Path) -> dict[str, Any]:
+    config = space.load_launched(trial) or {}
+    measured = {key: winner[key] for key in ("eval_loss", "base_loss")}
+    return {"study": study, "cell": winner["number"], **measured} | {group: config[group] for group in IN_PRODUCTION}
+
+
+def _evidence(study: str, winner: Row, table: list[Row]) -> str:
+    ranking = results.ranked(table)
+    counts = {state: sum(row["state"] == state for row in table) for state in ("COMPLETE", "PRUNED", "FAIL")}
+    gain = 1 - winner["eval_loss"] / winner["base_loss"]
+    lines = [
+        f"# {study}: cell {winner['number']}",
+        "",
+        f"Evaluation loss {winner['eval_loss']:.4f} nats per token; the base alone has {winner['base_loss']:.4f} "
+        f"({gain:.1%} less).",
+        f"Cells: {counts['COMPLETE']} complete, {counts['PRUNED']} pruned, {counts['FAIL']} failed.",
+        "",
+        "Chosen as the lowest loss of one seed among the healthy finished cells. The best of many looks better than it "
+        "is: confirm it on fresh seeds before you rely on small differences.",
+        "",
+        "| place | cell | eval loss | flags | parameters |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for place, row in enumerate(ranking[:10], start=1):
+        params = ", ".join(f"{key}={value}" for key, value in row["params"].items())
+        lines.append(f"| {place} | {row['number']} | {row['eval_loss']:.4f} | {', '.join(row['flags'])} | {params} |")
+    return "\n".join(lines) + "\n"

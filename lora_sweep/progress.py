@@ -1,0 +1,166 @@
+"""What a person sees while trials run: a live table on a terminal, plain lines elsewhere."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from lora_sweep.records import Base, Cell, Evaluation
+from lora_sweep.results import Row
+from lora_sweep.worker import Outcome
+
+RANKED_SHOWN = 10
+
+
+def short(params: Mapping[str, Any]) -> str:
+    """`rank=8 alpha=16 ...`: keys without their group."""
+    return " ".join(f"{key.rpartition('.')[2]}={_short(value)}" for key, value in params.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None or not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d} h" if hours else f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
+
+
+class _Bay:
+    """One slot as shown."""
+
+    def __init__(self, cell: Cell, step: int) -> None:
+        self.cell, self.step = cell, step
+        self.last: Evaluation | None = None
+
+
+class Show:
+    """A worker's Watcher that draws. Use it as a context manager around the work."""
+
+    def __init__(self, console: Console, cells: int, done: int, max_steps: int) -> None:
+        self._console = console
+        self._cells, self._done, self._max_steps = cells, done, max_steps
+        self._bays: dict[int, _Bay] = {}
+        self._slot_of: dict[int, int] = {}
+        self._slot_steps = 0
+        self._settled_steps = 0
+        self._began = time.monotonic()
+        self._base: Base | None = None
+        self._bar = Progress(TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[eta]}"))
+        self._task = self._bar.add_task("cells", total=cells, completed=done, eta="")
+        self._live = (
+            Live(console=console, refresh_per_second=4, get_renderable=self._draw) if console.is_terminal else None
+        )
+        self._todo = (cells - done) * max_steps
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    # -- Watcher ----------------------------------------------------------------------------------------------------
+
+    def admitted(self, cell: Cell, slot: int, step: int) -> None:
+        self._bays[slot] = _Bay(cell, step)
+        self._slot_of[cell.number] = slot
+        self._settled_steps += step
+
+    def stepped(self) -> None:
+        for bay in self._bays.values():
+            bay.step += 1
+        self._slot_steps += len(self._bays)
+
+    def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None:
+        self._base = base
+        bay = self._bays[self._slot_of[cell.number]]
+        bay.step, bay.last = evaluation.step, evaluation
+
+    def ended(self, cell: Cell, state: Outcome, value: float | None, flags: Sequence[str]) -> None:
+        self._done += 1
+        slot = self._slot_of.pop(cell.number, None)
+        bay = self._bays.pop(slot) if slot is not None else None
+        self._settled_steps += self._max_steps - (bay.step if bay else 0)
+        self._bar.update(self._task, completed=self._done)
+        if self._live is None:
+            loss = "-" if value is None else f"{value:.4f}"
+            base = f" (base {self._base.eval_loss:.4f})" if self._base else ""
+            line = (
+                f"[{self._done}/{self._cells}] cell {cell.folder} {state} eval loss {loss}{base}  {short(cell.params)}"
+            )
+            flagged = f"  {', '.join(flags)}" if flags else ""
+            self._console.print(
+                f"{line}{flagged}  ETA {duration(self._eta())}", markup=False, highlight=False, soft_wrap=True
+            )
+
+    def _eta(self) -> float | None:
+        left = self._todo - self._settled_steps - self._slot_steps
+        spent = time.monotonic() - self._began
+        return max(left, 0) * spent / self._slot_steps if self._slot_steps else None
+
+    def _draw(self) -> Group:
+        self._bar.update(self._task, eta=f"ETA {duration(self._eta())}")
+        table = Table(box=None, padding=(0, 1))
+        for name in ("slot", "cell", "step", "train loss", "eval loss", "of base"):
+            table.add_column(name, justify="right")
+        table.add_column("parameters", no_wrap=True, overflow="ellipsis")
+        for slot, bay in sorted(self._bays.items()):
+            step = f"{bay.step}/{self._max_steps}"
+            losses = ["", "", ""]
+            if bay.last is not None and self._base is not None:
+                share = bay.last.eval_loss / self._base.eval_loss
+                losses = [f"{bay.last.train_loss:.4f}", f"{bay.last.eval_loss:.4f}", f"{share:.0%}"]
+            table.add_row(str(slot), bay.cell.folder, step, *losses, short(bay.cell.params))
+        return Group(self._bar, table)
+
+
+def ranking(table: Sequence[Row], ranked: Sequence[Row]) -> Table:
+    """The best finished cells, one column per swept key."""
+    keys = list(dict.fromkeys(key for row in table for key in row["params"]))
+    title = f"best {min(len(ranked), RANKED_SHOWN)} of {len(table)} cells"
+    drawn = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold underline")
+    for name in ("", "cell"):
+        drawn.add_column(name, justify="right")
+    for key in keys:
+        # A narrow terminal folds the name of a column, never its values.
+        widest = max((len(_short(row["params"].get(key, ""))) for row in ranked[:RANKED_SHOWN]), default=1)
+        drawn.add_column(key.rpartition(".")[2], justify="right", overflow="fold", min_width=widest)
+    for name in ("eval loss", "of base", "gap"):
+        drawn.add_column(name, justify="right", no_wrap=True)
+    if any(row["flags"] for row in ranked[:RANKED_SHOWN]):
+        drawn.add_column("flags")
+    for place, row in enumerate(ranked[:RANKED_SHOWN], start=1):
+        params = [_short(row["params"].get(key, "")) for key in keys]
+        share = f"{row['eval_loss'] / row['base_loss']:.1%}"
+        numbers = [f"{row['eval_loss']:.4f}", share, f"{row['gap']:+.4f}"]
+        flags = [Text(", ".join(row["flags"]), style="red")] if len(drawn.columns) > len(params) + 5 else []
+        drawn.add_row(str(place), f"{row['number']:04d}", *params, *numbers, *flags)
+    return drawn
+
+
+def flag_lines(table: Sequence[Row]) -> list[str]:
+    """One line per flag or reason of failure: how many cells, and which."""
+    named: dict[str, list[int]] = {}
+    for row in table:
+        for flag in row["flags"] or ([row["reason"]] if row["reason"] else []):
+            named.setdefault(flag, []).append(row["number"])
+    lines = []
+    for flag, numbers in sorted(named.items()):
+        shown = ", ".join(f"{number:04d}" for number in numbers[:8]) + (", ..." if len(numbers) > 8 else "")
+        lines.append(f"{flag}: {len(numbers)} cells ({shown})")
+    return lines

@@ -1,0 +1,337 @@
+"""One device: keep the pack full, report, prune, refill."""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Protocol, cast
+
+import torch
+
+from lora_sweep import data as data_room
+from lora_sweep import health
+from lora_sweep import model as model_room
+from lora_sweep.config import Config, DataConfig, LauncherConfig, ModelConfig, StudyConfig, to_yaml
+from lora_sweep.data import Data
+from lora_sweep.errors import UserError
+from lora_sweep.model import LoadedBase
+from lora_sweep.pack import Pack, Settings, Trial
+from lora_sweep.records import Base, Cell, Evaluation, Fault
+from lora_sweep.space import Sweep
+from lora_sweep.study import Lease, Reason, Study
+from lora_sweep.tracking import Record, Tracker, read_result, read_rows
+
+Outcome = Literal["COMPLETE", "PRUNED", "FAIL"]
+Stop = Callable[[], bool]
+
+
+class Watcher(Protocol):
+    """Whoever looks on: a live table, plain lines, a test."""
+
+    def admitted(self, cell: Cell, slot: int, step: int) -> None: ...
+    def stepped(self) -> None: ...
+    def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None: ...
+    def ended(self, cell: Cell, state: Outcome, value: float | None, flags: Sequence[str]) -> None: ...
+
+
+@dataclass
+class Bench:
+    """The device with the base and the data that are resident on it, loaded when first asked for."""
+
+    device: torch.device
+    folder: Path
+    """Of the study: a base that no name reaches is written to its base/."""
+    _model: tuple[ModelConfig, LoadedBase] | None = None
+    _data: tuple[DataConfig, LoadedBase, Data] | None = None
+
+    def base(self, model: ModelConfig) -> LoadedBase:
+        if self._model is None or self._model[0] != model:
+            self._model = self._data = None
+            self._model = (model, model_room.load(model, self.device, self.folder))
+        return self._model[1]
+
+    def data(self, data: DataConfig, base: LoadedBase) -> Data:
+        if self._data is None or self._data[0] != data or self._data[1] is not base:
+            self._data = (data, base, data_room.load(data, base.tokenizer))
+        return self._data[2]
+
+    @contextmanager
+    def pack(self, config: Config, bank_rank: int) -> Iterator[tuple[Pack, Base]]:
+        """A pack for trials of this configuration's kind, and the losses of its base."""
+        loaded = self.base(config.model)
+        settings = Settings.of(Trial.of(Cell(0), config))
+        pack = Pack(loaded, self.data(config.data, loaded), settings, bank_rank)
+        try:
+            yield pack, pack.evaluate_base()
+        except torch.OutOfMemoryError as error:
+            remedy = "lower train.slots, train.batch_size or data.max_length, or set train.gradient_checkpointing=true"
+            raise UserError(
+                f"train.slots: {settings.slots} trials do not fit into the device's memory ({remedy})"
+            ) from error
+        finally:
+            pack.close()
+
+
+class Run:
+    """One trial in its slot, with its record: admitted anew, or as of its last checkpoint."""
+
+    def __init__(self, pack: Pack, base: Base, cell: Cell, config: Config, folder: Path, tracker: Tracker) -> None:
+        trial = Trial.of(cell, config)
+        self.cell = cell
+        self.folder = folder
+        self._pack, self._base, self._config = pack, base, config
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(asdict(config)))
+        resume_step = None
+        if pack.has_checkpoint(self._checkpoint):
+            self.slot = pack.restore(trial, self._checkpoint)
+            resume_step = pack.step(self.slot)
+        else:
+            self.slot = pack.admit(trial)
+            shutil.rmtree(folder / "adapter", ignore_errors=True)
+        self.step = resume_step or 0
+        self._record = Record.open(
+            folder, cell=cell, config=asdict(config), base=base, tracker=tracker, resume_step=resume_step
+        )
+        kept = [row["eval/loss"] for row in read_rows(folder) if row.get("eval/loss") is not None]
+        self.best_loss: float = min(kept, default=math.inf)
+        self._last: Evaluation | None = None
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    def take(self, evaluation: Evaluation) -> None:
+        """Records the evaluation; the adapter of the best one lies in adapter/."""
+        self._record.log(evaluation)
+        self.step, self._last = evaluation.step, evaluation
+        if not evaluation.diverged and evaluation.eval_loss < self.best_loss:
+            self.best_loss = evaluation.eval_loss
+            self._export()
+
+    def _export(self) -> None:
+        """Whole or not at all: a reader never sees half an adapter."""
+        aside, adapter = self.folder / ".adapter", self.folder / "adapter"
+        shutil.rmtree(aside, ignore_errors=True)
+        self._pack.export(self.slot, aside)
+        shutil.rmtree(adapter, ignore_errors=True)
+        aside.rename(adapter)
+
+    def keep(self) -> None:
+        """What a kill after this moment costs nothing of."""
+        self._pack.checkpoint(self.slot, self._checkpoint)
+
+    def finish(self, state: Outcome, reason: Reason | None = None) -> tuple[float | None, tuple[str, ...]]:
+        """Writes the result and frees the slot; returns (best evaluation loss or None, flags)."""
+        assert self._last is not None
+        last, value = self._last, self.best_loss if math.isfinite(self.best_loss) else None
+        findings = () if state == "PRUNED" else health.findings(self._base, last, self._config.health)
+        result = {
+            "params": dict(self.cell.params),
+            "eval_loss": value,
+            "base_loss": self._base.eval_loss,
+            "gain": None if value is None else self._base.eval_loss - value,
+            "train_loss": last.train_loss,
+            "probe_loss": last.probe_loss,
+            "gap": last.gap,
+            "steps": last.step,
+            "tokens": last.tokens,
+            "seconds": last.seconds,
+            "last_finite_step": last.last_finite_step,
+        }
+        self._record.finish(state, result, findings, reason)
+        self._pack.evict(self.slot)
+        return value, tuple(finding.flag for finding in findings)
+
+    def abandon(self) -> None:
+        self._record.abandon()
+
+
+def train(config: Config, folder: Path, tracker: Tracker, device: torch.device, watcher: Watcher, stop: Stop) -> bool:
+    """One trial without a study, in `folder`; False when `stop` ended it early (the same call goes on)."""
+    cell = Cell(0)
+    with Bench(device, folder).pack(config, config.method.rank) as (pack, base):
+        run = Run(pack, base, cell, config, folder, tracker)
+        watcher.admitted(cell, run.slot, run.step)
+        while True:
+            evaluations = pack.advance(_heartbeat(watcher, stop))
+            if not evaluations:
+                run.abandon()
+                return False
+            run.take(evaluations[0])
+            watcher.evaluated(cell, evaluations[0], base)
+            if evaluations[0].diverged or run.step >= config.train.max_steps:
+                state: Outcome = "FAIL" if evaluations[0].diverged else "COMPLETE"
+                value, flags = run.finish(state, "diverged" if evaluations[0].diverged else None)
+                _drop_checkpoint(folder)
+                watcher.ended(cell, state, value, flags)
+                return True
+            run.keep()
+
+
+def work(
+    study: Study, sweep: Sweep, bank_rank: int, tracker: Tracker, device: torch.device, watcher: Watcher, stop: Stop
+) -> bool:
+    """Runs trials until the study has none left; False when `stop` ended it early.
+
+    Trials that cannot share a pack (another base, data, length, batch shape) wait until the pack at work is empty.
+    """
+    bench = Bench(device, study.folder)
+    while not stop():
+        lease = study.ask(lambda _: True)
+        if lease is None:
+            return True
+        if _told_before(study, sweep, lease, watcher):
+            continue
+        config = sweep.config(lease.cell)
+        with bench.pack(config, bank_rank) as (pack, base):
+            shift = _Shift(study, sweep, pack, base, config, tracker, watcher)
+            if not shift.run(lease, stop):
+                return False
+    return False
+
+
+class _Shift:
+    """The trials of one pack, from the first admitted to the last evicted."""
+
+    def __init__(
+        self, study: Study, sweep: Sweep, pack: Pack, base: Base, config: Config, tracker: Tracker, watcher: Watcher
+    ) -> None:
+        self._study, self._sweep, self._pack, self._base = study, sweep, pack, base
+        self._config, self._tracker, self._watcher = config, tracker, watcher
+        self._runs: dict[Lease, Run] = {}
+
+    def run(self, first: Lease, stop: Stop) -> bool:
+        """Five verbs: lease, advance, record, report, tell. False when `stop` ended it early."""
+        held: set[Lease] = {first}
+        try:
+            self._admit(first)
+            held.clear()
+            while self._runs or self._fill():
+                self._fill()
+                evaluations = {
+                    evaluation.cell: evaluation for evaluation in self._pack.advance(_heartbeat(self._watcher, stop))
+                }
+                if not evaluations and self._runs:
+                    self._give_back()
+                    return False
+                self._conclude(evaluations)
+        except BaseException:
+            # A bug or a full disk must not cost the other cells their turn.
+            for lease in held:
+                self._study.release(lease)
+            self._give_back()
+            raise
+        return True
+
+    def _fits(self, cell: Cell) -> bool:
+        config = self._sweep.config(cell)
+        same_input = (config.model, config.data) == (self._config.model, self._config.data)
+        return same_input and self._pack.fits(Trial.of(cell, config))
+
+    def _fill(self) -> bool:
+        """Leases trials until the pack is full; whether there is any in it."""
+        while self._pack.has_room and (lease := self._study.ask(self._fits)) is not None:
+            if not _told_before(self._study, self._sweep, lease, self._watcher):
+                self._admit(lease)
+        return bool(self._runs)
+
+    def _admit(self, lease: Lease) -> None:
+        folder = trial_folder(self._study.folder, lease.cell)
+        config = self._sweep.config(lease.cell)
+        run = Run(self._pack, self._base, lease.cell, config, folder, self._tracker)
+        self._runs[lease] = run
+        self._watcher.admitted(lease.cell, run.slot, run.step)
+
+    def _conclude(self, evaluations: dict[int, Evaluation]) -> None:
+        due = {lease: evaluations[lease.cell.number] for lease in self._runs if lease.cell.number in evaluations}
+        for lease, evaluation in due.items():
+            self._runs[lease].take(evaluation)
+            self._watcher.evaluated(lease.cell, evaluation, self._base)
+            if evaluation.diverged:
+                self._end(lease, "FAIL", "diverged")
+        alive = {lease: evaluation for lease, evaluation in due.items() if lease in self._runs}
+        for step in sorted({evaluation.step for evaluation in alive.values()}):
+            rung = {lease: each.eval_loss for lease, each in alive.items() if each.step == step}
+            kept = self._study.report_rung(rung, step)
+            for lease in rung:
+                if step >= self._config.train.max_steps:
+                    self._end(lease, "COMPLETE")
+                elif not kept[lease]:
+                    self._end(lease, "PRUNED")
+                else:
+                    self._runs[lease].keep()
+
+    def _end(self, lease: Lease, state: Outcome, reason: Reason | None = None) -> None:
+        run = self._runs.pop(lease)
+        value, flags = run.finish(state, reason)
+        self._study.tell(lease, state, None if state == "FAIL" else value, reason)
+        _drop_checkpoint(run.folder)
+        _keep_best(self._study, self._config.study)
+        self._watcher.ended(lease.cell, state, value, flags)
+
+    def _give_back(self) -> None:
+        for lease, run in self._runs.items():
+            run.abandon()
+            self._study.release(lease)
+        self._runs.clear()
+
+
+def device(launcher: LauncherConfig) -> torch.device:
+    """The device of `launcher.device`; sets torch's threads on the way."""
+    if launcher.threads is not None:
+        torch.set_num_threads(launcher.threads)
+    if launcher.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(launcher.device)
+
+
+def check(launcher: LauncherConfig) -> list[Fault]:
+    """Whether the device is there."""
+    index = launcher.device.partition(":")[2] or "0"
+    if launcher.device.startswith("cuda") and int(index) >= torch.cuda.device_count():
+        rule = f"this machine has {torch.cuda.device_count()} CUDA devices"
+        return [Fault("launcher.device", rule, launcher.device, "launcher.device=auto takes what is there")]
+    return []
+
+
+def trial_folder(study: Path, cell: Cell) -> Path:
+    return study / "trials" / cell.folder
+
+
+def _told_before(study: Study, sweep: Sweep, lease: Lease, watcher: Watcher) -> bool:
+    """Tells a cell whose result was written, but not told, when its worker was killed: finished work is not redone."""
+    folder = trial_folder(study.folder, lease.cell)
+    result = read_result(folder)
+    if result is None:
+        return False
+    state = cast(Outcome, result["state"])
+    study.tell(lease, state, None if state == "FAIL" else result["eval_loss"], result["reason"])
+    _drop_checkpoint(folder)
+    _keep_best(study, sweep.config(lease.cell).study)
+    watcher.ended(lease.cell, state, result["eval_loss"], result["flags"])
+    return True
+
+
+def _drop_checkpoint(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+
+
+def _keep_best(study: Study, rules: StudyConfig) -> None:
+    """Removes the adapters that study.keep_adapters does not ask for."""
+    if rules.keep_adapters == "all":
+        return
+    done = [status for status in study.statuses() if status.state in ("COMPLETE", "PRUNED")]
+    ranked = sorted(done, key=lambda status: math.inf if status.value is None else status.value)
+    for status in ranked[int(rules.keep_adapters) :]:
+        shutil.rmtree(trial_folder(study.folder, status.cell) / "adapter", ignore_errors=True)
+
+
+def _heartbeat(watcher: Watcher, stop: Stop) -> Stop:
+    def asked() -> bool:
+        watcher.stepped()
+        return stop()
+
+    return asked

@@ -1,0 +1,278 @@
+"""Whole studies on the embedded base, as `lora-sweep launch` runs them: interrupted, refilled, exported, picked."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM
+from test_pack import IGNORED, mean_loss
+
+from lora_sweep import data as data_room
+from lora_sweep import launch, results, space
+from lora_sweep.errors import NoSafeAnswer, StudyError
+from lora_sweep.model import LoadedBase
+from lora_sweep.pick import pick
+from lora_sweep.records import Base, Cell, Evaluation
+from lora_sweep.study import Study
+
+SMALL = {
+    "data": {"people": 32, "eval_size": 16, "probe_size": 8},
+    "train": {"max_steps": 6, "eval_every": 2, "batch_size": 2, "eval_batch_size": 8, "slots": 3},
+}
+
+
+class Silent:
+    """A Watcher that remembers."""
+
+    def __init__(self) -> None:
+        self.admissions: list[tuple[int, int, int]] = []
+        self.ends: list[tuple[int, str]] = []
+        self.steps = 0
+
+    def admitted(self, cell: Cell, slot: int, step: int) -> None:
+        self.admissions.append((cell.number, slot, step))
+
+    def stepped(self) -> None:
+        self.steps += 1
+
+    def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None: ...
+
+    def ended(self, cell: Cell, state: str, value: float | None, flags: Sequence[str]) -> None:
+        self.ends.append((cell.number, state))
+
+
+def write_sweep(folder: Path, axes: dict[str, str], **more: Any) -> Path:
+    content = {"defaults": [{"override /tracker": "none"}], **SMALL, "space": axes}
+    for key, value in more.items():
+        content[key] = {**content.get(key, {}), **value} if isinstance(value, dict) else value
+    path = folder / "ask.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def run(path: Path, *overrides: str, stop_after: int | None = None) -> tuple[Silent, bool, list[results.Row]]:
+    sweep, faults = space.read(str(path), overrides)
+    assert faults == []
+    assert space.check(sweep)[1] == []
+    watcher = Silent()
+    finished = launch.launch(sweep, watcher, lambda: stop_after is not None and watcher.steps > stop_after)
+    return watcher, finished, results.rows(Study.read(Path("outputs/ask")))
+
+
+GRID = {"method.rank": "choice(2, 4)", "optimizer.base_lr": "choice(1e-3, 3e-3)", "optimizer.ratio": "choice(1, 4)"}
+
+
+@pytest.mark.filterwarnings(IGNORED)
+def test_a_grid_runs_every_cell_once_and_leaves_what_the_readme_promises(in_folder: Path, base: LoadedBase) -> None:
+    watcher, finished, table = run(write_sweep(in_folder, GRID))
+    assert finished
+    assert sorted(number for number, _ in watcher.ends) == list(range(8))
+    assert [row["state"] for row in table] == ["COMPLETE"] * 8
+    assert table == [json.loads(line) for line in (in_folder / "outputs/ask/trials.jsonl").read_text().splitlines()]
+    evaluation = data_room.load(space.read("ask.yaml", [])[0].base().data, base.tokenizer).evaluation
+    for row in table:
+        assert set(row["params"]) == set(GRID)
+        assert row["gap"] is not None
+        assert row["steps"] == 6
+        trial = in_folder / "outputs/ask/trials" / f"{row['number']:04d}"
+        assert sorted(file.name for file in trial.iterdir()) == [
+            "adapter", "config.yaml", "evaluations", "metrics.jsonl", "result.json",
+        ]  # fmt: skip
+        steps = [json.loads(line)["step"] for line in (trial / "metrics.jsonl").read_text().splitlines()]
+        assert steps == [1, 2, 3, 4, 5, 6]
+        # Whoever has the folder needs nothing else.
+        loaded = AutoPeftModelForCausalLM.from_pretrained(str(trial / "adapter"))
+        loaded.eval()
+        assert mean_loss(loaded, evaluation) == pytest.approx(row["eval_loss"], rel=1e-4)
+    winner, production = pick(Path("outputs/ask"))
+    assert winner["eval_loss"] == min(row["eval_loss"] for row in table)
+    shipped = yaml.safe_load((production / "production.yaml").read_text())
+    assert shipped["method"]["rank"] == winner["params"]["method.rank"]
+    assert shipped["optimizer"]["base_lr"] == winner["params"]["optimizer.base_lr"]
+    assert (production / "adapter/adapter_model.safetensors").is_file()
+    assert f"cell {winner['number']}" in (production / "evidence.md").read_text()
+
+
+def test_cells_of_one_class_have_bitwise_equal_losses(in_folder: Path) -> None:
+    # alpha and ratio are one knob when eps and decay scale with them; here eps is too small to matter.
+    axes = {"method.alpha": "choice(8, 16)", "optimizer.ratio": "choice(2, 4)"}
+    more = {"optimizer": {"eps": 1e-30}}
+    _, _, table = run(write_sweep(in_folder, axes, **more))
+    by_params = {(row["params"]["method.alpha"], row["params"]["optimizer.ratio"]): row["eval_loss"] for row in table}
+    assert by_params[8, 4] == by_params[16, 2]
+    assert len(set(by_params.values())) == 3
+
+
+def test_a_stopped_study_goes_on_from_its_checkpoints_to_the_same_bits(in_folder: Path) -> None:
+    path = write_sweep(in_folder, GRID)
+    stopped, finished, table = run(path, stop_after=8)
+    assert not finished
+    assert {row["state"] for row in table} == {"COMPLETE", "WAITING"}
+    resumed, finished, table = run(path)
+    assert finished
+    assert [step for _, _, step in resumed.admissions].count(2) == 3, "three cells were at their first evaluation"
+    assert sorted(stopped.ends + resumed.ends) == [(number, "COMPLETE") for number in range(8)]
+    whole = in_folder / "whole"
+    whole.mkdir()
+    os.chdir(whole)
+    _, _, uninterrupted = run(write_sweep(whole, GRID))
+    for one, other in zip(table, uninterrupted, strict=True):
+        assert one["eval_loss"] == other["eval_loss"]
+        assert one["train_loss"] == other["train_loss"]
+
+
+def test_a_relaunch_with_another_meaning_is_refused_and_shows_the_difference(in_folder: Path) -> None:
+    path = write_sweep(in_folder, {"method.rank": "choice(2, 4)"})
+    run(path)
+    before = (in_folder / "outputs/ask/config.yaml").read_text()
+    with pytest.raises(StudyError, match=r"train\.batch_size: 2 -> 3"):
+        run(path, "train.batch_size=3")
+    with pytest.raises(StudyError, match=r"space\.method\.rank: choice\(2, 4\) -> choice\(2, 8\)"):
+        run(path, "method.rank=choice(2, 8)")
+    assert (in_folder / "outputs/ask/config.yaml").read_text() == before
+    watcher, finished, _ = run(path, "train.slots=1", "study.keep_adapters=1")
+    assert finished
+    assert watcher.ends == [], "how a study runs may change; finished work is not redone"
+
+
+def test_a_diverged_cell_is_a_failure_with_its_last_finite_step_and_no_made_up_loss(in_folder: Path) -> None:
+    axes = {"optimizer.base_lr": "choice(1e-3, 1e30)"}
+    _, _, (good, bad) = run(write_sweep(in_folder, axes))
+    assert (good["state"], good["flags"]) == ("COMPLETE", [])
+    assert (bad["state"], bad["reason"], bad["flags"], bad["eval_loss"]) == ("FAIL", "diverged", ["diverged"], None)
+    result = json.loads((in_folder / "outputs/ask/trials/0001/result.json").read_text())
+    assert 0 <= result["last_finite_step"] < 6
+    assert not (in_folder / "outputs/ask/trials/0001/adapter").exists()
+
+
+def test_an_adapter_that_learned_nothing_is_flagged_and_never_picked(in_folder: Path) -> None:
+    _, _, table = run(write_sweep(in_folder, {"optimizer.base_lr": "choice(1e-9, 1e-8)"}))
+    assert [row["flags"] for row in table] == [["zero_trapped"]] * 2
+    finding = json.loads((in_folder / "outputs/ask/trials/0000/result.json").read_text())["findings"][0]
+    assert finding["evidence"]["delta_rel"] < finding["evidence"]["delta_rel_needed"]
+    with pytest.raises(NoSafeAnswer, match="zero_trapped"):
+        pick(Path("outputs/ask"))
+
+
+def test_asha_prunes_at_its_rungs_and_the_slots_are_refilled(in_folder: Path) -> None:
+    axes = {"optimizer.base_lr": "choice(1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 3e-3)", "method.rank": "choice(2, 4)"}
+    asha = {"name": "asha", "eta": 2, "min_steps": 2}
+    watcher, finished, table = run(write_sweep(in_folder, axes, pruner=asha))
+    assert finished
+    pruned = [row for row in table if row["state"] == "PRUNED"]
+    assert len(pruned) >= 4
+    assert {row["steps"] for row in pruned} <= {2, 4}
+    best = results.ranked(table)[0]
+    assert best["params"]["optimizer.base_lr"] >= 1e-3
+    refilled = [number for number, _, _ in watcher.admissions]
+    assert sorted(refilled) == list(range(12))
+    # A full run of all cells in three slots takes 24 steps; what was pruned was not trained on.
+    assert watcher.steps < 24 + 12
+
+
+def test_a_sampled_study_draws_its_cells_and_only_the_best_adapters_are_kept(in_folder: Path) -> None:
+    sampler = {"name": "optuna", "n_trials": 5, "instance": {"_target_": "optuna.samplers.TPESampler", "seed": 1}}
+    axes = {"method.rank": "choice(1, 2, 4)", "optimizer.base_lr": "tag(log, interval(1e-4, 3e-3))"}
+    path = write_sweep(in_folder, axes, sampler=sampler)
+    _, finished, table = run(path, "study.keep_adapters=2")
+    assert finished
+    assert len(table) == 5
+    assert all(1e-4 <= row["params"]["optimizer.base_lr"] <= 3e-3 for row in table)
+    kept = [row["number"] for row in table if (in_folder / f"outputs/ask/trials/{row['number']:04d}/adapter").exists()]
+    assert sorted(kept) == sorted(row["number"] for row in results.ranked(table)[:2])
+
+
+def test_cells_that_cannot_share_a_pack_wait_for_their_own(in_folder: Path) -> None:
+    axes = {"train.batch_size": "choice(1, 2)", "data": "choice(style, facts)", "method.rank": "choice(2, 4)"}
+    watcher, finished, table = run(write_sweep(in_folder, axes))
+    assert finished
+    assert {row["state"] for row in table} == {"COMPLETE"}
+    assert sorted(number for number, _ in watcher.ends) == list(range(8))
+    assert len({row["base_loss"] for row in table}) == 2
+
+
+ASK = [sys.executable, "-m", "lora_sweep", "launch", "ask.yaml"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(Path(launch.__file__).parents[1])}
+
+
+def wait_for(path: Path, text: str, process: "subprocess.Popen[bytes]", seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < until:
+        if path.is_file() and text in path.read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never said {text!r}; exit code {process.poll()}")
+
+
+def test_kill_9_in_the_middle_and_the_same_command_again_finishes_every_cell_once(in_folder: Path) -> None:
+    axes = {**GRID, "optimizer.base_lr": "choice(1e-3, 1e30)"}
+    write_sweep(in_folder, axes, defaults=[], tracker={"mode": "offline"})
+    journal = in_folder / "outputs/ask/study.journal"
+    for kill in range(2):
+        process = subprocess.Popen(ASK, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        # Once in the middle of the first pack, once after some cells are finished.
+        wait_for(in_folder / "outputs/ask/trials/0000/metrics.jsonl", "eval/loss", process)
+        if kill:
+            wait_for(in_folder / "outputs/ask/trials.jsonl", "COMPLETE", process)
+        time.sleep(random.Random(kill).uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert journal.is_file()
+    done = subprocess.run(ASK, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    table = [json.loads(line) for line in (in_folder / "outputs/ask/trials.jsonl").read_text().splitlines()]
+    assert [row["number"] for row in table] == list(range(8))
+    hot = [row for row in table if row["params"]["optimizer.base_lr"] > 1]
+    assert [(row["state"], row["reason"]) for row in hot] == [("FAIL", "diverged")] * 4
+    assert [row["state"] for row in table if row not in hot] == ["COMPLETE"] * 4
+    for row in table:
+        trial = in_folder / f"outputs/ask/trials/{row['number']:04d}"
+        steps = [json.loads(line)["step"] for line in (trial / "metrics.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, row["steps"] + 1))
+    runs = [path.name.rpartition("-")[2] for path in (in_folder / "outputs/ask/wandb").glob("offline-run-*")]
+    assert sorted(runs) == [f"{number:04d}" for number in range(8)], "one W&B run a cell"
+    again = subprocess.run(ASK, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    assert again.returncode == 0
+    assert "8 of them finished" in again.stdout
+
+
+def test_ctrl_c_stops_cleanly_says_how_to_go_on_and_a_second_process_is_refused(in_folder: Path) -> None:
+    write_sweep(in_folder, GRID, train={"max_steps": 4000, "eval_every": 4})
+    process = subprocess.Popen(ASK, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(in_folder / "outputs/ask/trials/0000/metrics.jsonl", "eval/loss", process)  # type: ignore[arg-type]
+    second = subprocess.run(ASK, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert second.returncode == 2
+    assert f"process {process.pid}" in second.stderr
+    assert "Traceback" not in second.stderr
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "the same command goes on" in out
+    assert "Traceback" not in err
+    status = Study.read(in_folder / "outputs/ask").counts()
+    assert status["RUNNING"] == 0
+    assert status["WAITING"] == 8
+
+
+def test_one_trial_without_a_study(in_folder: Path) -> None:
+    overrides = [f"{group}.{key}={value}" for group, knobs in SMALL.items() for key, value in knobs.items()]
+    command = [sys.executable, "-m", "lora_sweep", "train", "tracker=none", "optimizer.base_lr=1e-3", *overrides]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "COMPLETE: eval loss" in done.stdout
+    assert (in_folder / "outputs/train/adapter/adapter_model.safetensors").is_file()
+    assert not (in_folder / "outputs/train/checkpoint").exists()
+    assert torch.isfinite(torch.tensor(json.loads((in_folder / "outputs/train/result.json").read_text())["eval_loss"]))
