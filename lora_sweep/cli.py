@@ -205,6 +205,42 @@ def pick(study: StudyFolder, as_json: Json = False) -> None:
     _say(console, f"exported to {production}: production.yaml, adapter/, evidence.md")
 
 
+@app.command()
+def bench(
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="tasks: are the embedded tasks worth sweeping?")
+    ] = "tasks",
+    as_json: Json = False,
+) -> None:
+    """Measure the project itself, here."""
+    from lora_sweep.errors import ConfigError
+    from lora_sweep.records import Fault
+
+    if what != "tasks":
+        raise ConfigError([Fault("WHAT", "must be `tasks`", what)])
+    _quiet()
+    from rich.console import Console
+
+    from lora_sweep import bench as benchmarks
+
+    made = benchmarks.tasks(lambda line: print(line, file=sys.stderr))
+    if as_json:
+        print(json.dumps(made))
+        return
+    console, style, facts = Console(), made["style"], made["facts"]
+    share = f"{style['share_of_full_gain']:.1%} of its gain"
+    _say(
+        console,
+        f"style  base {style['base_loss']:.3f}, full fine-tuning {style['full_loss']:.3f}, "
+        f"LoRA {style['lora_loss']:.3f}: {share}",
+    )
+    means = [sum(facts[key]) / len(facts[key]) for key in ("rank_2_losses", "rank_16_losses")]
+    gain = (
+        f"{facts['gain_of_rank']:.3f} +- {facts['standard_error']:.3f}, {facts['standard_errors']:.1f} standard errors"
+    )
+    _say(console, f"facts  base {facts['base_loss']:.3f}, rank 2 {means[0]:.3f}, rank 16 {means[1]:.3f}: {gain}")
+
+
 def _checked(path: str | None, overrides: list[str] | None) -> "Sweep":
     """The sweep, or every fault of all rooms at once."""
     from lora_sweep import space

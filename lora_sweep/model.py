@@ -193,6 +193,10 @@ def load(model: ModelConfig, device: torch.device, keep_in: Path | None = None) 
         tokenizer = AutoTokenizer.from_pretrained(at.name_or_path, **at.arguments)
     except UNREADABLE as error:
         raise UserError(f"model.path: cannot be loaded: {_one_line(error)}, got {model.path!r}") from error
+    if at.gguf_file is not None:
+        # Its weights were de-quantised on loading; what still says otherwise keeps them from being saved.
+        loaded.hf_quantizer = None
+        vars(loaded.config).pop("quantization_config", None)
     loaded.requires_grad_(False)
     loaded.eval()
     name = at.name_or_path

@@ -52,6 +52,7 @@ class Show:
         self._cells, self._done, self._max_steps = cells, done, max_steps
         self._bays: dict[int, _Bay] = {}
         self._slot_of: dict[int, int] = {}
+        self._todo = (cells - done) * max_steps
         self._slot_steps = 0
         self._settled_steps = 0
         self._began = time.monotonic()
@@ -61,7 +62,6 @@ class Show:
         self._live = (
             Live(console=console, refresh_per_second=4, get_renderable=self._draw) if console.is_terminal else None
         )
-        self._todo = (cells - done) * max_steps
 
     def __enter__(self) -> Self:
         if self._live is not None:

@@ -95,8 +95,9 @@ class Run:
         self._record = Record.open(
             folder, cell=cell, config=asdict(config), base=base, tracker=tracker, resume_step=resume_step
         )
-        kept = [row["eval/loss"] for row in read_rows(folder) if row.get("eval/loss") is not None]
-        self.best_loss: float = min(kept, default=math.inf)
+        self.before = {row["step"]: row["eval/loss"] for row in read_rows(folder) if row.get("eval/loss") is not None}
+        """Step -> evaluation loss of what an earlier attempt recorded up to the checkpoint."""
+        self.best_loss: float = min(self.before.values(), default=math.inf)
         self._last: Evaluation | None = None
 
     @property
@@ -243,6 +244,9 @@ class _Shift:
         config = self._sweep.config(lease.cell)
         run = Run(self._pack, self._base, lease.cell, config, folder, self._tracker)
         self._runs[lease] = run
+        for step, loss in run.before.items():
+            # A rung passed by an earlier attempt counts for the others; its verdict was to go on.
+            self._study.report_rung({lease: loss}, step)
         self._watcher.admitted(lease.cell, run.slot, run.step)
 
     def _conclude(self, evaluations: dict[int, Evaluation]) -> None:

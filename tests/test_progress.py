@@ -1,0 +1,99 @@
+"""What a person sees, on a terminal and in a log."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from lora_sweep import progress
+from lora_sweep.records import Base, Cell, Evaluation
+
+BASE = Base(4.0, 4.0, np.array([4.0, 4.0]))
+
+
+def evaluation(cell: int, step: int, loss: float) -> Evaluation:
+    return Evaluation(cell, step, 100, loss, loss, loss, np.array([loss, loss]), 1.0, 1.0, (), (), 1.0, 10.0)
+
+
+def watch(console: Console) -> None:
+    """Three cells in two slots: two finish, one diverges."""
+    cells = [Cell(number, {"method.rank": 4 + number, "optimizer.base_lr": 1e-3}) for number in range(3)]
+    with progress.Show(console, 3, 0, 2) as show:
+        for slot in (0, 1):
+            show.admitted(cells[slot], slot, 0)
+        for _ in range(2):
+            show.stepped()
+        for cell in cells[:2]:
+            show.evaluated(cell, evaluation(cell.number, 2, 1.5), BASE)
+            show.ended(cell, "COMPLETE", 1.5, ("zero_trapped",) if cell.number else ())
+        show.admitted(cells[2], 0, 0)
+        show.stepped()
+        show.evaluated(cells[2], evaluation(2, 2, 3.25), BASE)
+        show.ended(cells[2], "FAIL", None, ("diverged",))
+
+
+def test_a_log_gets_one_plain_line_a_cell() -> None:
+    out = io.StringIO()
+    watch(Console(file=out, width=60))
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("[1/3] cell 0000 COMPLETE eval loss 1.5000 (base 4.0000)  rank=4 base_lr=0.001  ETA")
+    assert "zero_trapped" in lines[1]
+    assert lines[2].startswith("[3/3] cell 0002 FAIL eval loss -")
+    assert lines[2].endswith("diverged  ETA 0 s")
+    assert "\x1b" not in out.getvalue()
+
+
+def test_a_terminal_shows_the_slots_the_losses_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = []
+    draw = progress.Show._draw
+
+    def kept(show: progress.Show) -> Any:
+        group = draw(show)
+        frame = Console(file=io.StringIO(), width=100)
+        frame.print(group)
+        frames.append(frame.file.getvalue())  # type: ignore[attr-defined]
+        return group
+
+    monkeypatch.setattr(progress.Show, "_draw", kept)
+    out = io.StringIO()
+    console = Console(file=out, width=100, force_terminal=True)
+    cell = Cell(7, {"method.rank": 4})
+    with progress.Show(console, 2, 1, 10) as show:
+        show.admitted(cell, 3, 0)
+        show.stepped()
+        show.evaluated(cell, evaluation(7, 5, 2.0), BASE)
+        show._live.refresh()  # type: ignore[union-attr]
+    last = frames[-1]
+    for word in ("1/2", "ETA", "0007", "5/10", "2.0000", "50%", "rank=4"):
+        assert word in last, last
+
+
+def test_the_ranking_keeps_its_values_whole_on_eighty_columns() -> None:
+    keys = ("method.rank", "method.alpha", "method.use_rslora", "optimizer.ratio", "optimizer.base_lr")
+    values = (16, 32, True, 16, 0.0005)
+    row = {"number": 34, "params": dict(zip(keys, values, strict=True)), "eval_loss": 0.7416, "base_loss": 6.3234}
+    row |= {"gap": 0.1336, "flags": [], "reason": None}
+    out = io.StringIO()
+    Console(file=out, width=80).print(progress.ranking([row], [row]))
+    line = next(line for line in out.getvalue().splitlines() if "0034" in line)
+    assert line.split() == ["1", "0034", "16", "32", "true", "16", "0.0005", "0.7416", "11.7%", "+0.1336"]
+
+
+def test_flags_and_reasons_are_counted_with_their_cells() -> None:
+    rows = [{"number": number, "flags": ["zero_trapped"], "reason": None} for number in range(10)]
+    rows.append({"number": 11, "flags": [], "reason": "memory"})
+    lines = progress.flag_lines(rows)
+    assert lines == [
+        "memory: 1 cells (0011)",
+        "zero_trapped: 10 cells (0000, 0001, 0002, 0003, 0004, 0005, 0006, 0007, ...)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, "?"), (float("nan"), "?"), (0.4, "0 s"), (59.6, "1:00 min"), (7260, "2:01 h")]
+)
+def test_durations_read_like_a_clock(seconds: float | None, text: str) -> None:
+    assert progress.duration(seconds) == text
