@@ -35,9 +35,10 @@ def peft_config(
 
 
 @contextmanager
-def _renaming_unheard() -> Iterator[None]:
-    """PEFT reads an attribute that transformers is renaming."""
+def _peft_chatter_off() -> Iterator[None]:
+    """PEFT reads an attribute that transformers is renaming, and tells that it set fan_in_fan_out right for Conv1D."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
 
@@ -51,7 +52,7 @@ class Blueprint:
     revision: str | None = None
 
     def _adapt(self, config: LoraConfig) -> Any:
-        with _renaming_unheard():
+        with _peft_chatter_off():
             # A copy: PEFT writes the base's name and the matched modules into what it is given.
             return get_peft_model(self.skeleton, deepcopy(config))
 
@@ -113,7 +114,7 @@ def load(model: Any, folder: Path) -> PeftModel:
     """PEFT's own model around `model`; safetensors only. Raises UserError."""
     refuse_pickles(folder)
     try:
-        with _renaming_unheard():
+        with _peft_chatter_off():
             return PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: PEFT cannot load it: {' '.join(str(error).split())}") from error

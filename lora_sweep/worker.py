@@ -206,23 +206,16 @@ class _Shift:
 
     def run(self, first: Lease, stop: Stop) -> bool:
         """Five verbs: lease, advance, record, report, tell. False when `stop` ended it early."""
-        held: set[Lease] = {first}
         try:
             self._admit(first)
-            held.clear()
-            while self._runs or self._fill():
-                self._fill()
-                evaluations = {
-                    evaluation.cell: evaluation for evaluation in self._pack.advance(_heartbeat(self._watcher, stop))
-                }
-                if not evaluations and self._runs:
+            while self._fill():
+                evaluations = self._pack.advance(_heartbeat(self._watcher, stop))
+                if not evaluations:
                     self._give_back()
                     return False
-                self._conclude(evaluations)
+                self._conclude({evaluation.cell: evaluation for evaluation in evaluations})
         except BaseException:
             # A bug or a full disk must not cost the other cells their turn.
-            for lease in held:
-                self._study.release(lease)
             self._give_back()
             raise
         return True

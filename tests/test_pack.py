@@ -48,7 +48,7 @@ def largest_difference(mine: torch.Tensor, other: torch.Tensor) -> float:
 
 def plain_peft_losses(base: LoadedBase, data: Data, trial: Trial) -> torch.Tensor:
     """The oracle: PEFT's LoraConfig on the whole base, torch's AdamW, the groups of create_loraplus_optimizer."""
-    arguments = {"dtype": base.dtype, "attn_implementation": "sdpa"}
+    arguments = {"dtype": base.dtype, "attn_implementation": base.model.config._attn_implementation}
     model = AutoModelForCausalLM.from_pretrained(base.name_or_path, **arguments)
     model.eval()
     method, optimizer, train = trial.method, trial.optimizer, trial.train
@@ -271,6 +271,7 @@ def test_the_base_losses_are_those_of_the_untouched_base(base: LoadedBase, style
     assert len(measured.eval_losses) == len(style.evaluation)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize(
     "targets", ["all-linear", ["q_proj", "v_proj"], r".*layers\.[01]\..*up_proj", ["lm_head", "o_proj"]]
 )
@@ -297,14 +298,16 @@ def tiny_stranger(kind: str) -> Any:
     return LlamaConfig(**shape, **small)
 
 
-@pytest.mark.filterwarnings(IGNORED)
+@pytest.mark.filterwarnings(IGNORED, "ignore:fan_in_fan_out is set")
 @pytest.mark.parametrize("kind", ["gpt2", "gemma2", "llama"])
 def test_other_architectures_train_like_peft_alone(kind: str, trial: MakeTrial, tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(tiny_stranger(kind)).save_pretrained(tmp_path)
     config = ModelConfig("local", str(tmp_path), None, "fp32", "sdpa")
     at = model_room.source(config)
-    loaded = AutoModelForCausalLM.from_pretrained(at.name_or_path, dtype=torch.float32).requires_grad_(False).eval()
+    attention = "eager" if kind == "gemma2" else "sdpa"
+    loaded = AutoModelForCausalLM.from_pretrained(at.name_or_path, dtype=torch.float32, attn_implementation=attention)
+    loaded.requires_grad_(False).eval()
     stranger = LoadedBase(loaded, None, at.name_or_path, None, torch.float32)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 300, (12, 16), generator=generator)

@@ -47,7 +47,7 @@ def test_a_sweep_of_smollm2_on_real_facts_ends_with_adapters_that_peft_loads(in_
     assert write_facts(in_folder / "facts.jsonl") >= 1000
     (in_folder / "cities.yaml").write_text(
         "defaults:\n  - override /model: local\n  - override /data: jsonl\n"
-        "train: {max_steps: 60, eval_every: 30, batch_size: 4, eval_batch_size: 8, slots: 4, warmup_steps: 3}\n"
+        "train: {max_steps: 40, eval_every: 20, batch_size: 2, eval_batch_size: 8, slots: 4, warmup_steps: 2}\n"
         "space:\n  optimizer.ratio: choice(1, 4)\n  optimizer.base_lr: choice(3e-4, 1e-3)\n"
     )
     overrides = [f"model.path={smollm2()}", "data.path=facts.jsonl", "data.eval_size=40", "data.probe_size=16"]

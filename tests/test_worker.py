@@ -165,7 +165,8 @@ def test_an_adapter_that_learned_nothing_is_flagged_and_never_picked(in_folder: 
 
 
 def test_asha_prunes_at_its_rungs_and_the_slots_are_refilled(in_folder: Path) -> None:
-    axes = {"optimizer.base_lr": "choice(1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 3e-3)", "method.rank": "choice(2, 4)"}
+    # The good ones come first: a rung looks at the values it has, so late comers are held against them.
+    axes = {"optimizer.base_lr": "choice(3e-3, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)", "method.rank": "choice(2, 4)"}
     asha = {"name": "asha", "eta": 2, "min_steps": 2}
     watcher, finished, table = run(write_sweep(in_folder, axes, pruner=asha))
     assert finished

@@ -37,7 +37,7 @@ class OutputLayer:
             hidden = self._body(input_ids=input_ids, use_cache=False).last_hidden_state
             rows, length = input_ids.shape[0], input_ids.shape[1] - 1
             parts = [
-                _nll(self._logits(hidden[:, a:b], a), input_ids[:, a + 1 : b + 1])
+                _nll(self._logits(hidden[:, a:b].contiguous(), a), input_ids[:, a + 1 : b + 1])
                 for a, b in self._chunks(rows, length)
             ]
         return torch.cat(parts, dim=1)
@@ -55,7 +55,7 @@ class OutputLayer:
         hidden = self._body(input_ids=input_ids, use_cache=False).last_hidden_state
         parts, gradients = [], []
         for a, b in self._chunks(*labels.shape):
-            chunk = hidden.detach()[:, a:b].requires_grad_()
+            chunk = hidden.detach()[:, a:b].contiguous().requires_grad_()
             losses = _nll(self._logits(chunk, a), labels[:, a:b])
             (losses * weights[:, a:b]).sum().backward()
             parts.append(losses.detach())

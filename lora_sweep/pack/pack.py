@@ -146,7 +146,6 @@ class Pack:
             evaluation, probe = (self._set_losses(part) for part in (self._data.evaluation, self._data.probe))
         finally:
             self._now.enabled = True
-        # Without adapters all slots are the same.
         return Base(evaluation[0][0], probe[0][0], evaluation[1][0])
 
     def _train_step(self) -> None:
@@ -225,8 +224,11 @@ class Pack:
         )
 
     def _set_losses(self, part: TokenSet) -> tuple[list[float], Any]:
-        """(mean loss over all counted tokens of each slot (K,), mean of each example (K, examples))."""
-        K, each = self.settings.slots, self.settings.eval_batch_size
+        """(mean loss over all counted tokens of each slot (K,), mean of each example (K, examples)).
+
+        With the adapters off all slots are the same, and one stands for them: K = 1.
+        """
+        K, each = self.settings.slots if self._now.enabled else 1, self.settings.eval_batch_size
         total = len(part)
         sums = torch.zeros(K, total, dtype=torch.float64, device=self._device)
         for first in range(0, total, each):

@@ -1,0 +1,377 @@
+"""Bases are found, checked without their weights, loaded frozen; adapters are PEFT's own, and never pickles."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import config_of
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_sweep import adapters
+from lora_sweep import model as model_room
+from lora_sweep.config import ModelConfig
+from lora_sweep.errors import UserError
+from lora_sweep.model import LoadedBase
+from lora_sweep.tiny.pretrain import WEIGHTS
+
+CPU = torch.device("cpu")
+
+
+def model_config(**knobs: Any) -> ModelConfig:
+    config: ModelConfig = replace(config_of().model, **knobs)
+    return config
+
+
+def faults_of(targets: Any = "all-linear", **knobs: Any) -> list[str]:
+    return [str(fault) for fault in model_room.check(model_config(**knobs), targets)]
+
+
+class Touch:
+    """A pickle that leaves a file when it is opened."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.file,))
+
+
+Checkpoint = Callable[..., Path]
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    """checkpoint(**config): the embedded base in a folder of its own, its config.json changed."""
+
+    def made(**changes: Any) -> Path:
+        folder = tmp_path / "checkpoint"
+        shutil.copytree(WEIGHTS, folder, dirs_exist_ok=True)
+        config = json.loads((WEIGHTS / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        return folder
+
+    return made
+
+
+# -- where a base lies ---------------------------------------------------------------------------------------------
+
+
+def test_the_embedded_base_and_a_folder_check_without_a_fault(checkpoint: Checkpoint) -> None:
+    assert faults_of() == []
+    assert faults_of(path=str(checkpoint())) == []
+
+
+def test_a_path_that_leads_nowhere_is_a_fault_without_asking_a_hub(in_folder: Path) -> None:
+    for path in ("./none", "/none/at/all", "~/none-at-all", "none/at/all"):
+        assert faults_of(path=path) == [f"model.path: no such checkpoint folder, got {path!r}"]
+    assert faults_of(path="none.gguf") == ["model.path: no such file, got 'none.gguf'"]
+    for path in ("embedded:none", "embedded:../../tests"):
+        assert faults_of(path=path) == [f"model.path: no such embedded base, got {path!r} (embedded:tiny)"]
+
+
+def test_a_hub_id_that_cannot_be_had_is_a_fault() -> None:
+    (fault,) = faults_of(path="nobody/nothing-of-this-name")
+    assert fault.startswith("model.path: cannot be read: ")
+    assert len(fault) < 500
+
+
+def test_a_folder_without_a_config_is_no_checkpoint(tmp_path: Path) -> None:
+    (fault,) = faults_of(path=str(tmp_path))
+    assert fault.startswith("model.path: holds no config.json")
+
+
+def test_pickled_weights_are_refused_and_never_opened(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder, alarm = checkpoint(), tmp_path / "alarm"
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(alarm)))
+    (fault,) = faults_of(path=str(folder))
+    assert "holds no safetensors; pickled weights can run code and are refused" in fault
+    with pytest.raises(UserError, match=r"model\.path: cannot be loaded"):
+        model_room.load(model_config(path=str(folder)), CPU)
+    assert not alarm.exists()
+    pickle.loads((folder / "pytorch_model.bin").read_bytes())
+    assert alarm.exists(), "the canary sings when it is let out"
+
+
+def test_code_beside_a_checkpoint_is_never_run(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    alarm = tmp_path / "alarm"
+    own = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model", "AutoTokenizer": ["mine.Tokens", None]}
+    for changes in ({"auto_map": own}, {"auto_map": own, "model_type": "unheard_of"}):
+        folder = checkpoint(**changes)
+        (folder / "mine.py").write_text(f"open({str(alarm)!r}, 'w')")
+        faults = faults_of(path=str(folder))
+        if "model_type" in changes:
+            assert faults[0].startswith("model.path: cannot be read: ")
+        else:
+            assert type(model_room.load(model_config(path=str(folder)), CPU).model).__module__.startswith(
+                "transformers."
+            )
+    assert not alarm.exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "unheard_of"},
+        {"model_type": "t5"},
+        {"model_type": "vit"},
+        {"hidden_size": "wide"},
+        {"hidden_size": -1},
+        {"num_attention_heads": 7},
+    ],
+)
+def test_a_config_that_is_no_causal_language_model_is_one_fault(
+    checkpoint: Checkpoint, changes: dict[str, Any]
+) -> None:
+    (fault,) = faults_of(path=str(checkpoint(**changes)))
+    assert fault.startswith("model.path: cannot be read: ")
+    assert "\n" not in fault
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", ""])
+def test_a_config_that_is_no_config_is_one_fault(checkpoint: Checkpoint, text: str) -> None:
+    folder = checkpoint()
+    (folder / "config.json").write_text(text)
+    (fault,) = faults_of(path=str(folder))
+    assert fault.startswith("model.path: cannot be read: ")
+
+
+def test_weights_that_are_torn_are_the_users_to_mend(checkpoint: Checkpoint) -> None:
+    folder = checkpoint()
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"model\.path: cannot be loaded"):
+        model_room.load(model_config(path=str(folder)), CPU)
+
+
+# -- target modules ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        (["q_proj", "q_prj", "no"], ["matches no module of the base, got 'q_prj' (linears are q_proj, ", "'no'"]),
+        ("q_proj", ["matches no module of the base, got 'q_proj'"]),
+        (["norm"], ["matches model.norm, which is no linear layer"]),
+        (["embed_tokens"], ["matches model.embed_tokens, which is no linear layer"]),
+        (r".*layers\.0.*", ["which is no linear layer"]),
+        (".*(", ["is no regular expression: missing ), unterminated subpattern at position 2, got '.*('"]),
+        ("*", ["is no regular expression"]),
+        ("", ["matches no module of the base"]),
+        ([""], ["matches no module of the base"]),
+        ([], ["must be `all-linear`, a list of module names or a regular expression, got []"]),
+        (5, ["must be `all-linear`, a list"]),
+        (None, ["must be `all-linear`, a list"]),
+        ([5], ["must be `all-linear`, a list"]),
+        ({"q_proj": 1}, ["must be `all-linear`, a list"]),
+    ],
+)  # fmt: skip
+def test_target_modules_that_fit_no_linear_layer_are_faults(targets: Any, told: list[str]) -> None:
+    faults = faults_of(targets)
+    assert len(faults) == len(told)
+    for fault, part in zip(faults, told, strict=True):
+        assert fault.startswith("method.target_modules: ")
+        assert part in fault
+
+
+@pytest.mark.parametrize(
+    ("targets", "count"),
+    [
+        ("all-linear", 28),
+        (["q_proj"], 4),
+        (["q_proj", "up_proj"], 8),
+        (r".*layers\.[01]\.self_attn\.(q|v)_proj", 4),
+        (["model.layers.2.mlp.up_proj"], 1),
+    ],
+)
+def test_peft_says_which_modules_a_target_means(base: LoadedBase, targets: Any, count: int) -> None:
+    assert faults_of(targets) == []
+    blueprint = adapters.Blueprint(model_room.skeleton(base.model.config), base.name_or_path)
+    shapes = blueprint.shapes(targets)
+    assert len(shapes) == count
+    for name, (d_in, d_out) in shapes.items():
+        assert base.model.get_submodule(name).weight.shape == (d_out, d_in)
+
+
+# -- the skeleton --------------------------------------------------------------------------------------------------
+
+
+def test_the_skeleton_has_the_bases_shapes_and_no_memory(base: LoadedBase) -> None:
+    shape = model_room.skeleton(base.model.config)
+
+    def parameters(model: Any) -> dict[str, Any]:
+        return {name: (each.shape, each.dtype) for name, each in model.named_parameters(remove_duplicate=False)}
+
+    assert parameters(shape) == parameters(base.model)
+    assert all(tensor.untyped_storage().nbytes() <= 8 for tensor in shape.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "down_proj"]])
+def test_peft_draws_the_same_initial_A_on_the_skeleton_as_on_the_base(dtype: str, targets: Any) -> None:
+    loaded = model_room.load(model_config(dtype=dtype), CPU)
+    blueprint = adapters.Blueprint(model_room.skeleton(loaded.model.config), loaded.name_or_path)
+    state = torch.random.get_rng_state()
+    settings = adapters.peft_config(5, 16, True, 0.1, targets)
+    drawn = [blueprint.initial(settings, seed) for seed in (7, 7, 8)]
+    assert torch.equal(torch.random.get_rng_state(), state), "nobody else's randomness is touched"
+    torch.manual_seed(7)
+    real = get_peft_model(loaded.model, settings).base_model.model
+    theirs = {
+        name: layer.lora_A["default"].weight for name, layer in real.named_modules() if isinstance(layer, LoraLayer)
+    }
+    assert list(drawn[0]) == list(theirs)
+    for name, A in theirs.items():
+        assert drawn[0][name].dtype == A.dtype
+        assert torch.equal(drawn[0][name], A)
+        assert torch.equal(drawn[0][name], drawn[1][name])
+        assert not torch.equal(drawn[0][name], drawn[2][name])
+
+
+# -- loading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp64", torch.float64)]
+)
+def test_a_folder_loads_frozen_in_its_dtype_and_is_named_by_its_absolute_path(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, word: str, dtype: torch.dtype
+) -> None:
+    folder = checkpoint()
+    monkeypatch.chdir(folder.parent)
+    loaded = model_room.load(model_config(path="checkpoint", dtype=word), CPU, folder.parent / "study")
+    assert loaded.name_or_path == str(folder)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {dtype} == {loaded.dtype}
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert not loaded.model.training
+    assert not (folder.parent / "study").exists(), "a base that a name reaches is not copied"
+
+
+def test_the_embedded_base_is_kept_once_and_loads_from_there(tmp_path: Path) -> None:
+    first = model_room.load(model_config(), CPU, tmp_path)
+    assert first.name_or_path == str(tmp_path / "base")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "base").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= kept.keys()
+    assert model_room.load(model_config(), CPU, tmp_path).name_or_path == first.name_or_path
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "base").iterdir()} == kept
+    again = AutoModelForCausalLM.from_pretrained(first.name_or_path, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(first.name_or_path)("Ada Berg was born", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, first.model(input_ids=ids).logits)
+
+
+def test_a_base_that_could_not_be_kept_leaves_nothing_half_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: LoadedBase
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(base.model), "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        model_room.load(model_config(), CPU, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- adapters on disk ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(base: LoadedBase, tmp_path: Path) -> tuple[Path, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """(an adapter of rank 3 on disk, its random weights)."""
+    blueprint = adapters.Blueprint(model_room.skeleton(base.model.config), "the/base", "a-commit")
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        name: (torch.randn(3, d_in, generator=generator), torch.randn(d_out, 3, generator=generator))
+        for name, (d_in, d_out) in blueprint.shapes("all-linear").items()
+    }
+    blueprint.write(tmp_path / "adapter", adapters.peft_config(3, 12, True, 0.25, "all-linear"), weights)
+    return tmp_path / "adapter", weights
+
+
+def fresh_base() -> Any:
+    return model_room.load(model_config(), CPU).model
+
+
+def test_an_adapter_comes_back_from_disk_as_it_was_written(written: Any) -> None:
+    folder, weights = written
+    loaded = adapters.load(fresh_base(), folder)
+    layers = {name: layer for name, layer in loaded.base_model.model.named_modules() if isinstance(layer, LoraLayer)}
+    assert layers.keys() == weights.keys()
+    for name, (A, B) in weights.items():
+        assert torch.equal(layers[name].lora_A["default"].weight, A)
+        assert torch.equal(layers[name].lora_B["default"].weight, B)
+        assert layers[name].scaling["default"] == 12 / 3**0.5
+
+
+def test_an_adapter_on_disk_is_what_peft_writes_and_names_its_base(written: Any) -> None:
+    folder, _ = written
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    asked = {"r": 3, "lora_alpha": 12, "use_rslora": True, "lora_dropout": 0.25, "peft_type": "LORA"}
+    named = {"base_model_name_or_path": "the/base", "revision": "a-commit", "task_type": "CAUSAL_LM"}
+    assert config.items() >= (asked | named).items()
+
+
+def test_writing_leaves_the_blueprint_as_it_was(base: LoadedBase, tmp_path: Path) -> None:
+    blueprint = adapters.Blueprint(model_room.skeleton(base.model.config), "b")
+    settings = adapters.peft_config(2, 4, False, 0.0, ["q_proj"])
+    before = blueprint.initial(settings, 1)
+    weights = {name: (A, torch.zeros(128, 2)) for name, A in before.items()}
+    for number in range(2):
+        blueprint.write(tmp_path / str(number), settings, weights)
+    assert [path.read_bytes() for path in sorted(tmp_path.glob("0/*"))] == [
+        path.read_bytes() for path in sorted(tmp_path.glob("1/*"))
+    ]
+    assert all(torch.equal(before[name], A) for name, A in blueprint.initial(settings, 1).items())
+
+
+def test_a_pickled_adapter_is_refused_and_never_opened(written: Any, tmp_path: Path) -> None:
+    folder, _ = written
+    alarm = tmp_path / "alarm"
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Touch(alarm)))
+    with pytest.raises(UserError, match="refused, its weights are a pickle, which can run code"):
+        adapters.load(fresh_base(), folder)
+    assert not alarm.exists()
+
+
+def test_a_pickle_beside_the_safetensors_is_left_alone(written: Any, tmp_path: Path) -> None:
+    folder, _ = written
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Touch(tmp_path / "alarm")))
+    assert isinstance(adapters.load(fresh_base(), folder), PeftModel)
+    assert not (tmp_path / "alarm").exists()
+
+
+def test_a_folder_that_is_no_adapter_is_refused(written: Any, tmp_path: Path) -> None:
+    folder, _ = written
+    with pytest.raises(UserError, match=r"holds no adapter_config\.json, so it is no PEFT adapter"):
+        adapters.load(fresh_base(), tmp_path)
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors is missing"):
+        adapters.load(fresh_base(), folder)
+
+
+@pytest.mark.parametrize("harm", ["torn", "of another shape", "config"])
+def test_an_adapter_that_peft_cannot_load_is_the_users_to_mend(written: Any, harm: str) -> None:
+    folder, _ = written
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    if harm == "torn":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif harm == "of another shape":
+        save_file({name: tensor[:2] for name, tensor in load_file(weights).items()}, weights)
+    else:
+        config.write_text("{")
+    with pytest.raises(UserError, match="PEFT cannot load it") as caught:
+        adapters.load(fresh_base(), folder)
+    assert "\n" not in str(caught.value)
