@@ -9,7 +9,7 @@ from typing import Any
 # No test reaches a hub; read when the hub's client is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # As the command line does it (cli.main); read when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import pytest
 import torch
