@@ -42,8 +42,8 @@ def main() -> NoReturn:
     """Runs a verb. Exit codes: 0 done, 2 the user's mistake, 3 no safe answer, 130 stopped, 1 anything else."""
     from lora_sweep.errors import NoSafeAnswer, OutOfRoom, UserError
 
-    # Read when torch is imported: how long its threads spin for one another before they sleep. By default so long that on
-    # a machine with other work small operations took 10 to 40 times as long; not at all costs a third on an idle one.
+    # Read when torch is imported: how long its threads spin for one another before they sleep. By default so long that
+    # on a machine with other work small operations took 10 to 40 times as long; none at all costs a third when idle.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         app()

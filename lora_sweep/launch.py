@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_sweep import results, space
+from lora_sweep import results, samplers, space
 from lora_sweep.asha import Asha
 from lora_sweep.config import Config, StudyConfig, to_yaml
 from lora_sweep.errors import OutOfRoom, StudyError
@@ -81,7 +81,7 @@ def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:
     grid = None if asked.name == "optuna" else sweep.cells()
     search = None
     if asked.name == "optuna":
-        sampler = space.instance(asked.instance or {}, "samplers")
+        sampler = samplers.instance(asked.instance or {}, "samplers")
         search = Search(sampler, sweep.distributions(), asked.n_trials or 1, sweep.decode, hold=config.train.slots)
     with Study.open(folder, name=config.study.name, cells=grid, search=search, pruner=_pruner(config)) as study:
         _write(folder / "config.yaml", to_yaml(launched))
@@ -100,7 +100,7 @@ def _pruner(config: Config) -> Any:
     asked, train = config.pruner, config.train
     if asked.name == "asha":
         return Asha(asked.eta or 0, asked.min_steps or 0, train.max_steps, train.eval_every)
-    return None if asked.instance is None else space.instance(asked.instance, "pruners")
+    return None if asked.instance is None else samplers.instance(asked.instance, "pruners")
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,27 +8,21 @@ The same words on the command line replace an axis (`method.rank=choice(8,32)`) 
 """
 
 import itertools
-import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from decimal import Decimal
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import optuna
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, OverrideType, RangeSweep
-from hydra.errors import HydraException
-from hydra.utils import instantiate
+from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.exceptions import ExperimentalWarning
+from optuna.distributions import BaseDistribution
 from yaml import YAMLError
 
 from lora_sweep import config as schema
+from lora_sweep import samplers
+from lora_sweep.axis import Axis, inside, of_override, parse, written
 from lora_sweep.config import Config
 from lora_sweep.errors import ConfigError
 from lora_sweep.records import Cell, Fault
@@ -37,66 +31,6 @@ SWEPT_GROUPS = ("model", "data", "method", "optimizer", "train")
 """Groups whose keys may be an axis; the others say how a study is run, not what is asked."""
 
 NEVER_SWEPT = ("train.slots",)
-
-MOST_VALUES = 100_000
-"""Of one range: more is a slip."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One line of `space`."""
-
-    key: str
-    kind: Literal["choice", "range", "interval"]
-    values: tuple[Any, ...] = ()
-    """Of a choice or range (expanded, exclusive end), in order."""
-    low: float = 0.0
-    high: float = 0.0
-    """Bounds of an interval, both inclusive."""
-    log: bool = False
-
-    @property
-    def is_group(self) -> bool:
-        return self.key in schema.GROUPS
-
-    @property
-    def ends(self) -> tuple[Any, Any]:
-        """First and last value."""
-        return (self.low, self.high) if self.kind == "interval" else (self.values[0], self.values[-1])
-
-    @property
-    def is_ordered(self) -> bool:
-        """Numbers in ascending order: a model-based sampler may use their distance."""
-        numbers = [value for value in self.values if isinstance(value, int | float) and not isinstance(value, bool)]
-        return len(numbers) == len(self.values) > 1 and all(a < b for a, b in itertools.pairwise(numbers))
-
-    def distribution(self) -> BaseDistribution:
-        """Ordered values go in by their index (log2 for 4, 8, 16), unordered ones as categories."""
-        if self.kind == "interval":
-            if isinstance(self.low, int) and isinstance(self.high, int):
-                return IntDistribution(self.low, self.high, log=self.log)
-            return FloatDistribution(self.low, self.high, log=self.log)
-        if self.is_ordered:
-            return IntDistribution(0, len(self.values) - 1)
-        return CategoricalDistribution(range(len(self.values)))
-
-    def decode(self, drawn: Any) -> Any:
-        """The value of the configuration that a drawn parameter stands for."""
-        return drawn if self.kind == "interval" else self.values[drawn]
-
-    def __str__(self) -> str:
-        if self.kind == "interval":
-            interval = f"interval({self.low}, {self.high})"
-            return f"tag(log, {interval})" if self.log else interval
-        return f"choice({', '.join(_written(value) for value in self.values)})"
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(_written(item) for item in value)}]"
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    return str(value)
 
 
 @dataclass(frozen=True)
@@ -181,16 +115,16 @@ def read(path: str | None, overrides: Sequence[str]) -> tuple[Sweep, list[Fault]
     fixed: list[str] = []
     for key, text in space.items():
         if isinstance(text, list):
-            faults.append(Fault(key, "must be in Hydra's grammar", text, f"choice({', '.join(map(_written, text))})"))
+            faults.append(Fault(key, "must be in Hydra's grammar", text, f"choice({', '.join(map(written, text))})"))
             continue
-        line = f"{key}={_written(text)}"
+        line = f"{key}={written(text)}"
         faults += schema.text_faults(f"space.{key}", line)
-        parsed = _parse(line, faults)
+        parsed = parse(line, faults)
         if parsed is not None:
             _sort_in(parsed, axes, fixed, faults)
     for line in overrides:
         faults += schema.text_faults(line.partition("=")[0], line)
-        parsed = _parse(line, faults)
+        parsed = parse(line, faults)
         if parsed is not None:
             if not parsed.is_sweep_override():
                 axes.pop(parsed.key_or_group, None)
@@ -284,16 +218,6 @@ def _content_faults(content: Mapping[str, Any]) -> list[Fault]:
     return faults
 
 
-def _parse(line: str, faults: list[Fault]) -> Override | None:
-    try:
-        return OverridesParser.create().parse_override(line)
-    except HydraException as error:
-        reason = str(error).splitlines()[0]
-        remedy = "put quotes around a value with ${...}" if "${" in line else "key=value"
-        faults.append(Fault(line, f"is not in Hydra's override grammar: {reason}", None, remedy))
-    return None
-
-
 def _sort_in(parsed: Override, axes: dict[str, Axis], fixed: list[str], faults: list[Fault]) -> None:
     """Puts an override where it belongs: among the axes or the fixed values."""
     key, line = parsed.key_or_group, str(parsed.input_line)
@@ -302,7 +226,7 @@ def _sort_in(parsed: Override, axes: dict[str, Axis], fixed: list[str], faults: 
     elif key.split(".")[0] == "hydra":
         faults.append(Fault(key, "Hydra's own settings are not read"))
     elif parsed.is_sweep_override():
-        axis = _axis(parsed, faults)
+        axis = of_override(parsed, faults)
         if axis is not None:
             axes[key] = axis
     elif key in schema.GROUPS:
@@ -311,71 +235,6 @@ def _sort_in(parsed: Override, axes: dict[str, Axis], fixed: list[str], faults: 
         faults.append(_unknown(key))
     else:
         fixed.append("++" + line.lstrip("+"))
-
-
-def _axis(parsed: Override, faults: list[Fault]) -> Axis | None:
-    key, sweep = parsed.key_or_group, parsed.value()
-    text = str(parsed.input_line).partition("=")[2]
-    if getattr(sweep, "shuffle", False):
-        faults.append(Fault(key, "shuffle is not read: a study goes on in the order it began", text))
-        return None
-    if getattr(sweep, "tags", set()) - ({"log"} if isinstance(sweep, IntervalSweep) else set()):
-        faults.append(Fault(key, "the only tag read is log, of an interval", text, "tag(log, interval(1e-5, 1e-3))"))
-        return None
-    if isinstance(sweep, IntervalSweep):
-        if sweep.start >= sweep.end:
-            faults.append(Fault(key, "low < high must hold", text))
-            return None
-        log = "log" in sweep.tags
-        if log and sweep.start <= 0:
-            faults.append(Fault(key, "a logarithmic interval must start above 0", text))
-            return None
-        return Axis(key, "interval", low=sweep.start, high=sweep.end, log=log)
-    if isinstance(sweep, RangeSweep):
-        values = _range(sweep)
-        if isinstance(values, str):
-            faults.append(Fault(key, values, text))
-            return None
-        return Axis(key, "range", values)
-    if isinstance(sweep, ChoiceSweep):
-        values = tuple(_unquoted(value) for value in sweep.list)
-        same = [_written(_as_number(value)) for value in values]
-        twice = list(dict.fromkeys(_written(v) for v, word in zip(values, same, strict=True) if same.count(word) > 1))
-        if twice:
-            faults.append(Fault(key, f"a choice must not repeat a value ({', '.join(twice)})", text))
-            return None
-        return Axis(key, "choice", values)
-    faults.append(Fault(key, "must be choice(...), range(...) or interval(...)", text))
-    return None
-
-
-def _range(sweep: RangeSweep) -> tuple[Any, ...] | str:
-    """Its values, or what is wrong; in decimals, so that no rounding lets the exclusive end in."""
-    ends = (sweep.start, sweep.stop, sweep.step)
-    if not all(math.isfinite(end) for end in ends):
-        return "a range must be finite"
-    start, stop, step = (Decimal(str(end)) for end in ends)
-    if step == 0:
-        return "the step of a range must not be 0"
-    count = math.ceil((stop - start) / step)
-    if count < 1:
-        return "the range is empty (its end is exclusive)"
-    if count > MOST_VALUES:
-        return f"a range of more than {MOST_VALUES:,} values"
-    number = int if all(isinstance(end, int) for end in ends) else float
-    return tuple(number(start + place * step) for place in range(count))
-
-
-def _as_number(value: Any) -> Any:
-    """8 and 8.0 ask for the same."""
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _unquoted(value: Any) -> Any:
-    """Hydra's quoted strings as plain ones."""
-    if isinstance(value, list):
-        return [_unquoted(item) for item in value]
-    return getattr(value, "text", value)
 
 
 def _key_faults(key: str) -> list[Fault]:
@@ -406,7 +265,7 @@ def check(sweep: Sweep) -> tuple[list[dict[str, Any]], list[Fault]]:
     tried: dict[str, list[Any]] = {}
     with schema.groups():
         for axis in sweep.axes:
-            tried[axis.key] = list(axis.values or (*axis.ends, _inside(axis)))
+            tried[axis.key] = list(axis.values or (*axis.ends, inside(axis)))
             for value in axis.values if axis.is_group else ():
                 unknown = schema.option_faults(axis.key, value)
                 if unknown:
@@ -432,9 +291,9 @@ def check(sweep: Sweep) -> tuple[list[dict[str, Any]], list[Fault]]:
                     rule = "a grid cannot run over an interval"
                     faults.append(Fault(axis.key, rule, str(axis), "choice(...), or sampler=tpe"))
         if sampler.instance is not None:
-            faults += target_faults("sampler.instance", sampler.instance, "samplers")
+            faults += samplers.target_faults("sampler.instance", sampler.instance, "samplers")
     if pruner is not None and pruner.instance is not None:
-        faults += target_faults("pruner.instance", pruner.instance, "pruners")
+        faults += samplers.target_faults("pruner.instance", pruner.instance, "pruners")
     return variants, list({str(fault): fault for fault in faults}.values())
 
 
@@ -446,7 +305,7 @@ def _combination_faults(sweep: Sweep) -> list[Fault]:
         try:
             sweep.config(cell)
         except ConfigError as error:
-            asked = ", ".join(f"{key}={_written(value)}" for key, value in cell.params.items())
+            asked = ", ".join(f"{key}={written(value)}" for key, value in cell.params.items())
             return [Fault(fault.field, f"{fault.rule} (at {asked})", fault.got, fault.remedy) for fault in error.faults]
     return []
 
@@ -457,66 +316,3 @@ def _of_interval(sweep: Sweep, fault: Fault) -> Fault:
     if axis is None or "integer" not in fault.rule:
         return fault
     return Fault(fault.field, "takes whole numbers", str(axis), f"int(interval({axis.low:g}, {axis.high:g}))")
-
-
-def _inside(axis: Axis) -> float:
-    """A value within an interval: a key that takes whole numbers only may take its ends and nothing between."""
-    return axis.low if isinstance(axis.low, int) else axis.low + (axis.high - axis.low) / math.pi
-
-
-def target_faults(field: str, node: Mapping[str, Any], kind: Literal["samplers", "pruners"]) -> list[Fault]:
-    """Whether every `_target_` in the node is one of Optuna's own sampler or pruner classes, and takes its arguments.
-
-    A prefix test would not do: `optuna.samplers._base.np.load` starts with the right words and reads pickles.
-    """
-    faults = []
-    targets = {"_target_": node.get("_target_")} | dict(schema.leaves(node))
-    for key, value in targets.items():
-        *above, name = key.split(".")
-        if name == "_target_" and not any(part.startswith("_") for part in above):
-            kinds = [kind] if key == "_target_" else list(_KINDS)
-            if not any(_is_optuna_class(value, each) for each in kinds):
-                remedy = f"e.g. optuna.{kind}.{_KINDS[kind][1]}"
-                faults.append(
-                    Fault(f"{field}.{key}", f"must be a class of optuna.{' or optuna.'.join(kinds)}", value, remedy)
-                )
-        elif any(part.startswith("_") for part in (*above, name)):
-            faults.append(Fault(f"{field}.{key}", "only _target_ and plain arguments are read"))
-    if faults:
-        return faults
-    try:
-        _made(node)
-    except Exception as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        faults.append(Fault(field, f"{node['_target_']} refuses these arguments: {reason}"))
-    return faults
-
-
-def _made(node: Mapping[str, Any]) -> Any:
-    with warnings.catch_warnings():
-        # Who names a class by its path knows what it is.
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        return instantiate(dict(node))
-
-
-_KINDS: dict[str, tuple[Any, str, type]] = {
-    "samplers": (optuna.samplers, "TPESampler", optuna.samplers.BaseSampler),
-    "pruners": (optuna.pruners, "MedianPruner", optuna.pruners.BasePruner),
-}
-
-
-def _is_optuna_class(target: Any, kind: str) -> bool:
-    module, _, base = _KINDS[kind]
-    package, _, name = str(target).rpartition(".")
-    if package != module.__name__ or name not in module.__all__:
-        return False
-    found = getattr(module, name)
-    return isinstance(found, type) and issubclass(found, base)
-
-
-def instance(node: Mapping[str, Any], kind: Literal["samplers", "pruners"]) -> Any:
-    """Optuna's own object for a sampler's or pruner's `instance`. Raises ConfigError."""
-    faults = target_faults(f"{kind[:-1]}.instance", node, kind)
-    if faults:
-        raise ConfigError(faults)
-    return _made(node)

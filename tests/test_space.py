@@ -13,10 +13,11 @@ from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lora_sweep import config as schema
-from lora_sweep import space
+from lora_sweep import samplers, space
+from lora_sweep.axis import Axis
 from lora_sweep.errors import ConfigError
 from lora_sweep.records import Cell
-from lora_sweep.space import Axis, Sweep
+from lora_sweep.space import Sweep
 
 
 def read(*overrides: str, file: str | None = None) -> Sweep:
@@ -523,7 +524,7 @@ def test_a_target_outside_optunas_own_classes_is_refused_and_never_run(write: Wr
     told = faults_of(file=file)
     assert any(fault.startswith(f"sampler.instance.{refused}") for fault in told), told
     with pytest.raises(ConfigError):
-        space.instance(instance, "samplers")
+        samplers.instance(instance, "samplers")
     assert not alarm.exists()
     assert os.system(f"touch {alarm}") == 0
     assert alarm.exists(), "the canary sings when it is let out"
@@ -559,7 +560,7 @@ def test_a_target_elsewhere_in_a_configuration_is_an_unknown_key(alarm: Path) ->
     ],
 )
 def test_optunas_own_classes_are_made_nested_ones_too(kind: Any, node: Mapping[str, Any], made: type) -> None:
-    assert type(space.instance(node, kind)) is made
+    assert type(samplers.instance(node, kind)) is made
 
 
 def test_arguments_that_a_class_does_not_take_are_a_fault() -> None:
