@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_pack import mean_loss
+from test_pack import IGNORED, mean_loss
 from test_worker import environment
 
 from lora_sweep import data as data_room
 from lora_sweep import space
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(1500), pytest.mark.filterwarnings(IGNORED)]
 
 CITIES = 1500
 
@@ -72,5 +72,4 @@ def test_a_sweep_of_smollm2_on_real_facts_ends_with_adapters_that_peft_loads(in_
     loaded = AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16).eval()
     config = space.read("cities.yaml", overrides)[0].base()
     data = data_room.load(config.data, AutoTokenizer.from_pretrained(study / "base"))
-    # bf16 rounds differently in batches of another shape.
-    assert mean_loss(loaded, data.evaluation) == pytest.approx(best["eval_loss"], rel=5e-3)
+    assert mean_loss(loaded, data.evaluation) == pytest.approx(best["eval_loss"], rel=1e-4)
