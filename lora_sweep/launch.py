@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from lora_sweep.errors import OutOfRoom, StudyError
 from lora_sweep.health import BIN_EDGES
 from lora_sweep.records import Base, Cell, Evaluation, Fault
 from lora_sweep.space import Sweep
-from lora_sweep.study import Search, Study
-from lora_sweep.tracking import Tracker
+from lora_sweep.study import JOURNAL, Search, Study
+from lora_sweep.tracking import Tracker, read_result
 from lora_sweep.worker import Outcome, Stop, Watcher, device, work
 from lora_sweep.worker import train as train_one
 
@@ -113,12 +113,21 @@ def _write(path: Path, text: str) -> None:
 
 
 def train(config: Config, watcher: Watcher, stop: Stop) -> bool:
-    """One trial without a study, in its own folder under study.root; False when `stop` ended it early."""
+    """One trial without a study, in its own folder under study.root; False when `stop` ended it early.
+
+    Raises StudyError where the folder holds a study, a finished trial, or one of another meaning: nothing recorded is
+    written over.
+    """
     folder = study_folder(config.study)
-    if (folder / "study.journal").exists():
-        raise StudyError(f"{folder}: holds a study; choose another study.name")
-    runs = tracker(config, folder, config.study.name)
     alone = replace(config, train=replace(config.train, slots=1))
+    before = space.load_launched(folder)
+    if (folder / JOURNAL).exists():
+        raise StudyError(f"{folder}: holds a study; choose another study.name")
+    if read_result(folder) is not None:
+        raise StudyError(f"{folder}: holds a finished trial; choose another study.name")
+    if before is not None and (changed := space.differences(before, asdict(alone))):
+        raise StudyError(f"{folder}: holds another trial; choose another study.name\n  " + "\n  ".join(changed))
+    runs = tracker(config, folder, config.study.name)
     try:
         return train_one(alone, folder, runs, device(config.launcher), watcher, stop)
     finally:

@@ -22,6 +22,7 @@ from yaml import YAMLError
 
 from lora_sweep import config as schema
 from lora_sweep import samplers
+from lora_sweep.asha import Asha
 from lora_sweep.axis import Axis, inside, of_override, parse, written
 from lora_sweep.config import Config
 from lora_sweep.errors import ConfigError
@@ -294,6 +295,12 @@ def check(sweep: Sweep) -> tuple[list[dict[str, Any]], list[Fault]]:
             faults += samplers.target_faults("sampler.instance", sampler.instance, "samplers")
     if pruner is not None and pruner.instance is not None:
         faults += samplers.target_faults("pruner.instance", pruner.instance, "pruners")
+    train = variants[0].get("train")
+    if pruner is not None and pruner.name == "asha" and pruner.eta and pruner.min_steps and train is not None:
+        try:
+            Asha(pruner.eta, pruner.min_steps, train.max_steps, train.eval_every)
+        except ConfigError as error:
+            faults += error.faults
     return variants, list({str(fault): fault for fault in faults}.values())
 
 

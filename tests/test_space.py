@@ -567,3 +567,12 @@ def test_arguments_that_a_class_does_not_take_are_a_fault() -> None:
     (fault,) = faults_of("sampler=tpe", "+sampler.instance.sed=3")
     assert fault.startswith("sampler.instance: optuna.samplers.TPESampler refuses these arguments: ")
     assert "sed" in fault
+
+
+def test_rungs_that_no_evaluation_reaches_are_told_before_anything_starts(in_folder: Path) -> None:
+    Path("ask.yaml").write_text("space: {method.rank: 'choice(2, 4)'}\n")
+    asked = ["pruner=asha", "train.max_steps=40", "train.eval_every=40"]
+    sweep, faults = space.read("ask.yaml", asked)
+    assert faults == []
+    _, found = space.check(sweep)
+    assert [fault.field for fault in found] == ["pruner.min_steps"]

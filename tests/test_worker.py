@@ -276,4 +276,24 @@ def test_one_trial_without_a_study(in_folder: Path) -> None:
     assert "COMPLETE: eval loss" in done.stdout
     assert (in_folder / "outputs/train/adapter/adapter_model.safetensors").is_file()
     assert not (in_folder / "outputs/train/checkpoint").exists()
-    assert torch.isfinite(torch.tensor(json.loads((in_folder / "outputs/train/result.json").read_text())["eval_loss"]))
+    result = (in_folder / "outputs/train/result.json").read_bytes()
+    assert torch.isfinite(torch.tensor(json.loads(result)["eval_loss"]))
+    again = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, check=False)
+    assert again.returncode == 2
+    assert again.stderr.endswith("holds a finished trial; choose another study.name\n")
+    assert (in_folder / "outputs/train/result.json").read_bytes() == result, "what is recorded is not written over"
+
+
+def test_an_interrupted_trial_goes_on_and_another_one_in_its_place_is_refused(in_folder: Path) -> None:
+    overrides = [f"{group}.{key}={value}" for group, knobs in SMALL.items() for key, value in knobs.items()]
+    sweep, _ = space.read(None, ["tracker=none", *overrides])
+    watcher = Silent()
+    assert not launch.train(sweep.base(), watcher, lambda: watcher.steps > 3)
+    other, _ = space.read(None, ["tracker=none", "method.rank=2", *overrides])
+    with pytest.raises(StudyError, match=r"method\.rank: 8 -> 2"):
+        launch.train(other.base(), Silent(), lambda: False)
+    resumed = Silent()
+    assert launch.train(sweep.base(), resumed, lambda: False)
+    assert resumed.admissions == [(0, 0, 2)]
+    steps = [json.loads(line)["step"] for line in Path("outputs/train/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
