@@ -20,16 +20,13 @@ Weights = Mapping[str, tuple[Tensor, Tensor]]
 """Module name in the base -> (A (r, d_in), B (d_out, r)), PEFT's orientation."""
 
 
-def peft_config(
-    rank: int, alpha: float, use_rslora: bool, dropout: float, target_modules: Any, base: str | None = None
-) -> LoraConfig:
+def peft_config(rank: int, alpha: float, use_rslora: bool, dropout: float, target_modules: Any) -> LoraConfig:
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,
         use_rslora=use_rslora,
         lora_dropout=dropout,
         target_modules=target_modules,
-        base_model_name_or_path=base,
         task_type="CAUSAL_LM",
     )
 

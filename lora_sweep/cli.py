@@ -148,17 +148,12 @@ def train(overrides: Overrides = None) -> None:
         _say(console, "stopped; the same command goes on from here")
         raise typer.Exit(STOPPED)
     result = read_result(folder) or {}
+    spent = progress.duration(result["seconds"])
     loss = "not finite" if result["eval_loss"] is None else f"{result['eval_loss']:.4f}"
-    _say(console, f"{result['state']}: eval loss {loss} (base {result['base_loss']:.4f}), {duration_of(result)}")
+    _say(console, f"{result['state']}: eval loss {loss} (base {result['base_loss']:.4f}), {spent}")
     for finding in result["findings"]:
         _say(console, f"{finding['flag']}: {finding['sentence']}")
     _say(console, f"record and adapter in {folder}")
-
-
-def duration_of(result: dict[str, Any]) -> str:
-    from lora_sweep.progress import duration
-
-    return duration(result["seconds"])
 
 
 @app.command()
@@ -171,14 +166,14 @@ def status(study: StudyFolder, as_json: Json = False) -> None:
 
     view = Study.read(study)
     launched = space.load_launched(study) or {}
-    made = results.summary(view, int(launched.get("train", {}).get("slots", 1)))
+    table = results.rows(view)
+    made = results.summary(view, table, int(launched.get("train", {}).get("slots", 1)))
     if as_json:
         print(json.dumps(made))
         return
     console = Console()
     states = ", ".join(f"{made[state]} {state}" for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING"))
     _say(console, f"{made['study']}: {made['cells']} cells: {states}; ETA {progress.duration(made['eta_seconds'])}")
-    table = results.rows(view)
     ranked = results.ranked(table)
     if ranked:
         console.print(progress.ranking(table, ranked))
@@ -314,7 +309,7 @@ def _say(console: "Console", line: str) -> None:
 
 
 def _quiet() -> None:
-    """Libraries' chatter off, their warnings of problems on; nothing is fetched for a base that lies on disk."""
+    """Libraries' progress bars and chatter off: what a person sees is ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging
 

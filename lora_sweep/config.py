@@ -369,14 +369,15 @@ def leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [leaf for key, value in pairs for leaf in leaves(value, f"{prefix}.{key}" if prefix else str(key))]
 
 
-def _unsafe(tree: Any) -> list[Fault]:
+def unsafe(tree: Any) -> list[Fault]:
+    """`text_faults` of every text in nested mappings and lists."""
     texts = [(key, value) for key, value in leaves(tree) if isinstance(value, str)]
     return [fault for key, value in texts for fault in text_faults(key, value)]
 
 
 def sections(config: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
     """(name -> dataclass of every faultless group, all faults of the others)."""
-    faults = _unsafe(OmegaConf.to_container(config, resolve=False))
+    faults = unsafe(OmegaConf.to_container(config, resolve=False))
     if faults:
         return {}, faults
     try:
@@ -384,7 +385,7 @@ def sections(config: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
     except OmegaConfBaseException as error:
         return {}, [Fault(str(error.full_key or "configuration"), str(error).splitlines()[0])]
     # Again: two halves of a reference may have met.
-    faults = _unsafe(plain)
+    faults = unsafe(plain)
     if faults:
         return {}, faults
     for key in plain.keys() - GROUPS.keys():

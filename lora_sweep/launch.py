@@ -9,12 +9,12 @@ from typing import Any
 from lora_sweep import results, samplers, space
 from lora_sweep.asha import Asha
 from lora_sweep.config import Config, StudyConfig, to_yaml
-from lora_sweep.errors import OutOfRoom, StudyError
+from lora_sweep.errors import StudyError
 from lora_sweep.health import BIN_EDGES
 from lora_sweep.records import Base, Cell, Evaluation, Fault
 from lora_sweep.space import Sweep
 from lora_sweep.study import JOURNAL, Search, Study
-from lora_sweep.tracking import Tracker, read_result
+from lora_sweep.tracking import Tracker, read_result, write_whole
 from lora_sweep.worker import Outcome, Stop, Watcher, device, work
 from lora_sweep.worker import train as train_one
 
@@ -84,7 +84,7 @@ def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:
         sampler = samplers.instance(asked.instance or {}, "samplers")
         search = Search(sampler, sweep.distributions(), asked.n_trials or 1, sweep.decode, hold=config.train.slots)
     with Study.open(folder, name=config.study.name, cells=grid, search=search, pruner=_pruner(config)) as study:
-        _write(folder / "config.yaml", to_yaml(launched))
+        write_whole(folder / "config.yaml", to_yaml(launched))
         runs = tracker(config, folder, study.id)
         try:
             return work(
@@ -101,15 +101,6 @@ def _pruner(config: Config) -> Any:
     if asked.name == "asha":
         return Asha(asked.eta or 0, asked.min_steps or 0, train.max_steps, train.eval_every)
     return None if asked.instance is None else samplers.instance(asked.instance, "pruners")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        aside = path.with_name(f".{path.name}")
-        aside.write_text(text)
-        aside.rename(path)
-    except OSError as error:
-        raise OutOfRoom(error.errno, f"cannot be written ({error.strerror})", str(path)) from error
 
 
 def train(config: Config, watcher: Watcher, stop: Stop) -> bool:

@@ -32,7 +32,7 @@ def pick(folder: Path) -> tuple[Row, Path]:
             f"{folder}: none of {len(ranking)} finished cells can be shipped ({why}); widen the learning rates"
         )
     winner = healthy[0]
-    trial = folder / "trials" / f"{winner['number']:04d}"
+    trial = view.trial_folder(winner["number"])
     if not (trial / "adapter").is_dir():
         raise StudyError(f"{trial}/adapter: is missing; study.keep_adapters must keep the best cell's")
     aside, production = folder / ".production", folder / "production"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_sweep.study import CellStatus, StudyView
-from lora_sweep.tracking import read_result, read_rows
+from lora_sweep.tracking import read_result, read_rows, write_whole
 
 Row = dict[str, Any]
 """A line of trials.jsonl; its keys are kept stable and told in the README."""
@@ -16,11 +16,10 @@ _FROM_RESULT = ("eval_loss", "base_loss", "train_loss", "gap", "steps", "seconds
 
 def rows(view: StudyView) -> list[Row]:
     """One per cell that was asked for, by number; losses in nats per token."""
-    return [_row(view.folder, status) for status in view.statuses()]
+    return [_row(view.trial_folder(status.cell.number), status) for status in view.statuses()]
 
 
-def _row(folder: Path, status: CellStatus) -> Row:
-    trial = folder / "trials" / status.cell.folder
+def _row(trial: Path, status: CellStatus) -> Row:
     row: Row = {"number": status.cell.number, "state": status.state, "params": dict(status.cell.params)}
     row |= dict.fromkeys(_FROM_RESULT)
     row |= {"flags": [], "reason": status.reason, "same_run_as": None}
@@ -40,9 +39,7 @@ def _row(folder: Path, status: CellStatus) -> Row:
 def write(view: StudyView) -> list[Row]:
     """Writes trials.jsonl anew, whole or not at all; returns its rows."""
     table = rows(view)
-    aside = view.folder / ".trials.jsonl"
-    aside.write_text("".join(json.dumps(row) + "\n" for row in table))
-    aside.rename(view.folder / "trials.jsonl")
+    write_whole(view.folder / "trials.jsonl", "".join(json.dumps(row) + "\n" for row in table))
     return table
 
 
@@ -56,12 +53,12 @@ def is_healthy(row: Row) -> bool:
     return row["state"] == "COMPLETE" and not row["flags"]
 
 
-def summary(view: StudyView, slots: int) -> dict[str, Any]:
-    """What `status --json` says: cells, counts by state, best, eta_seconds, slots."""
+def summary(view: StudyView, table: Sequence[Row], slots: int) -> dict[str, Any]:
+    """What `status --json` says of the study and its rows: cells, counts by state, best, eta_seconds, slots."""
     statuses = view.statuses()
     counts = view.counts()
     waiting = view.size - len(statuses) + counts["WAITING"]
-    best = next(iter(ranked(rows(view))), None)
+    best = next(iter(ranked(table)), None)
     return {
         "study": view.name,
         "cells": view.size,

@@ -207,10 +207,7 @@ def _flat(key: str, value: Any) -> Iterable[tuple[str, Any]]:
 
 
 def _content_faults(content: Mapping[str, Any]) -> list[Fault]:
-    faults = []
-    for key, value in schema.leaves(content):
-        if isinstance(value, str):
-            faults += schema.text_faults(key, value)
+    faults = schema.unsafe(content)
     for key in content:
         if key == "hydra" or "searchpath" in key:
             faults.append(Fault(key, "Hydra's own settings and search paths are refused in a sweep file"))

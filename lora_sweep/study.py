@@ -138,6 +138,10 @@ class StudyView:
         """How many cells were asked for; those not drawn yet have no status."""
         return int(self._about()["size"])
 
+    def trial_folder(self, cell: int) -> Path:
+        """Where the record of the cell of this number lies."""
+        return self.folder / "trials" / f"{cell:04d}"
+
     def statuses(self) -> tuple[CellStatus, ...]:
         """One per cell that has an attempt, by number."""
         by_number: dict[int, tuple[Cell, list[FrozenTrial]]] = {}

@@ -21,7 +21,7 @@ from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.records import Base, Cell, Evaluation, Fault
 from lora_sweep.space import Sweep
 from lora_sweep.study import Lease, Reason, Study
-from lora_sweep.tracking import Record, Tracker, read_result, read_rows
+from lora_sweep.tracking import Record, Tracker, read_result, read_rows, write_whole
 
 Outcome = Literal["COMPLETE", "PRUNED", "FAIL"]
 Stop = Callable[[], bool]
@@ -83,7 +83,7 @@ class Run:
         self.folder = folder
         self._pack, self._base, self._config = pack, base, config
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(asdict(config)))
+        write_whole(folder / "config.yaml", to_yaml(asdict(config)))
         resume_step = None
         if pack.has_checkpoint(self._checkpoint):
             self.slot = pack.restore(trial, self._checkpoint)
@@ -233,7 +233,7 @@ class _Shift:
         return bool(self._runs)
 
     def _admit(self, lease: Lease) -> None:
-        folder = trial_folder(self._study.folder, lease.cell)
+        folder = self._study.trial_folder(lease.cell.number)
         config = self._sweep.config(lease.cell)
         run = Run(self._pack, self._base, lease.cell, config, folder, self._tracker)
         self._runs[lease] = run
@@ -294,13 +294,9 @@ def check(launcher: LauncherConfig) -> list[Fault]:
     return []
 
 
-def trial_folder(study: Path, cell: Cell) -> Path:
-    return study / "trials" / cell.folder
-
-
 def _told_before(study: Study, sweep: Sweep, lease: Lease, watcher: Watcher) -> bool:
     """Tells a cell whose result was written, but not told, when its worker was killed: finished work is not redone."""
-    folder = trial_folder(study.folder, lease.cell)
+    folder = study.trial_folder(lease.cell.number)
     result = read_result(folder)
     if result is None:
         return False
@@ -323,7 +319,7 @@ def _keep_best(study: Study, rules: StudyConfig) -> None:
     done = [status for status in study.statuses() if status.state in ("COMPLETE", "PRUNED")]
     ranked = sorted(done, key=lambda status: math.inf if status.value is None else status.value)
     for status in ranked[int(rules.keep_adapters) :]:
-        shutil.rmtree(trial_folder(study.folder, status.cell) / "adapter", ignore_errors=True)
+        shutil.rmtree(study.trial_folder(status.cell.number) / "adapter", ignore_errors=True)
 
 
 def _heartbeat(watcher: Watcher, stop: Stop) -> Stop:

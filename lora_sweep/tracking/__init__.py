@@ -16,7 +16,18 @@ from lora_sweep.tracking.record import (
     read_result,
     read_rows,
     replay,
+    write_whole,
 )
 from lora_sweep.tracking.wandb_run import Tracker
 
-__all__ = ["RESULT", "Record", "Tracker", "read_base_losses", "read_evaluation", "read_result", "read_rows", "replay"]
+__all__ = [
+    "RESULT",
+    "Record",
+    "Tracker",
+    "read_base_losses",
+    "read_evaluation",
+    "read_result",
+    "read_rows",
+    "replay",
+    "write_whole",
+]

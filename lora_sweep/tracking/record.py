@@ -239,6 +239,12 @@ def _cut(folder: Path, step: int) -> list[Row]:
     return rows
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file whole or not at all, by temporary name and rename. Raises OutOfRoom where it can't be written."""
+    with _disk(path.parent):
+        _replace(path, text.encode())
+
+
 def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
