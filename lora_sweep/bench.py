@@ -14,7 +14,7 @@ from lora_sweep import data as data_room
 from lora_sweep import model as model_room
 from lora_sweep import space
 from lora_sweep.config import Config
-from lora_sweep.data import Data, TokenSet, order
+from lora_sweep.data import Batch, Data, TokenSet, order
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.records import Cell
@@ -112,19 +112,19 @@ def _train_whole(config: Config, data: Data, lr: float) -> float:
     rows = order(len(data.train), train.seed)
     for step in range(train.max_steps):
         chosen = rows(step * train.batch_size, train.batch_size)
-        _loss(model, data.train.take(chosen)).backward()
+        _loss(model, data.train.batch(chosen)).backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     return _mean_loss(model, data.evaluation)
 
 
-def _loss(model: Any, part: TokenSet) -> torch.Tensor:
-    logits = model(input_ids=part.input_ids).logits[:, :-1]
-    nll = functional.cross_entropy(logits.flatten(0, 1), part.input_ids[:, 1:].flatten(), reduction="none")
-    return nll[part.counted[:, 1:].flatten()].mean()
+def _loss(model: Any, batch: Batch) -> torch.Tensor:
+    logits = model(input_ids=batch.input_ids).logits[:, :-1]
+    nll = functional.cross_entropy(logits.flatten(0, 1), batch.input_ids[:, 1:].flatten(), reduction="none")
+    return nll[batch.counted[:, 1:].flatten()].mean()
 
 
 def _mean_loss(model: Any, part: TokenSet) -> float:
     with torch.no_grad():
-        return float(_loss(model, part))
+        return float(_loss(model, part.batch(torch.arange(len(part)))))

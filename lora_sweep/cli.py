@@ -113,12 +113,24 @@ def plan(sweep: SweepFile, overrides: Overrides = None, as_json: Json = False) -
     if made["packs"] > 1:
         _say(console, f"{made['packs']} kinds of pack: an axis changes the base, the data or the shape of a batch")
     table = Table(box=None, show_header=False)
-    table.add_row("base", f"{made['base_parameters']:,} parameters, {made['base_mib']:,.1f} MiB in {made['dtype']}")
-    ranks = ", ".join(f"{count:,} at rank {rank}" for rank, count in made["adapter_parameters"].items())
-    table.add_row("adapter", f"{ranks} parameters")
-    table.add_row("data", f"{made['train_examples']:,} training and {made['eval_examples']:,} evaluation examples")
-    table.add_row("tokens", f"{made['train_tokens']:,} counted in an epoch, {made['epochs']:.1f} epochs a trial")
-    table.add_row("cut", f"{made['examples_cut']:,} examples longer than data.max_length")
+    kind = made["quantization"] or made["dtype"]
+    table.add_row("base", f"{made['base_parameters']:,} parameters, {made['base_mib']:,.1f} MiB in {kind}")
+    for rank, count in made["adapter_parameters"].items():
+        table.add_row(f"adapter, rank {rank}", f"{count:,} parameters, {made['adapter_mib'][rank]:,.1f} MiB")
+    rows = "" if made["train_rows"] == made["train_examples"] else f", packed into {made['train_rows']:,} rows"
+    table.add_row("examples", f"{made['train_examples']:,} to train on{rows}, {made['eval_examples']:,} to evaluate on")
+    table.add_row("tokens", f"{made['tokens']:,} to train on, {made['train_tokens']:,} of them counted")
+    lengths = made["lengths"]
+    table.add_row(
+        "lengths",
+        f"median {lengths['median']}, 95 % up to {lengths['p95']}, longest {lengths['max']}, "
+        f"padded to {lengths['padded']}",
+    )
+    table.add_row("cut", f"{made['examples_cut']:,} longer than data.max_length, {made['share_cut']:.1%}")
+    table.add_row(
+        "left out", f"{made['rows_skipped']:,} rows skipped, {made['duplicates_removed']:,} duplicates removed"
+    )
+    table.add_row("epoch", f"{made['steps_per_epoch']:,.1f} steps; {made['epochs']:.1f} epochs a trial")
     table.add_row(
         "memory", f"about {made['memory_mib']:,.0f} MiB for the base and {made['slots']} adapters with their states"
     )
@@ -254,9 +266,41 @@ def _checked(path: str | None, overrides: list[str] | None) -> "Sweep":
     elif not sweep.axes and not faults:
         faults.append(Fault("space", "is empty", None, "give it an axis: method.rank: choice(4, 16)"))
     faults += _room_faults(variants)
+    if not faults:
+        faults += _prepared(variants)
     if faults:
         raise ConfigError(list({str(fault): fault for fault in faults}.values()))
     return sweep
+
+
+def _prepared(variants: list[dict[str, Any]]) -> "list[Fault]":
+    """Has the user's data tokenised, once for all launches, and tells what became of its rows."""
+    from rich.console import Console
+
+    from lora_sweep import data, model, progress
+    from lora_sweep.errors import ConfigError
+
+    console = Console(stderr=True)
+    pairs: list[tuple[Any, Any]] = []
+    faults: list[Fault] = []
+    for groups in variants:
+        pair = groups["model"], groups["data"]
+        if pair in pairs:
+            continue
+        pairs.append(pair)
+        if pair[0].trust_remote_code:
+            _say(console, f"model.trust_remote_code is on: code that lies beside {pair[0].path} runs with your rights")
+        if pair[1].name in data.BROUGHT:
+            tokenizer = model.tokenizer(pair[0])
+            try:
+                with progress.Preparing(console) as show:
+                    report = data.load(pair[1], tokenizer, show).report
+            except ConfigError as error:
+                faults += error.faults
+            else:
+                for line in report.warnings():
+                    _say(console, line)
+    return faults
 
 
 def _room_faults(variants: list[dict[str, Any]]) -> "list[Fault]":
@@ -310,8 +354,12 @@ def _say(console: "Console", line: str) -> None:
 
 def _quiet() -> None:
     """Libraries' progress bars and chatter off: what a person sees is ours."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Said aloud either way, or tokenizers warns once something forks.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import datasets
     from transformers.utils import logging
+
+    datasets.disable_progress_bars()
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()

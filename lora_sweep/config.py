@@ -55,32 +55,57 @@ class ModelConfig:
 
     name: Name
     path: str | None
-    """Hub id, checkpoint folder or .gguf file; `embedded:tiny` is the base in the package."""
+    """Hub id, checkpoint folder or .gguf file; `embedded:tiny` is the base in the package, `package:NAME/FILE` a file
+    in an installed Python package."""
     revision: str | None
     """Commit or tag of a hub id; null: the newest."""
-    dtype: Literal["fp32", "bf16", "fp64"]
-    """Of the frozen base; adapters are fp32 (fp64 on an fp64 base)."""
+    dtype: Literal["auto", "fp32", "bf16", "fp64"]
+    """Of the frozen base; adapters are fp32 (fp64 on an fp64 base). auto: the checkpoint's own, fp32 where it declares
+    none (GGUF), bf16 for fp16: the same memory, and what overflows fp16 stays finite."""
+    quantization: Literal["nf4", "int8"] | None
+    """Of the weights of the base's linears, the output layer aside, by bitsandbytes (extra `quant`); activations and
+    what is computed with them are in `dtype`."""
     attn_implementation: Literal["sdpa", "eager"]
+    trust_remote_code: bool
+    """Runs code that lies beside the checkpoint; heard on the command line only, never from a file."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
     __pydantic_config__ = _FORBID
 
-    name: Literal["facts", "style", "jsonl"]
+    name: Literal["facts", "style", "real_facts", "files", "hub"]
     path: str | None
-    """Training file of `jsonl`: one object a line with `text`, or `prompt` and `completion`."""
+    """`files`: a file (.jsonl, .json, .csv, .parquet, .arrow, .txt) or a folder of them. `hub`: a data set's id."""
+    subset: str | None
+    """Of a hub data set that has several."""
+    split: str | None
+    """Of a hub data set: the one to train on."""
+    revision: str | None
+    """Commit or tag of a hub data set; null: the newest."""
     eval_path: str | None
-    """Evaluation file; null: a share of `path`, held out by a hash of each example."""
+    """Evaluation file or folder; null: a share of the training data, held out by a hash of each example."""
+    eval_split: str | None
+    """Of a hub data set: the one to evaluate on; null: a share of `split`."""
     eval_share: Annotated[_Number, Field(gt=0, lt=1)]
-    people: Count | None
-    """People to teach (facts) or to show in the new manner (style); null for jsonl."""
+    columns: dict[str, str]
+    """The data's own names for `text`, `prompt`, `completion` or `messages`, e.g. `{prompt: question}`."""
+    chat_template: str | None
+    """Jinja file for `messages`; null: the tokenizer's own."""
+    subjects: Count | None
+    """Facts, style: people. Real facts: cities and elements. Null for data of your own."""
     max_length: Annotated[_Integer, Field(ge=2)]
     """Tokens an example; longer ones are cut."""
+    pack_examples: bool
+    """Several short examples a row; none sees another. A batch then counts rows, not examples."""
     eval_size: Count | None
     """At most so many evaluation examples; null: all."""
     probe_size: Count
     """Training examples measured like the evaluation set."""
+    retention: str | None
+    """Text on which forgetting is measured: a file or folder like `path`, or `embedded:tiny`, what its base knows."""
+    retention_size: Count
+    """At most so many stretches of max_length tokens of it."""
     seed: Seed
     """Of the task's own making and of the choice of examples, not of the training order."""
 

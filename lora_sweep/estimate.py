@@ -3,17 +3,22 @@
 import time
 from typing import Any
 
+import numpy as np
 import torch
 
 from lora_sweep import data as data_room
 from lora_sweep import model as model_room
 from lora_sweep import worker
 from lora_sweep.adapters import Blueprint
+from lora_sweep.data import Data
 from lora_sweep.pack import Settings, Trial
 from lora_sweep.space import Sweep
 
 BYTES_AN_ADAPTER_PARAMETER = 16
 """fp32 value, gradient and AdamW's two moments."""
+
+BYTES_AN_ADAPTER_ON_DISK = 4
+"""Of a parameter: fp32."""
 
 TIMED_PASSES = 3
 
@@ -30,17 +35,15 @@ def plan(sweep: Sweep) -> dict[str, Any]:
     data = data_room.load(config.data, base.tokenizer)
     train, is_grid = config.train, config.sampler.name == "grid"
     cells = len(sweep.cells()) if is_grid else config.sampler.n_trials or 0
-    parameters = sum(parameter.numel() for parameter in base.model.parameters())
-    stored = sum(parameter.numel() * parameter.element_size() for parameter in base.model.parameters())
+    stored = base.bytes
     a_rank = _parameters_a_rank(base, config.method.target_modules)
     ranks = sorted({config.method.rank, sweep.largest_rank()})
     rows = train.slots * train.batch_size
-    per_row = _seconds_a_row(base, rows, data.train.input_ids.shape[1], device)
+    per_row = _seconds_a_row(base, rows, data.train.length, device)
     micro_batches = train.max_steps * train.gradient_accumulation_steps
     evaluations = -(-train.max_steps // train.eval_every)
-    seen = evaluations * (len(data.evaluation) + len(data.probe))
+    seen = evaluations * sum(len(each) for each in (data.evaluation, data.probe, data.retention) if each is not None)
     seconds = cells * per_row * (2 * micro_batches * train.batch_size + seen)
-    counted = int(data.train.counted.sum())
     each_step = train.batch_size * train.gradient_accumulation_steps
     return {
         "study": config.study.name,
@@ -50,23 +53,46 @@ def plan(sweep: Sweep) -> dict[str, Any]:
         "packs": _packs(sweep) if is_grid else 1,
         "slots": train.slots,
         "device": str(device),
-        "dtype": config.model.dtype,
-        "base_parameters": parameters,
+        "dtype": next(word for word, dtype in model_room.DTYPES.items() if dtype == base.dtype),
+        "quantization": config.model.quantization,
+        "base_parameters": base.parameters,
         "base_mib": stored / 2**20,
         "adapter_parameters": {rank: rank * a_rank for rank in ranks},
-        "train_examples": len(data.train),
-        "eval_examples": len(data.evaluation),
-        "train_tokens": counted,
-        "examples_cut": data.train.cut,
+        "adapter_mib": {rank: rank * a_rank * BYTES_AN_ADAPTER_ON_DISK / 2**20 for rank in ranks},
+        **_data(data),
+        "steps_per_epoch": len(data.train) / each_step,
         "epochs": train.max_steps * each_step / len(data.train),
         "memory_mib": (stored + train.slots * ranks[-1] * a_rank * BYTES_AN_ADAPTER_PARAMETER) / 2**20,
         "seconds": seconds,
     }
 
 
+def _data(data: Data) -> dict[str, Any]:
+    """What the trials will learn from: counts, lengths in tokens, and what was left out."""
+    report, lengths = data.report, data.train.lengths
+    cut = report.train.cut.count
+    return {
+        "train_examples": report.train.examples,
+        "eval_examples": data.evaluation.examples,
+        "train_rows": len(data.train),
+        "tokens": report.train.tokens,
+        "train_tokens": report.train.counted,
+        "lengths": {
+            "median": int(np.median(lengths)),
+            "p95": int(np.quantile(lengths, 0.95)),
+            "max": int(lengths.max()),
+            "padded": data.train.length,
+        },
+        "examples_cut": cut,
+        "share_cut": cut / (report.train.examples + report.train.emptied.count),
+        "rows_skipped": report.broken.count + report.train.emptied.count,
+        "duplicates_removed": report.duplicates.count,
+    }
+
+
 def _parameters_a_rank(base: model_room.LoadedBase, target_modules: Any) -> int:
     """Adapter parameters per unit of rank: the sum of d_in + d_out over the targets."""
-    blueprint = Blueprint(model_room.skeleton(base.model.config), base.name_or_path)
+    blueprint = Blueprint(base.skeleton(), base.name_or_path)
     return sum(d_in + d_out for d_in, d_out in blueprint.shapes(target_modules).values())
 
 

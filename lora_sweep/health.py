@@ -89,6 +89,13 @@ def paired_gain(base: Base, evaluation: Evaluation) -> tuple[float, float]:
     return base.eval_loss - evaluation.eval_loss, error
 
 
+def forgetting(base: Base, evaluation: Evaluation) -> float | None:
+    """Loss on the retention text, adapter on minus off, nats per token; None where there is no such text."""
+    if evaluation.retention_loss is None or base.retention_loss is None:
+        return None
+    return evaluation.retention_loss - base.retention_loss
+
+
 def findings(base: Base, last: Evaluation, rules: HealthConfig) -> tuple[Finding, ...]:
     """The trial's own findings after its last evaluation.
 

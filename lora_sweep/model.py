@@ -1,52 +1,29 @@
 """The base: where it lies, whether it fits, and loading it frozen."""
 
+import hashlib
+import json
 import re
 import shutil
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
+from lora_sweep import quant
 from lora_sweep.config import ModelConfig
-from lora_sweep.errors import UserError
+from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.records import Fault
+from lora_sweep.source import EMBEDDED, UNREADABLE, Source, path_faults, source, unreadable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-
-UNREADABLE = (OSError, ValueError, ImportError, KeyError, StrictDataclassError, SafetensorError)
-"""What transformers raises on a checkpoint that it cannot read."""
-
-EMBEDDED = "embedded:"
-"""Prefix of bases that lie in the package."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where transformers finds a base."""
-
-    name_or_path: str
-    """Folder or hub id."""
-    gguf_file: str | None = None
-    revision: str | None = None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What every `from_pretrained` of this base needs; code that lies beside a checkpoint is never run."""
-        optional = {"gguf_file": self.gguf_file, "revision": self.revision}
-        return {"trust_remote_code": False} | {key: value for key, value in optional.items() if value is not None}
-
-    @property
-    def is_hub(self) -> bool:
-        return not Path(self.name_or_path).exists()
 
 
 @dataclass(frozen=True)
@@ -60,73 +37,91 @@ class LoadedBase:
     """What an adapter names so that PEFT alone finds this base again: hub id or absolute folder."""
     revision: str | None
     dtype: torch.dtype
+    """Of the weights, and of what is computed with quantised ones."""
 
+    @property
+    def bytes(self) -> int:
+        """Memory that the base really holds: frozen parameters, buffers and the scales of quantised weights."""
+        return quant.held_bytes(self.model)
 
-def source(model: ModelConfig) -> Source:
-    """Resolves `model.path`: embedded, folder, .gguf file or hub id."""
-    path = str(model.path)
-    if path.startswith(EMBEDDED):
-        return Source(str(Path(__file__).parent / path.removeprefix(EMBEDDED) / "weights"))
-    if path.endswith(".gguf"):
-        file = Path(path).expanduser().resolve()
-        return Source(str(file.parent), gguf_file=file.name)
-    folder = Path(path).expanduser()
-    return Source(str(folder.resolve()) if folder.exists() else path, revision=model.revision)
+    @property
+    def parameters(self) -> int:
+        """Weights, tied ones once, quantised ones as many as they stand for."""
+        return int(self.model.num_parameters())
+
+    def skeleton(self) -> Any:
+        """`skeleton` of this base, from its own class, each weight in the dtype in which PEFT draws its initial A.
+
+        That is the weight's own, of a 4-bit weight the one it computes in; with 8-bit weights A stays in fp32.
+        """
+        with torch.device("meta"):
+            shape = type(self.model)(self.model.config)
+        named = self.model.named_parameters(remove_duplicate=False)
+        return _hollow(shape, {name: self.dtype if quant.is_4bit(each) else each.dtype for name, each in named})
 
 
 def check(model: ModelConfig, target_modules: Any) -> list[Fault]:
-    """Whether the base can be read and the target modules exist in it; loads no weights."""
-    faults = _path_faults(model)
+    """Whether the base can be read and quantised and the target modules exist in it; loads no weights."""
+    faults = path_faults(model)
     if faults:
         return faults
     try:
-        shape = skeleton(read_config(model))
+        config = read_config(model)
+        faults = _quantisation_faults(model, config)
+        if faults:
+            return faults
+        shape = skeleton(config, source(model))
     except UNREADABLE as error:
-        return [Fault("model.path", f"cannot be read: {_one_line(error)}", model.path)]
-    return _target_faults(shape, target_modules)
+        return [unreadable(error, model, "cannot be read")]
+    return target_faults(shape, target_modules)
 
 
-def _path_faults(model: ModelConfig) -> list[Fault]:
-    at = source(model)
-    path = Path(at.name_or_path)
-    if str(model.path).startswith(EMBEDDED):
-        return [] if path.is_dir() else [Fault("model.path", "no such embedded base", model.path, "embedded:tiny")]
-    if at.gguf_file is not None:
-        if not (path / at.gguf_file).is_file():
-            return [Fault("model.path", "no such file", model.path)]
-        try:
-            import gguf  # noqa: F401
-        except ImportError:
-            return [Fault("model.path", "GGUF files need the extra `gguf`", None, 'pip install "lora-sweep[gguf]"')]
+def _quantisation_faults(model: ModelConfig, config: Any) -> list[Fault]:
+    key, stored = "model.quantization", stored_quantisation(config)
+    if stored not in (None, "bitsandbytes"):
+        remedy = "take the checkpoint in full precision, and model.quantization=nf4 where memory is short"
+        return [Fault("model.path", f"is quantised by {stored}; only bitsandbytes is supported", model.path, remedy)]
+    if stored and model.quantization:
+        return [Fault(key, "the checkpoint is quantised already", model.quantization, f"{key}=null")]
+    if not stored and not model.quantization:
         return []
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            return [
-                Fault("model.path", "holds no config.json", model.path, "give the folder of a transformers checkpoint")
-            ]
-        if not any(path.glob("*.safetensors")):
-            return [
-                Fault("model.path", "holds no safetensors; pickled weights can run code and are refused", model.path)
-            ]
-        return []
-    if path.exists() or str(model.path).startswith((".", "/", "~")) or str(model.path).count("/") > 1:
-        return [Fault("model.path", "no such checkpoint folder", model.path)]
+    if not quant.is_installed():
+        return [Fault(key, "needs the extra `quant`", model.quantization or stored, quant.INSTALL)]
+    if config.dtype == torch.float64:
+        return [Fault(key, "computes in fp32 or bf16, not in fp64", model.quantization or stored, "model.dtype=bf16")]
     return []
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def stored_quantisation(config: Any) -> str | None:
+    """The method by which a checkpoint's weights are quantised on disk."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return str(getattr(method, "value", method) or "bitsandbytes")
 
 
-def read_config(model: ModelConfig) -> Any:
-    """transformers' configuration of the base, attention implementation and dtype set."""
-    at = source(model)
-    return AutoConfig.from_pretrained(
-        at.name_or_path, attn_implementation=model.attn_implementation, dtype=DTYPES[model.dtype], **at.arguments
-    )
+def read_config(model: ModelConfig, at: Source | None = None) -> Any:
+    """transformers' configuration of the base (as it lies `at`), attention implementation and dtype set."""
+    at = at or source(model)
+    config = AutoConfig.from_pretrained(at.name_or_path, attn_implementation=model.attn_implementation, **at.arguments)
+    config.dtype = DTYPES[model.dtype] if model.dtype != "auto" else _own_dtype(config, at)
+    return config
 
 
-def _target_faults(shape: Any, target_modules: Any) -> list[Fault]:
+def _own_dtype(config: Any, at: Source) -> torch.dtype:
+    """The checkpoint's own where one can train on it.
+
+    fp32 where none is declared (GGUF: its weights come out as such) or where it is narrower than 16 bits. bf16 for
+    fp16: the same memory, and activations that overflow fp16 stay finite.
+    """
+    own: Any = None if at.gguf_file else config.dtype or config.get_text_config().dtype
+    if own == torch.float16:
+        return torch.bfloat16
+    return next((known for known in DTYPES.values() if known == own), torch.float32)
+
+
+def target_faults(shape: Any, target_modules: Any) -> list[Fault]:
     key = "method.target_modules"
     if isinstance(target_modules, str):
         wanted: str | list[str] = target_modules
@@ -161,60 +156,156 @@ def _target_faults(shape: Any, target_modules: Any) -> list[Fault]:
     return faults
 
 
-def skeleton(config: Any) -> Any:
+def skeleton(config: Any, at: Source | None = None) -> Any:
     """The base's modules without its memory: every parameter is one zero, expanded to its shape.
 
-    PEFT adapts it like the base itself: it draws the same initial A and saves the same format.
+    PEFT adapts it like the base itself: it draws the same initial A and saves the same format. Code that lies beside
+    a checkpoint is asked for its modules only where `at` trusts it.
     """
+    code: dict[str, Any] = {"trust_remote_code": at is not None and at.trust_remote_code}
+    if at is not None and at.revision and at.trust_remote_code:
+        code["code_revision"] = at.revision
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    for module in model.modules():
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, **code)
+    return _hollow(model, {})
+
+
+def _hollow(model: Any, dtypes: dict[str, torch.dtype]) -> Any:
+    for prefix, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            zero = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            dtype = dtypes.get(f"{prefix}.{name}" if prefix else name, parameter.dtype)
+            zero = torch.zeros((), dtype=dtype).expand(parameter.shape)
             setattr(module, name, nn.Parameter(zero, requires_grad=False))
     return model
+
+
+def tokenizer(model: ModelConfig) -> Any:
+    """The base's tokenizer alone; no weights are read. Raises ConfigError."""
+    return _tokenizer(model, _found(model))
+
+
+def _found(model: ModelConfig) -> Source:
+    """`source`, or ConfigError where nothing lies there."""
+    faults = path_faults(model)
+    if faults:
+        raise ConfigError(faults)
+    return source(model)
+
+
+def _tokenizer(model: ModelConfig, at: Source) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(at.name_or_path, **at.arguments)
+    except UNREADABLE as error:
+        raise ConfigError([unreadable(error, model, "its tokenizer cannot be loaded")]) from error
 
 
 def load(model: ModelConfig, device: torch.device, keep_in: Path | None = None) -> LoadedBase:
     """Loads the base frozen, in eval mode.
 
-    A base that is reachable by no name (embedded, GGUF) is written once as safetensors to `keep_in`/base, so that an
-    adapter's `base_model_name_or_path` loads it. Raises UserError where transformers cannot read it.
+    A base that is reachable by no name (embedded, GGUF) is written once, un-quantised, as safetensors to `keep_in`, so
+    that an adapter's `base_model_name_or_path` loads it. Raises ConfigError where it cannot be read.
     """
-    at = source(model)
+    at = _found(model)
+    name, revision = at.name_or_path, at.revision
+    with ExitStack() as stack:
+        if keep_in is not None and (at.gguf_file is not None or str(model.path).startswith(EMBEDDED)):
+            at = _kept(model, at, keep_in)
+            name = at.name_or_path
+        elif at.gguf_file is not None and model.quantization:
+            # Only what is read from safetensors can be quantised on the way.
+            aside = stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-sweep-"))
+            at = _kept(model, at, Path(aside))
+        config = _config(model, at)
+        tokens = _tokenizer(model, at)
+        placed: dict[str, Any] = {}
+        if model.quantization:
+            placed["quantization_config"] = quant.settings(model.quantization, config.dtype)
+        if model.quantization or stored_quantisation(config):
+            # A quantised model is made on its device and not moved.
+            placed["device_map"] = {"": str(device)}
+        loaded = _read(model, at, config.dtype, **placed)
+    if placed:
+        quant.settle(loaded, config.dtype)
+    else:
+        loaded = loaded.to(device)
+    return LoadedBase(loaded, tokens, name, revision, config.dtype)
+
+
+def _config(model: ModelConfig, at: Source) -> Any:
+    """`read_config`, or ConfigError where it cannot be read or not be quantised as asked."""
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        config = read_config(model, at)
+    except UNREADABLE as error:
+        raise ConfigError([unreadable(error, model, "cannot be loaded")]) from error
+    faults = _quantisation_faults(model, config)
+    if faults:
+        raise ConfigError(faults)
+    return config
+
+
+def _read(model: ModelConfig, at: Source, dtype: torch.dtype, **placed: Any) -> Any:
+    """transformers' model with all its weights from the checkpoint, frozen, in eval mode. Raises UserError."""
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
             at.name_or_path,
-            dtype=DTYPES[model.dtype],
+            dtype=dtype,
             attn_implementation=model.attn_implementation,
             use_safetensors=None if at.gguf_file else True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
             **at.arguments,
+            **placed,
         )
-        tokenizer = AutoTokenizer.from_pretrained(at.name_or_path, **at.arguments)
     except UNREADABLE as error:
-        raise UserError(f"model.path: cannot be loaded: {_one_line(error)}, got {model.path!r}") from error
+        raise ConfigError([unreadable(error, model, "cannot be loaded")]) from error
+    # transformers would draw these at random, and only say so in its log.
+    absent = sorted(info["missing_keys"])
+    misfits = sorted(str(each[0]) for each in info["mismatched_keys"])
+    for names, rule in ((absent, "are missing"), (misfits, "have another shape than its config.json says")):
+        if names:
+            raise ConfigError([Fault("model.path", f"{len(names)} weights {rule}, {names[0]} among them", model.path)])
     if at.gguf_file is not None:
         # Its weights were de-quantised on loading; what still says otherwise keeps them from being saved.
         loaded.hf_quantizer = None
         vars(loaded.config).pop("quantization_config", None)
     loaded.requires_grad_(False)
     loaded.eval()
-    name = at.name_or_path
-    if keep_in is not None and (at.gguf_file or str(model.path).startswith(EMBEDDED)):
-        name = str(_keep(loaded, tokenizer, keep_in / "base"))
-    return LoadedBase(loaded.to(device), tokenizer, name, at.revision, DTYPES[model.dtype])
+    return loaded
 
 
-def _keep(model: Any, tokenizer: Any, folder: Path) -> Path:
-    """Writes a base once; the folder appears whole or not at all."""
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=".base-", dir=folder.parent))
+ORIGIN = "origin.json"
+"""Which base a kept folder was made from."""
+
+
+def _kept(model: ModelConfig, at: Source, root: Path) -> Source:
+    """The base as safetensors under root/base; a further one of the same study lies in a folder beside it.
+
+    Written when first asked for; a folder appears whole or not at all.
+    """
+    origin = {"path": model.path, "dtype": model.dtype}
+    mark = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:8]
+    for folder in (root / "base", root / f"base-{mark}"):
+        if not folder.exists():
+            _write(model, at, folder, origin)
+        if (folder / ORIGIN).is_file() and json.loads((folder / ORIGIN).read_text()) == origin:
+            return Source(str(folder.resolve()))
+    raise UserError(f"{folder}: holds no base that this study kept; move it away")
+
+
+def _write(model: ModelConfig, at: Source, folder: Path, origin: dict[str, Any]) -> None:
+    config, tokens = _config(model, at), _tokenizer(model, at)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".base-", dir=folder.parent))
+    try:
+        _read(model, at, config.dtype).save_pretrained(aside)
+        tokens.save_pretrained(aside)
+        (aside / ORIGIN).write_text(json.dumps(origin))
+        aside.chmod(0o755)
         try:
-            model.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
-            aside.chmod(0o755)
             aside.rename(folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    return folder.resolve()
+        except OSError:
+            # Another worker may have been faster.
+            if not (folder / ORIGIN).is_file():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

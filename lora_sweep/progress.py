@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -34,6 +34,39 @@ def duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d} h" if hours else f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"
+
+
+class Preparing:
+    """data's Progress: a bar on a terminal, elsewhere a line now and then; nothing where it is quick."""
+
+    QUICK_SECONDS, EVERY_SECONDS = 2.0, 20.0
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self._task = self._bar.add_task("")
+        self._shown_at = self._began = time.monotonic()
+
+    def __call__(self, name: str, share: float) -> None:
+        now = time.monotonic()
+        if now - self._began < self.QUICK_SECONDS:
+            return
+        if self._console.is_terminal:
+            if not self._bar.live.is_started:
+                self._bar.start()
+            self._bar.update(self._task, description=f"preparing {name}", completed=100 * share)
+        elif now - self._shown_at > self.EVERY_SECONDS:
+            self._shown_at = now
+            self._console.print(f"preparing {name}: {share:.0%}", markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar.live.is_started:
+            self._bar.stop()
 
 
 class _Bay:

@@ -111,6 +111,8 @@ class Evaluation:
     """Non-padding training tokens a second of the whole pack since the last evaluation."""
     last_finite_step: int | None = None
     """None while all is finite; else the last step whose loss was finite: the slot has diverged."""
+    retention_loss: float | None = None
+    """Nats per token over the retention text; None where there is none."""
 
     @property
     def gap(self) -> float:
@@ -129,6 +131,8 @@ class Base:
     eval_loss: float
     probe_loss: float
     eval_losses: NDArray[np.float64]
+    retention_loss: float | None = None
+    """None where no retention text was given."""
 
 
 @dataclass(frozen=True)

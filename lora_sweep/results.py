@@ -11,7 +11,7 @@ from lora_sweep.tracking import read_result, read_rows, write_whole
 Row = dict[str, Any]
 """A line of trials.jsonl; its keys are kept stable and told in the README."""
 
-_FROM_RESULT = ("eval_loss", "base_loss", "train_loss", "gap", "steps", "seconds", "flags", "wandb_id")
+_FROM_RESULT = ("eval_loss", "base_loss", "train_loss", "gap", "forgetting", "steps", "seconds", "flags", "wandb_id")
 
 
 def rows(view: StudyView) -> list[Row]:

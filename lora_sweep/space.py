@@ -31,7 +31,7 @@ from lora_sweep.records import Cell, Fault
 SWEPT_GROUPS = ("model", "data", "method", "optimizer", "train")
 """Groups whose keys may be an axis; the others say how a study is run, not what is asked."""
 
-NEVER_SWEPT = ("train.slots",)
+NEVER_SWEPT = ("train.slots", "model.trust_remote_code")
 
 
 @dataclass(frozen=True)
@@ -279,6 +279,7 @@ def check(sweep: Sweep) -> tuple[list[dict[str, Any]], list[Fault]]:
             faults += [*map(partial(_of_interval, sweep), found), *schema.cross_faults(good)]
     except ConfigError as error:
         return [], [*faults, *error.faults]
+    faults += _trust_faults(sweep, variants)
     sampler, pruner = variants[0].get("sampler"), variants[0].get("pruner")
     if sampler is not None:
         if sampler.name == "grid" and not faults:
@@ -299,6 +300,15 @@ def check(sweep: Sweep) -> tuple[list[dict[str, Any]], list[Fault]]:
         except ConfigError as error:
             faults += error.faults
     return variants, list({str(fault): fault for fault in faults}.values())
+
+
+def _trust_faults(sweep: Sweep, variants: Sequence[Mapping[str, Any]]) -> list[Fault]:
+    """Code that lies beside a checkpoint runs when its user says so, never because a file does."""
+    key = "model.trust_remote_code"
+    trusting = any("model" in groups and groups["model"].trust_remote_code for groups in variants)
+    if not trusting or any(line.startswith(f"++{key}=") for line in sweep.overrides):
+        return []
+    return [Fault(key, "is heard on the command line only", True, f"{key}=true after the sweep file")]
 
 
 def _combination_faults(sweep: Sweep) -> list[Fault]:

@@ -1,5 +1,7 @@
 """One device: keep the pack full, report, prune, refill."""
 
+import hashlib
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +16,8 @@ from lora_sweep import data as data_room
 from lora_sweep import health
 from lora_sweep import model as model_room
 from lora_sweep.config import Config, DataConfig, LauncherConfig, ModelConfig, StudyConfig, to_yaml
-from lora_sweep.data import Data
-from lora_sweep.errors import UserError
+from lora_sweep.data import Data, Report
+from lora_sweep.errors import StudyError, UserError
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.records import Base, Cell, Evaluation, Fault
@@ -54,8 +56,25 @@ class Bench:
 
     def data(self, data: DataConfig, base: LoadedBase) -> Data:
         if self._data is None or self._data[0] != data or self._data[1] is not base:
-            self._data = (data, base, data_room.load(data, base.tokenizer))
+            loaded = data_room.load(data, base.tokenizer)
+            self._keep_report(loaded.report)
+            self._data = (data, base, loaded)
         return self._data[2]
+
+    def _keep_report(self, report: Report) -> None:
+        """What became of the data's rows, and the digest of each source: a study never mixes two contents of one name.
+
+        Raises StudyError where a source has changed since the study began.
+        """
+        for name, digest in report.sources.items():
+            file = self.folder / "data" / f"{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
+            if file.is_file() and (before := json.loads(file.read_text())["digest"]) != digest:
+                raise StudyError(
+                    f"{self.folder}: {name} has changed since the study began (sha256 {before[:12]} -> {digest[:12]}); "
+                    "choose another study.name, or bring the data back"
+                )
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps({"source": name, "digest": digest, "report": report.plain()}, indent=2) + "\n")
 
     @contextmanager
     def pack(self, config: Config, bank_rank: int) -> Iterator[tuple[Pack, Base]]:
@@ -137,6 +156,7 @@ class Run:
             "train_loss": last.train_loss,
             "probe_loss": last.probe_loss,
             "gap": last.gap,
+            "forgetting": health.forgetting(self._base, last),
             "steps": last.step,
             "tokens": last.tokens,
             "seconds": last.seconds,

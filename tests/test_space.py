@@ -146,7 +146,7 @@ def test_intervals_keep_their_bounds_their_type_and_their_scale(
         ("health.min_delta_rel=choice(0.1,0.2)", "cannot be swept"),
         ("study.name=a,b", "cannot be swept"),
         ("train.slots=1,2", "cannot be swept"),
-        ("data=fcts,style", "must be one of facts, jsonl, style, got 'fcts' (did you mean facts?)"),
+        ("data=fcts,style", "must be one of facts, files, hub, real_facts, style, got 'fcts' (did you mean facts?)"),
         ("method.rank=choice(4,-1)", "must be at least 1, got -1"),
         ("method.rank=choice(true,4)", "must be a number, got True"),
         ("method.use_rslora=choice(true,sometimes)", "must be a valid boolean"),
@@ -320,10 +320,10 @@ def test_derived_values_follow_each_cell(write: Write) -> None:
 
 
 def test_a_group_axis_changes_the_whole_group_and_keys_still_apply_on_top() -> None:
-    sweep = read("data=choice(facts,style)", "data.people=choice(16,32)", "data.max_length=48")
+    sweep = read("data=choice(facts,style)", "data.subjects=choice(16,32)", "data.max_length=48")
     assert space.check(sweep)[1] == []
     seen = [sweep.config(cell).data for cell in sweep.cells()]
-    assert [(data.name, data.people) for data in seen] == [("facts", 16), ("facts", 32), ("style", 16), ("style", 32)]
+    assert [(data.name, data.subjects) for data in seen] == [("facts", 16), ("facts", 32), ("style", 16), ("style", 32)]
     assert {data.max_length for data in seen} == {48}
     assert [data.eval_size for data in seen] == [256, 256, 64, 64]
 

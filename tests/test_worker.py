@@ -26,7 +26,7 @@ from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.study import Study
 
 SMALL = {
-    "data": {"people": 32, "eval_size": 16, "probe_size": 8},
+    "data": {"subjects": 32, "eval_size": 16, "probe_size": 8},
     "train": {"max_steps": 6, "eval_every": 2, "batch_size": 2, "eval_batch_size": 8, "slots": 3},
 }
 
@@ -297,3 +297,42 @@ def test_an_interrupted_trial_goes_on_and_another_one_in_its_place_is_refused(in
     assert resumed.admissions == [(0, 0, 2)]
     steps = [json.loads(line)["step"] for line in Path("outputs/train/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def own_data(folder: Path, count: int) -> dict[str, Any]:
+    lines = [json.dumps({"prompt": f"Person {n} lives in", "completion": f" house {n}."}) for n in range(count)]
+    (folder / "mine.jsonl").write_text("\n".join(lines))
+    return {"defaults": [{"override /tracker": "none"}, {"override /data": "files"}], "data": {"path": "mine.jsonl"}}
+
+
+@pytest.mark.filterwarnings(IGNORED)
+def test_a_study_whose_data_file_has_changed_is_not_resumed(in_folder: Path) -> None:
+    more = {**own_data(in_folder, 200), "data": {"path": "mine.jsonl", "subjects": None}}
+    path = write_sweep(in_folder, {"method.rank": "choice(2, 4)"}, **more)
+    assert not run(path, stop_after=4)[1]
+    (kept,) = Path("outputs/ask/data").iterdir()
+    assert json.loads(kept.read_text())["report"]["train"]["examples"] > 100
+    own_data(in_folder, 201)
+    with pytest.raises(StudyError, match=r"mine\.jsonl has changed since the study began \(sha256 "):
+        run(path)
+    own_data(in_folder, 200)
+    assert run(path)[1]
+
+
+@pytest.mark.filterwarnings(IGNORED)
+def test_forgetting_is_measured_on_the_retention_text(in_folder: Path) -> None:
+    axes = {"optimizer.base_lr": "choice(1e-6, 1e-2)"}
+    _, finished, table = run(write_sweep(in_folder, axes, data={"retention": "embedded:tiny"}))
+    assert finished
+    assert abs(table[0]["forgetting"]) < 1e-3
+    assert table[1]["forgetting"] > 0.05, "a hot adapter on pirates forgets plain biographies"
+    last = json.loads(Path("outputs/ask/trials/0001/metrics.jsonl").read_text().splitlines()[-1])
+    base_loss = last["eval/retention"] - table[1]["forgetting"]
+    assert 0 < base_loss < 3
+
+
+@pytest.mark.filterwarnings(IGNORED)
+def test_without_a_retention_text_nothing_is_said_of_forgetting(in_folder: Path) -> None:
+    table = run(write_sweep(in_folder, {"method.rank": "choice(2)"}))[2]
+    assert table[0]["forgetting"] is None
+    assert "eval/retention" not in Path("outputs/ask/trials/0000/metrics.jsonl").read_text()

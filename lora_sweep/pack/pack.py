@@ -7,7 +7,8 @@ gives alone, whatever its co-tenants do.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora_sweep import health
+from lora_sweep import health, quant
 from lora_sweep.adapters import Blueprint, peft_config
 from lora_sweep.data import Data, TokenSet, order
-from lora_sweep.model import LoadedBase, skeleton
+from lora_sweep.errors import UserError
+from lora_sweep.model import LoadedBase
 from lora_sweep.pack.linear import PackedLinear, Pass
 from lora_sweep.pack.loss import OutputLayer
 from lora_sweep.pack.slot import CHECKPOINT, Slot
@@ -42,18 +44,20 @@ class Pack:
         self.bank_rank = bank_rank
         self._model = base.model
         self._device = base.model.device
-        train, evaluation, probe = (_to(part, self._device) for part in (data.train, data.evaluation, data.probe))
-        self._data = Data(train, evaluation, probe, data.bits)
-        self._blueprint = Blueprint(skeleton(base.model.config), base.name_or_path, base.revision)
+        self._data = data
+        self._blueprint = Blueprint(base.skeleton(), base.name_or_path, base.revision)
         self._now = Pass(settings.slots, enabled=False)
         self._dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
         self._linears = self._wrap()
-        self._base_norms = {name: float(_weight(linear.base).norm()) for name, linear in self._linears.items()}
+        self._base_norms = {name: _weight_norm(linear.base) for name, linear in self._linears.items()}
         self._layers = [layer for layer in self._model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         if settings.gradient_checkpointing:
             for layer in self._layers:
                 layer.forward = partial(_checkpointed, layer.forward)
         self._output = OutputLayer(self._model, self._now)
+        if data.train.starts is not None and not self._output.separates():
+            self.close()
+            raise UserError("data.pack_examples: in this base examples of one row see one another; set it to false")
         self._slots: list[Slot | None] = [None] * settings.slots
         self._orders: dict[int, Callable[[int, int], Tensor]] = {}
         self._trained_tokens, self._trained_seconds = 0, 0.0
@@ -140,27 +144,34 @@ class Pack:
         return self._evaluate()
 
     def evaluate_base(self) -> Base:
-        """The losses of the base alone on the evaluation set and the train probe."""
+        """The losses of the base alone on the evaluation set, the train probe and the retention text."""
         self._now.enabled = False
         try:
             evaluation, probe = (self._set_losses(part) for part in (self._data.evaluation, self._data.probe))
+            retention = self._retention_losses()
         finally:
             self._now.enabled = True
-        return Base(evaluation[0][0], probe[0][0], evaluation[1][0])
+        return Base(evaluation[0][0], probe[0][0], evaluation[1][0], retention[0])
 
     def _train_step(self) -> None:
         began = time.monotonic()
-        settings, live, T = self.settings, self._live(), self._data.train.input_ids.shape[1]
+        settings, live, T = self.settings, self._live(), self._data.train.length
         K, b, micro_batches = settings.slots, settings.batch_size, settings.gradient_accumulation_steps
-        input_ids = torch.zeros(micro_batches, K, b, T, dtype=torch.int64, device=self._device)
-        weights = torch.zeros(micro_batches, K, b, T - 1, dtype=self._dtype, device=self._device)
+        input_ids = torch.zeros(micro_batches, K, b, T, dtype=torch.int64)
+        weights = torch.zeros(micro_batches, K, b, T - 1, dtype=self._dtype)
+        positions = None if self._data.train.starts is None else torch.arange(T).repeat(micro_batches, K, b, 1)
         tokens = [0] * K
         for slot in live:
-            rows = self._rows(slot).to(self._device)
-            counted = self._data.train.counted[rows][:, 1:]
+            batch = self._data.train.batch(self._rows(slot))
+            counted = batch.counted[:, 1:]
             tokens[slot.index] = int(counted.sum())
-            input_ids[:, slot.index] = self._data.train.input_ids[rows].view(micro_batches, b, T)
+            input_ids[:, slot.index] = batch.input_ids.view(micro_batches, b, T)
             weights[:, slot.index] = counted.view(micro_batches, b, T - 1) / tokens[slot.index]
+            if positions is not None and batch.position_ids is not None:
+                positions[:, slot.index] = batch.position_ids.view(micro_batches, b, T)
+        input_ids, weights = input_ids.to(self._device), weights.to(self._device)
+        if positions is not None:
+            positions = positions.to(self._device)
         counters = [(0, 0)] * K
         for slot in live:
             counters[slot.index] = (slot.trial.train.seed, slot.step)
@@ -171,7 +182,8 @@ class Pack:
         for micro_batch in range(micro_batches):
             self._now.micro_batch = micro_batch
             share = weights[micro_batch].view(K * b, T - 1)
-            losses = self._output.backward(input_ids[micro_batch].view(K * b, T), share)
+            where = None if positions is None else positions[micro_batch].view(K * b, T)
+            losses = self._output.backward(input_ids[micro_batch].view(K * b, T), share, where)
             means += (losses.to(self._dtype) * share).view(K, -1).sum(dim=1)
         self._now.dropout = None
         for slot in live:
@@ -189,13 +201,23 @@ class Pack:
 
     def _evaluate(self) -> list[Evaluation]:
         evaluation, probe = (self._set_losses(part) for part in (self._data.evaluation, self._data.probe))
+        retention = self._retention_losses()
         speed = self._trained_tokens / self._trained_seconds if self._trained_seconds else math.nan
         self._trained_tokens, self._trained_seconds = 0, 0.0
         return [
-            self._report(slot, evaluation[0][slot.index], probe[0][slot.index], evaluation[1][slot.index], speed)
+            replace(
+                self._report(slot, evaluation[0][slot.index], probe[0][slot.index], evaluation[1][slot.index], speed),
+                retention_loss=retention[slot.index],
+            )
             for slot in self._live()
             if slot.is_due
         ]
+
+    def _retention_losses(self) -> Sequence[float | None]:
+        """Mean loss of each slot on the text not to be forgotten; None each where there is none."""
+        if self._data.retention is None:
+            return [None] * self.settings.slots
+        return self._set_losses(self._data.retention)[0]
 
     def _report(self, slot: Slot, eval_loss: float, probe_loss: float, each: Any, speed: float) -> Evaluation:
         modules = {
@@ -230,16 +252,21 @@ class Pack:
         """
         K, each = self.settings.slots if self._now.enabled else 1, self.settings.eval_batch_size
         total = len(part)
-        sums = torch.zeros(K, total, dtype=torch.float64, device=self._device)
+        sums = torch.zeros(K, part.examples, dtype=torch.float64, device=self._device)
         for first in range(0, total, each):
-            rows = torch.arange(first, min(first + each, total), device=self._device)
+            rows = torch.arange(first, min(first + each, total))
             # The last batch is filled up, so that every forward pass has one shape.
-            filled = torch.cat([rows, rows.new_zeros(each - len(rows))])
-            losses = self._output.losses(part.input_ids[filled].repeat(K, 1))
-            counted = part.counted[filled][:, 1:]
-            by_example = (losses.view(K, each, -1).double() * counted).sum(dim=2)
-            sums[:, rows] = by_example[:, : len(rows)]
-        counts = part.counted[:, 1:].sum(dim=1)
+            batch = part.batch(torch.cat([rows, rows.new_zeros(each - len(rows))]))
+            positions = None if batch.position_ids is None else batch.position_ids.to(self._device).repeat(K, 1)
+            losses = self._output.losses(batch.input_ids.to(self._device).repeat(K, 1), positions)
+            counted = batch.counted[: len(rows), 1:].to(self._device)
+            by_token = losses.view(K, each, -1)[:, : len(rows)].double() * counted
+            if batch.examples is None:
+                sums[:, first : first + len(rows)] = by_token.sum(dim=2)
+            else:
+                examples = batch.examples[: len(rows), 1:].to(self._device).flatten()
+                sums.index_add_(1, examples, by_token.flatten(1))
+        counts = torch.from_numpy(part.counts).to(self._device)
         means = (sums.sum(dim=1) / counts.sum()).tolist()
         return means, (sums / counts).cpu().numpy().astype(np.float64)
 
@@ -279,10 +306,6 @@ class Pack:
         return linears
 
 
-def _to(part: TokenSet, device: torch.device) -> TokenSet:
-    return TokenSet(part.input_ids.to(device), part.counted.to(device), part.lengths.to(device), part.cut)
-
-
 def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
@@ -290,10 +313,9 @@ def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
-def _weight(linear: nn.Module) -> Tensor:
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().double()
+def _weight_norm(linear: nn.Module) -> float:
+    """|W|_F of the weight that is computed with, de-quantised where it is quantised."""
+    return float(torch.linalg.vector_norm(quant.dequantised(linear), dtype=torch.float64))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

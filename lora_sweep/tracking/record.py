@@ -167,6 +167,8 @@ def _rows(evaluation: Evaluation) -> list[Row]:
         "perf/tokens_per_second": evaluation.tokens_per_second,
         "perf/seconds": evaluation.seconds,
     }
+    if evaluation.retention_loss is not None:
+        row["eval/retention"] = evaluation.retention_loss
     for m in evaluation.measurements:
         row |= {
             f"lora_B/{m.group}/rms": m.rms_B,

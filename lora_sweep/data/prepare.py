@@ -1,0 +1,403 @@
+"""From what the user brings to what a trial trains on: read, split, tokenised once, kept."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora_sweep import real_facts
+from lora_sweep.config import DataConfig
+from lora_sweep.data import chat, example, source, store, tokens
+from lora_sweep.data.chat import ChatFault, Conversation
+from lora_sweep.data.example import Parsed
+from lora_sweep.data.report import Part, Report, Tally
+from lora_sweep.data.source import Source, Unreadable
+from lora_sweep.data.tokens import Encoded, TokenSet
+from lora_sweep.errors import ConfigError
+from lora_sweep.records import Example, Fault
+from lora_sweep.tiny import world
+
+BROUGHT = ("files", "hub")
+"""Of data.name: what the user brings, tokenised once and kept."""
+HEAD_ROWS = 100
+"""Rows looked at before anything is prepared."""
+BATCH_EXAMPLES, BATCH_CHARACTERS = 2048, 2**21
+"""Tokenised at a time: enough for the tokenizer's threads, little enough for memory."""
+MOST = 0.5
+"""Where more rows than this share cannot be used, it is the wrong file."""
+EMBEDDED = "embedded:tiny"
+
+Progress = Callable[[str, float], None]
+"""(what is read, share of it done)."""
+
+
+def silent(_: str, __: float) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a trial trains on and is measured on."""
+
+    train: TokenSet
+    evaluation: TokenSet
+    probe: TokenSet
+    """A fixed sample of `train`."""
+    retention: TokenSet | None = None
+    """General text on which forgetting is measured."""
+    bits: float = 0.0
+    """Information content of the facts taught, where it is known."""
+    report: Report = field(default_factory=Report)
+
+
+def check(data: DataConfig) -> list[Fault]:
+    """Whether the files are there and their first rows are examples; tokenises nothing, asks no hub."""
+    faults = [
+        Fault("data.columns", f"must name {', '.join(example.COLUMNS)}", name)
+        for name in data.columns
+        if name not in example.COLUMNS
+    ]
+    if faults:
+        return faults
+    if data.name not in BROUGHT:
+        try:
+            _task(data)
+        except ConfigError as error:
+            faults += error.faults
+    elif data.path is None:
+        remedy = "data.path=FILE.jsonl" if data.name == "files" else "data.path=ORGANISATION/NAME"
+        faults.append(Fault("data.path", "is needed", None, remedy))
+    elif data.name == "files":
+        faults += _head_faults("data.path", str(data.path), data)
+    for key, path in (("data.eval_path", data.eval_path), ("data.retention", data.retention)):
+        if path is not None and path != EMBEDDED:
+            faults += _head_faults(key, path, data)
+    if data.chat_template is not None:
+        try:
+            _template_text(data)
+        except ConfigError as error:
+            faults += error.faults
+    return faults
+
+
+def _head_faults(key: str, path: str, data: DataConfig) -> list[Fault]:
+    """Of a file: unreadable, empty, or not one usable example among its first rows."""
+    try:
+        found = [example.parse(row.record, data.columns) if not row.broken else row.broken for row in _head(path)]
+    except Unreadable as error:
+        return [Fault(key, f"cannot be read ({error})", path)]
+    reasons = [each for each in found if isinstance(each, str)]
+    if not found:
+        return [Fault(key, "holds no example", path)]
+    if len(reasons) == len(found):
+        where = next(iter(_head(path))).where
+        many = f"none of the first {len(found)} rows" if len(found) > 1 else "its only row"
+        asks_names = not data.columns and reasons[0].startswith("has no ")
+        remedy = "name them: data.columns='{prompt: question, completion: answer}'" if asks_names else ""
+        return [Fault(key, f"{many} can be used; {where} {reasons[0]}", path, remedy)]
+    return []
+
+
+def _head(path: str) -> Iterator[source.Row]:
+    return itertools.islice(source.of_path(path).rows(), HEAD_ROWS)
+
+
+def load(data: DataConfig, tokenizer: Any, progress: Progress = silent) -> Data:
+    """Reads, splits and tokenises, or maps what was prepared before. Raises ConfigError with all faults of the data."""
+    if data.name in BROUGHT:
+        train, evaluation, report = _brought(data, tokenizer, progress)
+        bits = 0.0
+    else:
+        train, evaluation, report, bits = _embedded(data, tokenizer)
+    if data.eval_size is not None:
+        evaluation = evaluation.take(tokens.sample(len(evaluation), data.eval_size, data.seed))
+    probe = train.take(tokens.sample(len(train), data.probe_size, data.seed))
+    sets = [train, evaluation, probe]
+    if data.pack_examples:
+        sets = [each.packed(data.max_length) for each in sets]
+    retention = None if data.retention is None else _retention(data, tokenizer)
+    return Data(sets[0], sets[1], sets[2], retention, bits, report)
+
+
+# -- tasks in the package -----------------------------------------------------------------------------------------
+
+
+def _task(data: DataConfig) -> world.Task:
+    """Raises ConfigError."""
+    if data.subjects is None:
+        raise ConfigError([Fault("data.subjects", "is needed by this task")])
+    try:
+        if data.name == "facts":
+            return world.facts(data.subjects, data.seed)
+        if data.name == "real_facts":
+            return real_facts.facts(data.subjects, data.seed)
+        return world.style(data.subjects, data.eval_size or data.subjects, data.seed)
+    except ValueError as error:
+        raise ConfigError([Fault("data.subjects", str(error))]) from error
+    except ModuleNotFoundError as error:
+        rule = f"{data.name} needs the package {error.name}"
+        raise ConfigError([Fault("data", rule, None, 'pip install "lora-sweep[real]"')]) from error
+
+
+def _embedded(data: DataConfig, tokenizer: Any) -> tuple[TokenSet, TokenSet, Report, float]:
+    task, report = _task(data), Report()
+    sets = []
+    for part, examples in ((report.train, task.train), (report.evaluation, task.eval)):
+        batch = [(f"{data.name}, example {place}", each) for place, each in enumerate(examples, start=1)]
+        sets.append(TokenSet.of(list(_encoded(batch, tokenizer, None, data.max_length, part, report.broken))))
+    _refuse_nothing(data, report)
+    return sets[0], sets[1], report, task.bits
+
+
+# -- what the user brings -----------------------------------------------------------------------------------------
+
+
+def _brought(data: DataConfig, tokenizer: Any, progress: Progress) -> tuple[TokenSet, TokenSet, Report]:
+    train, evaluation = _sources(data)
+    template = _template_text(data)
+    settings = {
+        "train": train.digest,
+        "evaluation": data.eval_share if evaluation is None else evaluation.digest,
+        "columns": data.columns,
+        "chat_template": template,
+        "max_length": data.max_length,
+        "tokenizer": _tokenizer_digest(tokenizer),
+    }
+    folder = store.folder_of(settings)
+    plain = store.report(folder)
+    if plain is None:
+        work = _Preparation(data, tokenizer, template, progress)
+        plain = store.write(folder, lambda aside: work.write(aside, train, evaluation))
+    sources = {each.name: each.digest for each in (train, evaluation) if each is not None}
+    report = Report.of({**plain, "sources": sources})
+    return store.read(folder, "train"), store.read(folder, "evaluation"), report
+
+
+def _sources(data: DataConfig) -> tuple[Source, Source | None]:
+    """(training, evaluation where it is given). Raises ConfigError."""
+    faults: list[Fault] = []
+
+    def found(key: str, got: str, make: Callable[[], Source]) -> Source | None:
+        try:
+            return make()
+        except Unreadable as error:
+            faults.append(Fault(key, f"cannot be read ({error})", got))
+            return None
+
+    path, split = str(data.path), data.split or "train"
+    if data.name == "hub":
+        train = found("data.path", path, lambda: source.of_hub(data, split))
+    else:
+        train = found("data.path", path, lambda: source.of_path(path))
+    evaluation = None
+    if data.eval_path is not None:
+        eval_path = data.eval_path
+        evaluation = found("data.eval_path", eval_path, lambda: source.of_path(eval_path))
+    elif data.eval_split is not None and data.name == "hub":
+        eval_split = data.eval_split
+        evaluation = found("data.eval_split", eval_split, lambda: source.of_hub(data, eval_split))
+    if train is None or faults:
+        raise ConfigError(faults)
+    return train, evaluation
+
+
+def _template_text(data: DataConfig) -> str | None:
+    if data.chat_template is None:
+        return None
+    try:
+        return Path(data.chat_template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not UTF-8"
+        fault = Fault("data.chat_template", f"cannot be read ({reason})", data.chat_template, "a jinja file is needed")
+        raise ConfigError([fault]) from error
+
+
+def _tokenizer_digest(tokenizer: Any) -> str:
+    """Of all that decides its tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    rest = (type(tokenizer).__name__, tokenizer.eos_token_id, tokenizer.chat_template)
+    return hashlib.sha256(f"{content}\0{rest}".encode()).hexdigest()
+
+
+Placed = tuple[str, Parsed]
+"""(where it stands, the example)."""
+
+
+class _Preparation:
+    """One pass over the sources into a store folder."""
+
+    def __init__(self, data: DataConfig, tokenizer: Any, template: str | None, progress: Progress) -> None:
+        self._data, self._tokenizer, self._template, self._progress = data, tokenizer, template, progress
+        self._report = Report()
+        self._writers: dict[str, store.Writer] = {}
+        self._waiting: dict[str, list[Placed]] = {"train": [], "evaluation": []}
+        self._characters = 0
+
+    def write(self, folder: Path, train: Source, evaluation: Source | None) -> dict[str, Any]:
+        """Returns the report; raises ConfigError where training would be meaningless."""
+        with store.Writer(folder, "train") as to_train, store.Writer(folder, "evaluation") as to_evaluation:
+            self._writers = {"train": to_train, "evaluation": to_evaluation}
+            self._read(train, evaluation)
+        _refuse_nothing(self._data, self._report)
+        return self._report.plain()
+
+    def _read(self, train: Source, evaluation: Source | None) -> None:
+        held_out: set[int] = set()
+        if evaluation is not None:
+            for place, one in self._examples(evaluation, "data.eval_path"):
+                held_out.add(example.digest(one))
+                self._put("evaluation", place, one)
+        for place, one in self._examples(train, "data.path"):
+            fingerprint = example.digest(one)
+            if evaluation is None:
+                # By the example's own content: a split that stays when examples are added, twins on one side.
+                self._put("evaluation" if fingerprint < self._data.eval_share * 2**64 else "train", place, one)
+            elif fingerprint in held_out:
+                self._report.duplicates.add(place)
+            else:
+                self._put("train", place, one)
+        self._flush()
+
+    def _examples(self, read: Source, key: str) -> Iterator[Placed]:
+        report, rows, broken = self._report, 0, self._report.broken.count
+        report.passed_over += read.passed_over
+        try:
+            for row in read.rows():
+                rows += 1
+                self._progress(read.name, row.share)
+                parsed = row.broken or example.parse(row.record, self._data.columns)
+                if isinstance(parsed, str):
+                    report.broken.add(f"{row.where}: {parsed}")
+                else:
+                    yield row.where, parsed
+        except Unreadable as error:
+            raise ConfigError([Fault(key, f"cannot be read ({error})", read.name)]) from error
+        report.rows += rows
+        broken = report.broken.count - broken
+        if not rows:
+            raise ConfigError([Fault(key, "holds no example", read.name)])
+        if broken > MOST * rows:
+            rule = f"{broken:,} of {rows:,} rows cannot be used: {report.broken.told()}"
+            raise ConfigError([Fault(key, rule, read.name, "is it the right file?")])
+
+    def _put(self, name: str, place: str, one: Parsed) -> None:
+        self._waiting[name].append((place, one))
+        self._characters += len(one.completion) + len(one.prompt) if isinstance(one, Example) else 1000
+        if self._characters > BATCH_CHARACTERS or len(self._waiting[name]) >= BATCH_EXAMPLES:
+            self._flush()
+
+    def _flush(self) -> None:
+        report = self._report
+        for name, part in (("train", report.train), ("evaluation", report.evaluation)):
+            batch, self._waiting[name] = self._waiting[name], []
+            for one in _encoded(batch, self._tokenizer, self._template, self._data.max_length, part, report.broken):
+                self._writers[name].add(one)
+        self._characters = 0
+
+
+def _encoded(
+    batch: Sequence[Placed], tokenizer: Any, template: str | None, max_length: int, part: Part, broken: Tally
+) -> Iterator[Encoded]:
+    """The batch tokenised and cut, in its order; what becomes of each example is entered in `part` and `broken`."""
+    plain = [(one.prompt, one.completion) for _, one in batch if isinstance(one, Example)]
+    talks = [one for _, one in batch if isinstance(one, Conversation)]
+    pairs = iter(tokens.encode(plain, tokenizer))
+    turns = iter(_turns(talks, tokenizer, template))
+    for place, one in batch:
+        found = next(pairs) if isinstance(one, Example) else next(turns)
+        if isinstance(found, ChatFault):
+            broken.add(f"{place}: {found}")
+            continue
+        ids, counted = found
+        if len(ids) > max_length:
+            part.cut.add(place)
+            part.cut_tokens += len(ids) - max_length
+            ids, counted = ids[:max_length], counted[:max_length]
+        if not counted.any():
+            part.emptied.add(place)
+            continue
+        part.examples += 1
+        part.tokens += len(ids)
+        part.counted += int(counted.sum())
+        yield ids, counted
+
+
+def _turns(talks: Sequence[Conversation], tokenizer: Any, template: str | None) -> Sequence[Encoded | ChatFault]:
+    """Raises ConfigError where the template itself is of no use."""
+    try:
+        found = chat.encode(talks, tokenizer, template) if talks else []
+    except ChatFault as fault:
+        raise ConfigError([Fault("data.chat_template", str(fault))]) from fault
+    return [
+        each if isinstance(each, ChatFault) else (np.array(each[0], np.int32), np.array(each[1], np.bool_))
+        for each in found
+    ]
+
+
+def _refuse_nothing(data: DataConfig, report: Report) -> None:
+    """Raises ConfigError where one side holds nothing to learn from or to measure on."""
+    train, evaluation = report.train, report.evaluation
+    faults = []
+    for name, part in (("training", train), ("evaluation", evaluation)):
+        if not part.examples and part.emptied.count:
+            rule = f"no usable {name} example is left within data.max_length={data.max_length}: {part.emptied.told()}"
+            faults.append(Fault("data.max_length", rule))
+    if not train.examples and not train.emptied.count:
+        left = [f"{report.duplicates.count:,} stand in the evaluation set"] if report.duplicates.count else []
+        left += [f"{report.broken.count:,} are broken: {report.broken.told()}"] if report.broken.count else []
+        why = f" ({'; '.join(left)})" if left else ""
+        faults.append(Fault("data.path", f"holds no training example{why}", data.path))
+    if not evaluation.examples and not evaluation.emptied.count:
+        if data.eval_path is None and data.eval_split is None:
+            rule = f"no evaluation example is left of {train.examples:,} at data.eval_share={data.eval_share}"
+            faults.append(Fault("data.eval_share", rule, None, "give data.eval_path or a larger share"))
+        else:
+            key = "data.eval_path" if data.eval_path is not None else "data.eval_split"
+            faults.append(Fault(key, "holds no evaluation example", data.eval_path or data.eval_split))
+    if faults:
+        raise ConfigError(faults)
+
+
+# -- what must not be forgotten -----------------------------------------------------------------------------------
+
+
+def _retention(data: DataConfig, tokenizer: Any) -> TokenSet:
+    """The first `retention_size` stretches of the text, each at most max_length tokens long; every token counts."""
+    size, limit = data.retention_size, data.max_length
+    stretches: list[Encoded] = []
+    try:
+        for text in _retained_texts(data):
+            ids, _ = tokens.encode([("", text)], tokenizer)[0]
+            cuts = [ids[first : first + limit] for first in range(0, len(ids), limit)]
+            stretches += [(cut, np.arange(len(cut)) > 0) for cut in cuts if len(cut) > 1]
+            if len(stretches) >= size:
+                break
+    except Unreadable as error:
+        raise ConfigError([Fault("data.retention", f"cannot be read ({error})", data.retention)]) from error
+    if not stretches:
+        raise ConfigError([Fault("data.retention", "holds no text", data.retention)])
+    return TokenSet.of(stretches[:size])
+
+
+def _retained_texts(data: DataConfig) -> Iterator[str]:
+    if data.retention == EMBEDDED:
+        yield from world.plain()
+        return
+    path = str(data.retention)
+    rows = source.of_path(path).rows()
+    if Path(path).suffix in (".txt", ".gz") and Path(path).is_file():
+        # A text is a whole: lines are joined again, some at a time.
+        lines = (row.record["text"] for row in rows if not row.broken and "text" in row.record)
+        while chunk := list(itertools.islice(lines, 256)):
+            yield "\n".join(chunk)
+        return
+    for row in rows:
+        parsed = None if row.broken else example.parse(row.record, data.columns)
+        if isinstance(parsed, Example):
+            yield parsed.prompt + parsed.completion

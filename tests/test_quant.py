@@ -1,0 +1,266 @@
+"""Quantised bases: what they hold, and that a packed slot on one equals PEFT on the same one."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import config_of
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_pack import IGNORED, MakeTrial, largest_difference, losses, mean_loss, packed, peft_losses
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from lora_sweep import adapters, estimate, quant, space
+from lora_sweep import model as model_room
+from lora_sweep.data import Data
+from lora_sweep.errors import ConfigError
+from lora_sweep.model import LoadedBase
+from lora_sweep.pack import Pack, Settings, Trial
+from lora_sweep.tiny.pretrain import WEIGHTS
+
+pytestmark = pytest.mark.filterwarnings(IGNORED)
+
+CPU = torch.device("cpu")
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+Bases = Callable[[str, str], LoadedBase]
+
+
+@pytest.fixture(scope="module")
+def bases() -> Bases:
+    """bases(kind, dtype): the embedded base, loaded once each."""
+    made: dict[tuple[str, str], LoadedBase] = {}
+
+    def of(kind: str, dtype: str) -> LoadedBase:
+        if (kind, dtype) not in made:
+            model = config_of(f"model.quantization={kind}", f"model.dtype={dtype}").model
+            made[kind, dtype] = model_room.load(model, CPU)
+        return made[kind, dtype]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def few(style: Data) -> Data:
+    """The style task with little to evaluate: de-quantising costs as much for one row as for many."""
+    return replace(style, evaluation=style.evaluation.take(np.arange(4)), probe=style.probe.take(np.arange(2)))
+
+
+def theirs(kind: str, dtype: str, folder: Path = WEIGHTS) -> Any:
+    """The same base as a user of transformers and PEFT quantises it.
+
+    8-bit in training mode: there bitsandbytes takes the activations as they are on a CPU, elsewhere it rounds them.
+    """
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    if kind == "nf4":
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=DTYPE[dtype],
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE[dtype], quantization_config=settings)
+    return model.train(kind == "int8")
+
+
+def three(trial: MakeTrial, steps: int, **shared: Any) -> list[Trial]:
+    """Ranks, scalings and rates of their own."""
+    shared |= {"max_steps": steps, "eval_every": steps, "batch_size": 2, "eval_batch_size": 4}
+    return [
+        trial(0, rank=8, alpha=16.0, base_lr=5e-4, **shared),
+        trial(1, rank=4, alpha=8.0, ratio=4.0, base_lr=2e-4, **shared),
+        trial(2, rank=16, alpha=16.0, use_rslora=True, base_lr=2e-4, **shared),
+    ]
+
+
+# -- training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize(
+    ("dtype", "steps", "tolerance"),
+    [("fp32", 5, 1e-6), ("bf16", 2, 1e-2), pytest.param("fp32", 30, 1e-6, marks=pytest.mark.slow)],
+)
+def test_a_packed_slot_equals_peft_on_the_same_quantised_base(
+    bases: Bases, few: Data, trial: MakeTrial, kind: str, dtype: str, steps: int, tolerance: float
+) -> None:
+    """fp32: 2e-7 after 30 steps. bf16: PEFT rounds s B A x to bf16 before it adds, the pack adds in fp32."""
+    base, trials = bases(kind, dtype), three(trial, steps)
+    for one, evaluation in zip(trials, packed(base, few, trials), strict=True):
+        mine = losses(evaluation)
+        assert all(measured.delta_rel > 0 for measured in evaluation.measurements)
+        assert largest_difference(mine, peft_losses(theirs(kind, dtype), few, one)) < tolerance
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_gradient_checkpointing_changes_no_loss_on_a_quantised_base(
+    bases: Bases, few: Data, trial: MakeTrial, kind: str
+) -> None:
+    plain, again = (
+        packed(bases(kind, "fp32"), few, three(trial, 2, dropout=0.1, gradient_checkpointing=each))
+        for each in (False, True)
+    )
+    for mine, other in zip(plain, again, strict=True):
+        assert largest_difference(losses(mine), losses(other)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_rows_never_mix_in_a_quantised_linear(bases: Bases, kind: str) -> None:
+    linear = bases(kind, "fp32").model.model.layers[1].mlp.up_proj
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))
+    hot = x.clone()
+    hot[1, :, 3] = 1000.0
+    wild = x.clone()
+    wild[1] = torch.nan
+    for other in (hot, wild):
+        assert torch.equal(linear(x)[0], linear(other)[0])
+    through = x.requires_grad_()
+    linear(through).sum().backward()
+    assert torch.allclose(through.grad[0, 0], quant.dequantised(linear).sum(dim=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_an_exported_adapter_gives_the_recorded_loss_on_the_same_quantised_base(
+    bases: Bases, few: Data, trial: MakeTrial, kind: str, tmp_path: Path
+) -> None:
+    one = trial(0, rank=4, ratio=4.0, base_lr=1e-3, max_steps=4, eval_every=4, batch_size=2, eval_batch_size=4, slots=2)
+    base = bases(kind, "fp32")
+    pack = Pack(base, few, Settings.of(one), 8)
+    slot = pack.admit(one)
+    evaluation, before = pack.advance()[0], pack.evaluate_base().eval_loss
+    pack.export(slot, tmp_path)
+    pack.close()
+    assert evaluation.eval_loss < before * 0.99
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == base.name_or_path
+    loaded = PeftModel.from_pretrained(theirs(kind, "fp32", Path(base.name_or_path)), str(tmp_path)).train(
+        kind == "int8"
+    )
+    assert mean_loss(loaded, few.evaluation) == pytest.approx(evaluation.eval_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_peft_draws_the_same_initial_A_on_the_skeleton_as_on_the_quantised_base(
+    bases: Bases, kind: str, dtype: str
+) -> None:
+    base = bases(kind, dtype)
+    settings = adapters.peft_config(4, 8, False, 0.0, "all-linear")
+    mine = adapters.Blueprint(base.skeleton(), base.name_or_path).initial(settings, 7)
+    torch.manual_seed(7)
+    real = get_peft_model(theirs(kind, dtype), settings).base_model.model
+    other = {
+        name: layer.lora_A["default"].weight for name, layer in real.named_modules() if isinstance(layer, LoraLayer)
+    }
+    assert list(mine) == list(other)
+    for name, A in other.items():
+        assert mine[name].dtype == A.dtype == torch.float32
+        assert torch.equal(mine[name], A)
+
+
+# -- what it holds -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_weight_norm_that_health_divides_by_is_of_the_dequantised_weight(
+    bases: Bases, few: Data, trial: MakeTrial, kind: str, tmp_path: Path
+) -> None:
+    base = bases(kind, "fp32")
+    one = trial(0, rank=4, max_steps=1, eval_every=1, batch_size=2, slots=1, target_modules=["o_proj"])
+    names = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(4)]
+    # What the layer does to the unit vectors is its weight.
+    weights = [base.model.get_submodule(name)(torch.eye(128)[None])[0].T for name in names]
+    pack = Pack(base, few, Settings.of(one), 4)
+    slot = pack.admit(one)
+    (measured,) = pack.advance()[0].measurements
+    pack.export(slot, tmp_path)
+    pack.close()
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    changes = [
+        adapter[f"base_model.model.{name}.lora_B.weight"] @ adapter[f"base_model.model.{name}.lora_A.weight"]
+        for name in names
+    ]
+    changed, norm = (sum(float(each.double().norm() ** 2) for each in all_) ** 0.5 for all_ in (changes, weights))
+    assert changed > 0
+    assert measured.delta_rel == pytest.approx(one.scaling * changed / norm, rel=1e-4)
+
+
+def test_a_quantised_base_says_what_it_really_holds(bases: Bases) -> None:
+    plain = {dtype: model_room.load(config_of(f"model.dtype={dtype}").model, CPU) for dtype in DTYPE}
+    assert plain["fp32"].bytes == sum(
+        each.numel() * each.element_size()
+        for each in [*plain["fp32"].model.parameters(), *plain["fp32"].model.buffers()]
+    )
+    assert plain["bf16"].bytes == pytest.approx(plain["fp32"].bytes / 2, rel=0.001)
+    assert bases("nf4", "bf16").bytes < bases("int8", "bf16").bytes < 0.6 * plain["bf16"].bytes
+    counts = {bases(kind, "bf16").parameters for kind in ("nf4", "int8")} | {each.parameters for each in plain.values()}
+    assert counts == {sum(each.numel() for each in plain["fp32"].model.parameters())}
+
+
+def test_plan_reports_the_memory_of_the_quantised_base(bases: Bases) -> None:
+    small = ["data.subjects=8", "data.eval_size=2", "data.probe_size=2", "train.slots=1", "launcher.device=cpu"]
+    sweep, faults = space.read(None, ["model.quantization=nf4", "model.dtype=bf16", *small])
+    assert not faults
+    made = estimate.plan(sweep)
+    base = bases("nf4", "bf16")
+    assert (made["base_mib"], made["base_parameters"]) == (base.bytes / 2**20, base.parameters)
+    assert (made["dtype"], made["quantization"]) == ("bf16", "nf4")
+
+
+def test_the_unquantised_weights_are_kept_and_the_quantised_base_is_made_from_them(tmp_path: Path) -> None:
+    model = config_of("model.quantization=nf4").model
+    base = model_room.load(model, CPU, tmp_path)
+    assert base.name_or_path == str(tmp_path / "base")
+    assert "quantization_config" not in json.loads((tmp_path / "base/config.json").read_text())
+    with safe_open(tmp_path / "base/model.safetensors", framework="pt") as file:
+        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F32"}  # noqa: SIM118
+    again = model_room.load(replace(model, quantization=None), CPU, tmp_path)
+    assert again.name_or_path == base.name_or_path, "both are made from one"
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert torch.equal(base.model(input_ids=ids).logits, theirs("nf4", "fp32")(input_ids=ids).logits)
+
+
+def test_a_checkpoint_that_is_quantised_on_disk_loads_as_it_is(bases: Bases, tmp_path: Path) -> None:
+    theirs("nf4", "bf16").save_pretrained(tmp_path)
+    bases("nf4", "bf16").tokenizer.save_pretrained(tmp_path)
+    model = replace(config_of("model=local", f"model.path={tmp_path}").model, dtype="auto")
+    assert model_room.check(model, "all-linear") == []
+    base = model_room.load(model, CPU)
+    assert base.dtype == torch.bfloat16
+    assert (base.bytes, base.parameters) == (bases("nf4", "bf16").bytes, bases("nf4", "bf16").parameters)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert torch.equal(base.model(input_ids=ids).logits, bases("nf4", "bf16").model(input_ids=ids).logits)
+    (fault,) = model_room.check(replace(model, quantization="nf4"), "all-linear")
+    assert str(fault).startswith("model.quantization: the checkpoint is quantised already, got 'nf4'")
+
+
+# -- faults --------------------------------------------------------------------------------------------------------
+
+
+def test_without_bitsandbytes_a_quantised_base_is_a_fault_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    model = config_of("model.quantization=int8").model
+    (fault,) = model_room.check(model, "all-linear")
+    assert str(fault) == ("model.quantization: needs the extra `quant`, got 'int8' (pip install \"lora-sweep[quant]\")")
+    with pytest.raises(ConfigError, match="needs the extra `quant`"):
+        model_room.load(model, CPU)
+
+
+def test_double_precision_and_other_methods_of_quantisation_are_faults(tmp_path: Path) -> None:
+    (fault,) = model_room.check(config_of("model.quantization=nf4", "model.dtype=fp64").model, "all-linear")
+    assert str(fault).startswith("model.quantization: computes in fp32 or bf16, not in fp64")
+    config = json.loads((WEIGHTS / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").touch()
+    (fault,) = model_room.check(config_of("model=local", f"model.path={tmp_path}").model, "all-linear")
+    assert str(fault).startswith("model.path: is quantised by gptq; only bitsandbytes is supported")
