@@ -356,10 +356,13 @@ def _quiet() -> None:
     """Libraries' progress bars and chatter off: what a person sees is ours."""
     # Said aloud either way, or tokenizers warns once something forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Read when the hub's client is imported; it tells each of its retries.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     import datasets
     from transformers.utils import logging
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -1,11 +1,12 @@
-"""Where a base lies: in the package, another package, a folder, a GGUF file or on the hub."""
+"""Where a base lies: in the package, another package, a folder, a GGUF file or on the hub; why the hub gave nothing."""
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
-from huggingface_hub import is_offline_mode
+from huggingface_hub import constants, is_offline_mode
 from huggingface_hub.errors import (
     GatedRepoError,
     LocalEntryNotFoundError,
@@ -13,6 +14,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
     StrictDataclassError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError
 
 from lora_sweep.config import ModelConfig
@@ -125,35 +127,66 @@ def _package_fault(asked: str) -> Fault:
 
 def unreadable(error: BaseException, model: ModelConfig, rule: str) -> Fault:
     """One line for what transformers told in many; `rule` says what failed where no better is known."""
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-
-    on_hub = not Path(source(model).name_or_path).exists()
-
-    def told(kind: type[BaseException]) -> bool:
-        return on_hub and any(isinstance(each, kind) for each in chain)
-
     key, path = "model.path", model.path
     if "does not support an attention implementation" in str(error):
         asked = model.attn_implementation
         remedy = "model.attn_implementation=eager"
         return Fault("model.attn_implementation", "this architecture has none of this kind", asked, remedy)
-    if told(GatedRepoError):
-        return Fault(key, "is gated on the hub: accept its terms there, then log in", path, "hf auth login")
-    if told(RepositoryNotFoundError):
-        remedy = "look for a slip; if it is private: hf auth login"
-        return Fault(key, "no such model on the hub, or none that you may see", path, remedy)
-    if told(RevisionNotFoundError):
-        return Fault("model.revision", f"no such commit or tag of {path}", model.revision)
-    if told(LocalEntryNotFoundError):
-        if is_offline_mode():
-            away = "is not in the hub's cache, and HF_HUB_OFFLINE is set"
-            return Fault(key, away, path, f"unset it, or bring the files there first: hf download {path}")
-        return Fault(key, "is not in the hub's cache, and the hub cannot be reached", path)
+    why = refusal(error) if not Path(source(model).name_or_path).exists() else None
+    if why is not None:
+        return hub_fault(why, "model", str(path), model.revision)
     return Fault(key, f"{rule}: {_one_line(error)}", path)
+
+
+Refusal = Literal["gated", "missing", "revision", "away"]
+"""Why the hub gave nothing: no access, no such repository, no such commit, no hub and nothing in its cache."""
+
+_REFUSALS: dict[type[Exception], Refusal] = {
+    # A gated repository is a missing one to the client too: the order counts.
+    GatedRepoError: "gated",
+    RepositoryNotFoundError: "missing",
+    RevisionNotFoundError: "revision",
+    LocalEntryNotFoundError: "away",
+}
+
+
+def refusal(error: BaseException) -> Refusal | None:
+    """What the hub's client said at the bottom of an error; None where it is another's."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return next((why for kind, why in _REFUSALS.items() if any(isinstance(each, kind) for each in chain)), None)
+
+
+def hub_fault(why: Refusal, group: Literal["model", "data"], path: str, revision: str | None) -> Fault:
+    """The one line for a base (group `model`) or a data set that the hub did not give."""
+    key = f"{group}.path"
+    if why == "gated":
+        return Fault(key, "is gated on the hub: accept its terms there, then log in", path, "hf auth login")
+    if why == "missing":
+        kind = "model" if group == "model" else "data set"
+        remedy = "look for a slip; if it is private: hf auth login"
+        return Fault(key, f"no such {kind} on the hub, or none that you may see", path, remedy)
+    if why == "revision":
+        return Fault(f"{group}.revision", f"no such commit or tag of {path}", revision)
+    away = "is not in the hub's cache" + (f" at {revision}" if revision else "")
+    if not is_offline_mode():
+        return Fault(key, f"{away}, and the hub cannot be reached", path)
+    # `datasets` reads offline what it has prepared itself, not what was downloaded.
+    first = f"hf download {path}" + (f" --revision {revision}" if revision else "")
+    first = f"bring the files there first: {first}" if group == "model" else "run this once without it"
+    return Fault(key, f"{away}, and HF_HUB_OFFLINE is set", path, f"unset it, or {first}")
+
+
+def cached_commit(data_set: str, revision: str) -> str | None:
+    """The commit that a branch or tag of a hub data set was when last seen from here; a whole commit is itself."""
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    name = repo_folder_name(repo_id=data_set, repo_type="dataset")
+    seen = Path(constants.HF_HUB_CACHE) / name / "refs" / revision
+    return seen.read_text().strip() if seen.is_file() else None
 
 
 def _one_line(error: BaseException) -> str:

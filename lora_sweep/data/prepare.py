@@ -187,11 +187,14 @@ def _sources(data: DataConfig) -> tuple[Source, Source | None]:
             return make()
         except Unreadable as error:
             faults.append(Fault(key, f"cannot be read ({error})", got))
-            return None
+        except ConfigError as error:
+            # Two splits of one data set fail alike.
+            faults.extend(fault for fault in error.faults if fault not in faults)
+        return None
 
     path, split = str(data.path), data.split or "train"
     if data.name == "hub":
-        train = found("data.path", path, lambda: source.of_hub(data, split))
+        train = found("data.path", path, lambda: source.of_hub(data, split, "data.split"))
     else:
         train = found("data.path", path, lambda: source.of_path(path))
     evaluation = None
@@ -200,7 +203,7 @@ def _sources(data: DataConfig) -> tuple[Source, Source | None]:
         evaluation = found("data.eval_path", eval_path, lambda: source.of_path(eval_path))
     elif data.eval_split is not None and data.name == "hub":
         eval_split = data.eval_split
-        evaluation = found("data.eval_split", eval_split, lambda: source.of_hub(data, eval_split))
+        evaluation = found("data.eval_split", eval_split, lambda: source.of_hub(data, eval_split, "data.eval_split"))
     if train is None or faults:
         raise ConfigError(faults)
     return train, evaluation

@@ -17,8 +17,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import datasets
+from datasets.packaged_modules.cache.cache import Cache
 
 from lora_sweep.config import DataConfig
+from lora_sweep.errors import ConfigError
+from lora_sweep.records import Fault
+from lora_sweep.source import Refusal, cached_commit, hub_fault, refusal
 
 MAX_LINE_BYTES = 2**26
 """Of a line: a longer one is told and passed over."""
@@ -79,15 +83,61 @@ def of_path(path: str) -> Source:
     return Source(path, _digest(tuple(files)), lambda: _of_files(files), other)
 
 
-def of_hub(data: DataConfig, split: str) -> Source:
-    """One split of a hub data set, downloaded once to `datasets`' own cache. Raises Unreadable."""
+def of_hub(data: DataConfig, split: str, key: str) -> Source:
+    """One split of a hub data set, downloaded once to `datasets`' own cache; `key` is the field that names the split.
+
+    Raises ConfigError with the field at fault.
+    """
     try:
-        loaded = datasets.load_dataset(str(data.path), data.subset, split=split, revision=data.revision)
+        # On disk: what has no file has no digest.
+        loaded = datasets.load_dataset(
+            str(data.path), data.subset, split=split, revision=data.revision, keep_in_memory=False
+        )
+        loaded = _at_commit(loaded, data, split)
     except Exception as error:  # its own, the hub client's and pyarrow's: no common base
-        raise Unreadable(_one_line(error)) from error
+        raise ConfigError([_hub_fault(error, data, split, key)]) from error
     name = f"{data.path}[{split}]"
     files = tuple(Path(each["filename"]) for each in loaded.cache_files)
     return Source(name, _digest(files), lambda: _of_dataset(name, loaded))
+
+
+def _at_commit(loaded: Any, data: DataConfig, split: str) -> Any:
+    """The rows of the commit asked for. Where the hub is away, `datasets` takes what it cached last, of any commit."""
+    commit = cached_commit(str(data.path), data.revision or "main")
+    if not loaded.cache_files or (commit is None and data.revision is None):
+        return loaded
+    folder = Path(loaded.cache_files[0]["filename"]).parent
+    if folder.name == commit:
+        return loaded
+    if commit is None or not (folder.parent / commit).is_dir():
+        raise ConnectionError(f"{folder} is of another commit")
+    subset, version = folder.parts[-3:-1]
+    name = {"dataset_name": str(data.path).rpartition("/")[2], "repo_id": str(data.path)}
+    return Cache(**name, config_name=subset, version=version, hash=commit).as_dataset(split)
+
+
+def _hub_fault(error: Exception, data: DataConfig, split: str, key: str) -> Fault:
+    path, told = str(data.path), _one_line(error)
+    why = refusal(error) or _refusal(error, told)
+    if why is not None:
+        return hub_fault(why, "data", path, data.revision)
+    listed = " ".join(str(error).split()).partition("[")[2].partition("]")[0]
+    there = f"{path} has {listed.replace(chr(39), '')[:300]}"
+    if told.startswith("Unknown split"):
+        return Fault(key, "no such split", split, there)
+    if told.startswith("BuilderConfig"):
+        return Fault("data.subset", "no such subset", data.subset, there)
+    if told.startswith("Config name is missing"):
+        return Fault("data.subset", "is needed", None, there)
+    return Fault("data.path", f"cannot be read ({told})", path)
+
+
+def _refusal(error: Exception, told: str) -> Refusal | None:
+    """What `datasets` says in its own words: it drops the hub client's error."""
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        return "gated" if "gated" in told.removeprefix("Dataset").partition("' ")[2] else "missing"
+    is_away = isinstance(error, ConnectionError) or told.startswith("Couldn't find cache for")
+    return "away" if is_away else None
 
 
 def _one_line(error: BaseException) -> str:
