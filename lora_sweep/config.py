@@ -139,9 +139,14 @@ class OptimizerConfig:
     """Decoupled, of A; a step decays by lr x weight_decay."""
     weight_decay_B: NotNegative | None
     """Of B; null: the same as A's."""
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd"]
+    """What steps the groups; 8 bits of state and paging by bitsandbytes (extra `quant`; paging needs a GPU)."""
     beta1: Share
+    """Of AdamW, as are beta2 and eps."""
     beta2: Share
     eps: Positive
+    momentum: Share
+    """Of SGD."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +172,12 @@ class TrainConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: Seed
     """Initial A, order of the data, dropout masks."""
-    slots: Count
-    """Adapters trained at once on one base."""
+    slots: Count | None
+    """Adapters trained at once on one base; null: as many as pay, measured in the first steps."""
+    fixed_shapes: bool
+    """Every pass has all slots, the largest rank and the full length, whoever shares it: equal bits, more time."""
+    compile: bool
+    """Compile the base with torch.compile: minutes at the start, faster steps on a GPU."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def trial() -> Callable[..., Trial]:
     """trial(number, rank=..., max_steps=..., ...): any knob of method, optimizer and train by its own name."""
 
     def make(number: int = 0, **knobs: Any) -> Trial:
-        config = config_of("train.max_steps=50", "train.eval_every=50")
+        config = config_of("train.max_steps=50", "train.eval_every=50", "train.slots=8")
         parts = []
         for section in (config.method, config.optimizer, config.train):
             names = set(section.__dataclass_fields__)

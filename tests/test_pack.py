@@ -393,7 +393,8 @@ def test_packed_examples_have_the_losses_they_have_alone(
     pack.admit(one)
     pack.admit(replace(one, cell=Cell(1), method=replace(one.method, rank=8)))
     measured = pack.advance()
-    alone = pack._set_losses(evaluation.take(data.evaluation.members))
+    pack._passes.data = Data(data.train, evaluation.take(data.evaluation.members), data.probe)
+    alone = pack._passes.losses(pack._passes.order(pack._live()))[0]
     pack.close()
     assert len(data.evaluation) < len(evaluation)
     for slot, mine in enumerate(measured):
@@ -420,11 +421,11 @@ def test_whether_a_base_keeps_packed_examples_apart_is_measured(attention: str, 
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=300, **shape, attn_implementation=attention)
     model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
-    assert OutputLayer(model, Pass(1, enabled=False)).separates()
+    assert OutputLayer(model, Pass()).separates()
     leaky = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
     body = leaky.model.forward
     leaky.model.forward = lambda *args, position_ids=None, **kwargs: body(*args, **kwargs)
-    assert not OutputLayer(leaky, Pass(1, enabled=False)).separates()
+    assert not OutputLayer(leaky, Pass()).separates()
     stranger = LoadedBase(leaky, None, "leaky", None, torch.float32)
     train = short_examples(4, 3).packed(48)
     with pytest.raises(UserError, match=r"data\.pack_examples: in this base examples of one row see one another"):

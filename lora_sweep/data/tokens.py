@@ -16,6 +16,8 @@ from torch import Tensor
 
 LENGTH_BUCKET = 8
 """Padded lengths are multiples of this many tokens."""
+LENGTHS = 8
+"""Different padded lengths of a set, at most."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,18 @@ class TokenSet:
         longest = self.max_length or int(self.lengths.max(initial=0))
         return -(-longest // LENGTH_BUCKET) * LENGTH_BUCKET
 
+    def padded_length(self, rows: Tensor) -> int:
+        """T for these rows (n,), at most `length`: one of few, so that not every batch has a shape of its own."""
+        if self.starts is not None:
+            return self.length
+        bucket = -(-self.length // LENGTHS // LENGTH_BUCKET) * LENGTH_BUCKET
+        return min(self.length, -(-int(self.lengths[rows.numpy()].max(initial=1)) // bucket) * bucket)
+
+    @cached_property
+    def by_length(self) -> NDArray[np.int64]:
+        """(rows,) in which batches need the least padding."""
+        return np.arange(len(self)) if self.starts is not None else np.argsort(self.lengths, kind="stable")
+
     @cached_property
     def counts(self) -> NDArray[np.int64]:
         """(examples,) counted tokens of each."""
@@ -93,14 +107,16 @@ class TokenSet:
         starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         return replace(self, members=self.members[members], starts=starts, max_length=max_length)
 
-    def batch(self, rows: Tensor) -> Batch:
-        """These rows, (n,) int64, padded to `length`."""
-        return self._one_each(rows.numpy()) if self.starts is None else self._several_each(rows.tolist())
+    def batch(self, rows: Tensor, length: int | None = None) -> Batch:
+        """These rows, (n,) int64, padded to `length` tokens, or to the set's."""
+        if self.starts is None:
+            return self._one_each(rows.numpy(), length or self.length)
+        return self._several_each(rows.tolist())
 
-    def _one_each(self, rows: NDArray[np.int64]) -> Batch:
+    def _one_each(self, rows: NDArray[np.int64], length: int) -> Batch:
         chosen = self.members[rows]
         starts = self.offsets[chosen][:, None]
-        places = starts + np.arange(self.length)
+        places = starts + np.arange(length)
         inside = places < self.offsets[chosen + 1][:, None]
         places = np.where(inside, places, starts)
         ids = np.where(inside, self.tokens[places], 0).astype(np.int64)

@@ -1,77 +1,160 @@
 """The packed linear: one frozen weight, K adapters, rows that never mix."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from lora_sweep import quant
+from lora_sweep.pack.bank import Bank
 from lora_sweep.pack.dropout import keep_mask, slot_key
+
+
+class Segment:
+    """Slots of one rank that are neighbours, both in a pass and in their bank."""
+
+    def __init__(self, first: int, bank: Bank, rows: range) -> None:
+        """`first`: place in the pass of the slot in row `rows[0]`; rows without a slot count for nothing."""
+        slots = [bank.slots[row] for row in rows]
+        self.places = slice(first, first + len(slots))
+        values, gradients = bank.values[rows.start : rows.stop], bank.gradients[rows.start : rows.stop]
+        self.gradients = gradients
+        self.dtype = values.dtype
+        self.A, self.B = bank.layout.A(values), bank.layout.B(values)
+        self.grad_A, self.grad_B = bank.layout.A(gradients), bank.layout.B(gradients)
+        like = {"dtype": values.dtype, "device": values.device}
+        scaling = [0.0 if slot is None else slot.trial.scaling for slot in slots]
+        self.scaling = torch.tensor(scaling, **like).view(-1, 1, 1)  # type: ignore[arg-type]
+        dropout = [0.0 if slot is None else slot.trial.method.dropout for slot in slots]
+        self.dropout = torch.tensor(dropout, **like) if any(dropout) else None  # type: ignore[arg-type]
 
 
 @dataclass
 class Pass:
     """What every packed linear must know of the forward pass under way."""
 
-    slots: int
-    enabled: bool = True
-    """False: the base alone."""
-    scaling: Tensor = field(default_factory=lambda: torch.zeros(0))
-    """(K,) s of each slot, 0 where the slot is empty; in the banks' dtype."""
-    dropout: Tensor | None = None
-    """(K,) probabilities in training when any slot has one; None: no masks at all."""
-    counters: tuple[tuple[int, int], ...] = ()
-    """(seed, step) of each slot: what its masks are drawn from."""
+    width: int = 0
+    """Slots whose rows are in the batch: K."""
+    segments: Sequence[Segment] = ()
+    """None: the base alone."""
+    counters: Sequence[tuple[int, int]] | None = None
+    """(seed, step) of each slot, what its dropout masks are drawn from; None: no dropout."""
     micro_batch: int = 0
     first_position: int = 0
     """Of the chunk under way, where the output layer is adapted and its positions come in chunks."""
+    anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+    """Makes autograd come by where nothing before has a gradient."""
 
 
 class PackedLinear(nn.Module):
-    """Wraps a frozen linear layer (nn.Linear or transformers' Conv1D) and adds slot k's s B A to slot k's rows.
+    """Wraps a frozen linear layer (nn.Linear, quantised or not, or transformers' Conv1D); adds s B A to each slot's rows.
 
-    Input (K x b, T, d_in), rows of slot k at [k b, (k + 1) b). Banks: A (K, R, d_in), B (K, R, d_out); a rank r < R
-    leaves zero rows, whose gradients are zero. Adapters compute in the banks' dtype, the sum is cast to the base's.
+    Input (K x b, T, d_in), rows of the pass's slot k at [k b, (k + 1) b). Adapters compute in their own dtype, the sum
+    is cast to the base's. Gradients of A and B are added to the banks' own.
     """
 
-    def __init__(
-        self, name: str, base: nn.Module, shape: tuple[int, int], rank: int, dtype: torch.dtype, now: Pass
-    ) -> None:
+    def __init__(self, name: str, base: nn.Module, now: Pass) -> None:
         super().__init__()
         self.name = name
         self.base = base
-        self._now = now
-        d_in, d_out = shape
-        device = next(base.parameters()).device
-        self.A = nn.Parameter(torch.zeros(now.slots, rank, d_in, dtype=dtype, device=device))
-        self.B = nn.Parameter(torch.zeros(now.slots, rank, d_out, dtype=dtype, device=device))
-        self.A.grad = torch.zeros_like(self.A)
-        self.B.grad = torch.zeros_like(self.B)
+        self.now = now
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        now = self._now
-        if not now.enabled:
-            return y
-        if x.dim() != 3 or x.shape[0] % now.slots:
+        now = self.now
+        if not now.segments:
+            alone: Tensor = self.base(x)
+            return alone
+        if x.dim() != 3 or x.shape[0] % now.width:
             raise RuntimeError(
                 f"{self.name} is fed {tuple(x.shape)}, not (rows, positions, features): its rows cannot be told apart "
                 "by slot, so it cannot be packed. Leave it out of method.target_modules."
             )
-        rows = x.to(self.A.dtype)
-        if now.dropout is not None:
-            rows = self._drop(rows, now.dropout)
-        K = now.slots
-        low = torch.bmm(rows.reshape(K, -1, x.shape[-1]), self.A.transpose(1, 2)) * now.scaling.view(K, 1, 1)
-        total = torch.baddbmm(y.reshape(K, -1, y.shape[-1]).to(self.B.dtype), low, self.B)
-        return total.to(y.dtype).view_as(y)
+        y: Tensor = _Adapted.apply(x, now.anchor, self)  # type: ignore[no-untyped-call]
+        return y
 
-    def _drop(self, rows: Tensor, p: Tensor) -> Tensor:
-        now = self._now
-        drawn = [slot_key(seed, step, now.micro_batch, self.name) for seed, step in now.counters]
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """(d_out, d_in), detached, de-quantised where it is quantised."""
+        weight = quant.dequantised(self.base, dtype)
+        return weight.T if isinstance(self.base, Conv1D) else weight
+
+    def keep(self, segment: Segment, rows: Tensor, first_position: int) -> Tensor | None:
+        """(n, b T, d_in) mask of the segment's rows (n, b, T, d_in), 0 or 1 / (1 - p); None: all stay."""
+        now = self.now
+        if segment.dropout is None or now.counters is None:
+            return None
+        drawn = [slot_key(seed, step, now.micro_batch, self.name) for seed, step in now.counters[segment.places]]
         keys = torch.tensor(drawn, dtype=torch.int32, device=rows.device)
-        shape = (now.slots, rows.shape[0] // now.slots, rows.shape[1], rows.shape[2])
-        keep = keep_mask(keys, p, shape, now.first_position)
-        return (rows.view(shape) * keep / (1 - p).to(rows.dtype).view(-1, 1, 1, 1)).view_as(rows)
+        kept = keep_mask(keys, segment.dropout, tuple(rows.shape), first_position)  # type: ignore[arg-type]
+        return (kept / (1 - segment.dropout).view(-1, 1, 1, 1)).flatten(1, 2)
 
     def extra_repr(self) -> str:
-        return f"slots={self.A.shape[0]}, rank={self.A.shape[1]}"
+        return self.name
+
+
+class _Adapted(torch.autograd.Function):
+    """y = W x + s B A x by slot; in either pass the adapters' part is added in place.
+
+    The base's linear is frozen, so nothing but x is kept of it; casts and masks are made anew in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, _: Tensor, linear: PackedLinear) -> Tensor:
+        now = linear.now
+        y: Tensor = linear.base(x).contiguous()
+        rows, out = _by_slot(x, now.width), _by_slot(y, now.width)
+        lows = []
+        for segment in now.segments:
+            at = segment.places
+            part = _dropped(linear, segment, rows[at], now.first_position)[0].flatten(1, 2)
+            low = torch.bmm(part, segment.A[linear.name].transpose(1, 2)).mul_(segment.scaling)
+            _add_product(out[at].flatten(1, 2), low, segment.B[linear.name])
+            lows.append(low)
+        ctx.save_for_backward(x, *lows)
+        ctx.linear, ctx.width, ctx.segments, ctx.first = linear, now.width, now.segments, now.first_position
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:
+        (gradient,) = gradients
+        x, *lows = ctx.saved_tensors
+        linear: PackedLinear = ctx.linear
+        below = gradient @ linear.weight(gradient.dtype) if ctx.needs_input_grad[0] else None
+        rows, above = _by_slot(x, ctx.width), _by_slot(gradient, ctx.width)
+        for segment, low in zip(ctx.segments, lows, strict=True):
+            at = segment.places
+            wide = above[at].flatten(1, 2).to(segment.dtype)
+            segment.grad_B[linear.name].baddbmm_(low.transpose(1, 2), wide)
+            low_gradient = torch.bmm(wide, segment.B[linear.name].transpose(1, 2)).mul_(segment.scaling)
+            part, kept = _dropped(linear, segment, rows[at], ctx.first)
+            segment.grad_A[linear.name].baddbmm_(low_gradient.transpose(1, 2), part.flatten(1, 2))
+            if below is None:
+                continue
+            into = _by_slot(below, ctx.width)[at].flatten(1, 2)
+            if kept is None:
+                _add_product(into, low_gradient, segment.A[linear.name])
+            else:
+                into += (torch.bmm(low_gradient, segment.A[linear.name]) * kept).to(into.dtype)
+        return below, None, None
+
+
+def _by_slot(rows: Tensor, width: int) -> Tensor:
+    """(K x b, T, d) -> (K, b, T, d)."""
+    return rows.unflatten(0, (width, -1))
+
+
+def _dropped(linear: PackedLinear, segment: Segment, rows: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
+    """(rows (n, b, T, d) in the adapters' dtype after dropout, the mask (n, b T, d))."""
+    kept = linear.keep(segment, rows, first)
+    wide = rows.to(segment.dtype)
+    return (wide, None) if kept is None else (wide * kept.view_as(wide), kept)
+
+
+def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
+    """into += left @ right by slot, added in the adapters' dtype."""
+    if into.dtype == left.dtype:
+        into.baddbmm_(left, right)
+    else:
+        into.copy_(torch.baddbmm(into.to(left.dtype), left, right))

@@ -2,7 +2,7 @@
 
 Rows never mix: the base sees one batch of K x b rows, each packed linear multiplies slot k's rows by slot k's A and B,
 the loss is the sum of the slots' own mean losses, and each slot steps its own optimizer. So slot i gives what its trial
-gives alone, whatever its co-tenants do.
+gives alone, whatever its co-tenants do: up to rounding, or bit for bit with `train.fixed_shapes`.
 """
 
 import math
@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,14 +20,25 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_sweep import health, quant
 from lora_sweep.adapters import Blueprint, peft_config
-from lora_sweep.data import Data, TokenSet, order
+from lora_sweep.data import Data
 from lora_sweep.errors import UserError
 from lora_sweep.model import LoadedBase
+from lora_sweep.pack import memory
+from lora_sweep.pack.bank import Banks
+from lora_sweep.pack.capacity import MOST_SLOTS, Capacity
 from lora_sweep.pack.linear import PackedLinear, Pass
 from lora_sweep.pack.loss import OutputLayer
+from lora_sweep.pack.passes import Passes
 from lora_sweep.pack.slot import CHECKPOINT, Slot
-from lora_sweep.pack.trial import Settings, Trial
+from lora_sweep.pack.trial import Exhausted, Settings, Trial
 from lora_sweep.records import Base, Cell, Evaluation
+
+Found = TypeVar("Found")
+
+BYTES_A_PARAMETER = 16
+"""fp32 value, gradient and AdamW's two moments."""
+ADAPTERS_SHARE = 0.25
+"""Of the free memory, for adapters, where their number is ours to choose."""
 
 
 def never() -> bool:
@@ -38,41 +48,51 @@ def never() -> bool:
 class Pack:
     """Slots on one base and one data set. Close it to get the base back as it was."""
 
-    def __init__(self, base: LoadedBase, data: Data, settings: Settings, bank_rank: int) -> None:
-        """`bank_rank`: R of the banks, the largest rank that can be admitted. Equal K, R and T give equal bits."""
+    def __init__(
+        self, base: LoadedBase, data: Data, settings: Settings, bank_rank: int, too_wide: int | None = None
+    ) -> None:
+        """`bank_rank`: the largest rank that can be admitted, with fixed shapes the rank of all banks.
+
+        `too_wide`: so many slots a pass are known not to fit into memory.
+        """
         self.settings = settings
         self.bank_rank = bank_rank
         self._model = base.model
         self._device = base.model.device
-        self._data = data
         self._blueprint = Blueprint(base.skeleton(), base.name_or_path, base.revision)
-        self._now = Pass(settings.slots, enabled=False)
-        self._dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-        self._linears = self._wrap()
+        targets = settings.target_modules
+        shapes = self._blueprint.shapes(targets if isinstance(targets, str) else list(targets))
+        dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        self.capacity = self._room(shapes, too_wide)
+        fixed = (bank_rank, self.capacity.slots) if settings.fixed_shapes else None
+        self._banks = Banks(shapes, dtype, self._device, fixed)
+        now = Pass(anchor=torch.zeros((), device=self._device, requires_grad=True))
+        self._linears = self._wrap(shapes, now)
         self._base_norms = {name: _weight_norm(linear.base) for name, linear in self._linears.items()}
         self._layers = [layer for layer in self._model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        if settings.gradient_checkpointing:
-            for layer in self._layers:
+        for layer in self._layers:
+            if settings.compile:
+                layer.forward = torch.compile(layer.forward)
+            if settings.gradient_checkpointing:
                 layer.forward = partial(_checkpointed, layer.forward)
-        self._output = OutputLayer(self._model, self._now)
-        if data.train.starts is not None and not self._output.separates():
+        output = OutputLayer(self._model, now)
+        if data.train.starts is not None and not output.separates():
             self.close()
             raise UserError("data.pack_examples: in this base examples of one row see one another; set it to false")
-        self._slots: list[Slot | None] = [None] * settings.slots
-        self._orders: dict[int, Callable[[int, int], Tensor]] = {}
+        self._passes = Passes(self._banks, output, now, data, settings, dtype, self._device)
+        self._slots: list[Slot | None] = [None] * self.capacity.slots
         self._trained_tokens, self._trained_seconds = 0, 0.0
-        self._set_pass()
 
     # -- who is in --------------------------------------------------------------------------------------------------
 
     @property
     def live(self) -> dict[int, Cell]:
         """Slot -> the cell in it."""
-        return {slot.index: slot.trial.cell for slot in self._slots if slot is not None}
+        return {slot.index: slot.trial.cell for slot in self._live()}
 
     @property
     def has_room(self) -> bool:
-        return None in self._slots
+        return len(self._live()) < self.capacity.slots
 
     def step(self, slot: int) -> int:
         """Optimizer steps that the slot has done."""
@@ -80,7 +100,11 @@ class Pack:
 
     def fits(self, trial: Trial) -> bool:
         """Whether the trial can be admitted now."""
-        return None in self._slots and Settings.of(trial) == self.settings and trial.method.rank <= self.bank_rank
+        return self.has_room and Settings.of(trial) == self.settings and trial.method.rank <= self.bank_rank
+
+    def prepare(self, trial: Trial) -> None:
+        """Draws the trial's initial A beforehand, while other slots may be training."""
+        self._blueprint.prepare(self._peft_config(trial), trial.train.seed)
 
     def admit(self, trial: Trial) -> int:
         """Puts the trial into a free slot at step 0; returns the slot."""
@@ -88,19 +112,17 @@ class Pack:
             raise ValueError(f"cell {trial.cell.number} does not fit this pack: {Settings.of(trial)}, {self.settings}")
         index = self._slots.index(None)
         initial_A = self._blueprint.initial(self._peft_config(trial), trial.train.seed)
-        self._slots[index] = Slot(index, trial, self._linears, initial_A)
-        self._set_pass()
+        self._slots[index] = Slot(index, trial, self._banks, initial_A)
+        self._passes.changed()
         return index
 
     def evict(self, slot: int) -> None:
         """Frees the slot and leaves zeros behind."""
-        self._at(slot)
+        gone = self._at(slot)
+        gone.leave()
+        self._banks.free(gone)
         self._slots[slot] = None
-        with torch.no_grad():
-            for linear in self._linears.values():
-                linear.A[slot].zero_()
-                linear.B[slot].zero_()
-        self._set_pass()
+        self._passes.changed()
 
     def checkpoint(self, slot: int, folder: Path) -> None:
         """Writes the slot as of now, to be called at an evaluation boundary."""
@@ -128,6 +150,7 @@ class Pack:
             _replace(self._model, name, linear.base)
         for layer in self._layers:
             layer.__dict__.pop("forward", None)
+        self._blueprint.close()
 
     # -- the way forward --------------------------------------------------------------------------------------------
 
@@ -135,7 +158,7 @@ class Pack:
         """Trains all slots until at least one reaches its next evaluation, and evaluates those.
 
         `stop` is asked before each step; when it says so the list is empty, and the steps since the last evaluation are
-        the price.
+        the price. Raises Exhausted when a trial does not fit into memory by itself.
         """
         while not any(slot.is_due for slot in self._live()):
             if stop() or not self._live():
@@ -145,79 +168,65 @@ class Pack:
 
     def evaluate_base(self) -> Base:
         """The losses of the base alone on the evaluation set, the train probe and the retention text."""
-        self._now.enabled = False
-        try:
-            evaluation, probe = (self._set_losses(part) for part in (self._data.evaluation, self._data.probe))
-            retention = self._retention_losses()
-        finally:
-            self._now.enabled = True
-        return Base(evaluation[0][0], probe[0][0], evaluation[1][0], retention[0])
+        evaluation, probe, retention = self._passes.losses(None)
+        return Base(evaluation[0][0], probe[0][0], evaluation[1][0], None if retention is None else retention[0][0])
 
     def _train_step(self) -> None:
         began = time.monotonic()
-        settings, live, T = self.settings, self._live(), self._data.train.length
-        K, b, micro_batches = settings.slots, settings.batch_size, settings.gradient_accumulation_steps
-        input_ids = torch.zeros(micro_batches, K, b, T, dtype=torch.int64)
-        weights = torch.zeros(micro_batches, K, b, T - 1, dtype=self._dtype)
-        positions = None if self._data.train.starts is None else torch.arange(T).repeat(micro_batches, K, b, 1)
-        tokens = [0] * K
-        for slot in live:
-            batch = self._data.train.batch(self._rows(slot))
-            counted = batch.counted[:, 1:]
-            tokens[slot.index] = int(counted.sum())
-            input_ids[:, slot.index] = batch.input_ids.view(micro_batches, b, T)
-            weights[:, slot.index] = counted.view(micro_batches, b, T - 1) / tokens[slot.index]
-            if positions is not None and batch.position_ids is not None:
-                positions[:, slot.index] = batch.position_ids.view(micro_batches, b, T)
-        input_ids, weights = input_ids.to(self._device), weights.to(self._device)
-        if positions is not None:
-            positions = positions.to(self._device)
-        counters = [(0, 0)] * K
-        for slot in live:
-            counters[slot.index] = (slot.trial.train.seed, slot.step)
-        self._now.counters = tuple(counters)
-        torch._foreach_zero_(self._gradients())
-        self._now.dropout = self._dropout
-        means = torch.zeros(K, dtype=self._dtype, device=self._device)
-        for micro_batch in range(micro_batches):
-            self._now.micro_batch = micro_batch
-            share = weights[micro_batch].view(K * b, T - 1)
-            where = None if positions is None else positions[micro_batch].view(K * b, T)
-            losses = self._output.backward(input_ids[micro_batch].view(K * b, T), share, where)
-            means += (losses.to(self._dtype) * share).view(K, -1).sum(dim=1)
-        self._now.dropout = None
-        for slot in live:
-            slot.update(means, tokens[slot.index])
-        self._trained_tokens += sum(tokens)
+        live = self._passes.order(self._live())
+        capacity = self.capacity
+        if math.isinf(capacity.free_bytes) and not capacity.is_settled:
+            capacity.free_bytes = memory.free_bytes(self._device) or math.inf
+        width, measures = capacity.next_width(len(live)), not capacity.is_settled
+        peak = memory.Peak(self._device) if measures else None
+        steps = [each for slots in _split(live, width) for each in self._within_memory(self._passes.train, slots)]
+        peak_bytes = None if peak is None else peak.bytes
+        tokens = 0
+        for slots, means, counts in steps:
+            for slot, mean, count in zip(slots, means.unbind(), counts, strict=True):
+                if slot is not None:
+                    slot.update(mean, count)
+                    tokens += count
+        if measures:
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            capacity.took(width, len(live), time.monotonic() - began, peak_bytes)
+        self._trained_tokens += tokens
         self._trained_seconds += time.monotonic() - began
 
-    def _rows(self, slot: Slot) -> Tensor:
-        """The examples of the slot's next optimizer step: (micro-batches x batch size,)."""
-        seed = slot.trial.train.seed
-        if seed not in self._orders:
-            self._orders[seed] = order(len(self._data.train), seed)
-        each = self.settings.batch_size * self.settings.gradient_accumulation_steps
-        return self._orders[seed](slot.step * each, each)
-
     def _evaluate(self) -> list[Evaluation]:
-        evaluation, probe = (self._set_losses(part) for part in (self._data.evaluation, self._data.probe))
-        retention = self._retention_losses()
+        due = [slot for slot in self._passes.order(self._live()) if slot is None or slot.is_due]
         speed = self._trained_tokens / self._trained_seconds if self._trained_seconds else math.nan
         self._trained_tokens, self._trained_seconds = 0, 0.0
-        return [
-            replace(
-                self._report(slot, evaluation[0][slot.index], probe[0][slot.index], evaluation[1][slot.index], speed),
-                retention_loss=retention[slot.index],
-            )
-            for slot in self._live()
-            if slot.is_due
-        ]
+        reports = {}
+        for part in _split(due, self.capacity.known_width(len(due))):
+            for slots, (evaluation, probe, retention) in self._within_memory(self._passes.evaluated, part):
+                for place, slot in enumerate(slots):
+                    if slot is not None and slot.is_due:
+                        report = self._report(slot, evaluation[0][place], probe[0][place], evaluation[1][place], speed)
+                        kept = None if retention is None else retention[0][place]
+                        reports[slot.index] = replace(report, retention_loss=kept)
+        return [report for _, report in sorted(reports.items())]
 
-    def _retention_losses(self) -> Sequence[float | None]:
-        """Mean loss of each slot on the text not to be forgotten; None each where there is none."""
-        if self._data.retention is None:
-            return [None] * self.settings.slots
-        return self._set_losses(self._data.retention)[0]
+    def _within_memory(
+        self, work: Callable[[Sequence[Slot | None]], Found], slots: Sequence[Slot | None]
+    ) -> list[Found]:
+        """`work` on all slots at once, or on halves where that exhausts the memory. Raises Exhausted."""
+        try:
+            return [work(slots)]
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_exhausted(error):
+                raise
+            if len(slots) == 1 or self.settings.fixed_shapes:
+                found = next(slot for slot in slots if slot is not None)
+                raise Exhausted(found.index, len(slots)) from error
+        # Here the error, and all the tensors that its traceback holds, are gone.
+        self.capacity.failed(len(slots))
+        self._passes.leave()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        half = -(-len(slots) // 2)
+        return [each for part in (slots[:half], slots[half:]) for each in self._within_memory(work, part)]
 
     def _report(self, slot: Slot, eval_loss: float, probe_loss: float, each: Any, speed: float) -> Evaluation:
         modules = {
@@ -245,31 +254,6 @@ class Pack:
             last_finite_step=None if all_finite else first_broken - 1,
         )
 
-    def _set_losses(self, part: TokenSet) -> tuple[list[float], Any]:
-        """(mean loss over all counted tokens of each slot (K,), mean of each example (K, examples)).
-
-        With the adapters off all slots are the same, and one stands for them: K = 1.
-        """
-        K, each = self.settings.slots if self._now.enabled else 1, self.settings.eval_batch_size
-        total = len(part)
-        sums = torch.zeros(K, part.examples, dtype=torch.float64, device=self._device)
-        for first in range(0, total, each):
-            rows = torch.arange(first, min(first + each, total))
-            # The last batch is filled up, so that every forward pass has one shape.
-            batch = part.batch(torch.cat([rows, rows.new_zeros(each - len(rows))]))
-            positions = None if batch.position_ids is None else batch.position_ids.to(self._device).repeat(K, 1)
-            losses = self._output.losses(batch.input_ids.to(self._device).repeat(K, 1), positions)
-            counted = batch.counted[: len(rows), 1:].to(self._device)
-            by_token = losses.view(K, each, -1)[:, : len(rows)].double() * counted
-            if batch.examples is None:
-                sums[:, first : first + len(rows)] = by_token.sum(dim=2)
-            else:
-                examples = batch.examples[: len(rows), 1:].to(self._device).flatten()
-                sums.index_add_(1, examples, by_token.flatten(1))
-        counts = torch.from_numpy(part.counts).to(self._device)
-        means = (sums.sum(dim=1) / counts.sum()).tolist()
-        return means, (sums / counts).cpu().numpy().astype(np.float64)
-
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _live(self) -> list[Slot]:
@@ -281,29 +265,32 @@ class Pack:
             raise ValueError(f"slot {index} is empty")
         return slot
 
+    def _room(self, shapes: Any, too_wide: int | None) -> Capacity:
+        slots = self.settings.slots
+        if slots is not None:
+            return Capacity(slots, is_settled=True, width=0, too_wide=too_wide)
+        each = BYTES_A_PARAMETER * self.bank_rank * sum(d_in + d_out for d_in, d_out in shapes.values())
+        free = memory.free_bytes(self._device) or math.inf
+        most = int(min(MOST_SLOTS[self._device.type], max(1.0, ADAPTERS_SHARE * free / each)))
+        return Capacity(most, too_wide=too_wide)
+
     def _peft_config(self, trial: Trial) -> Any:
         method = trial.method
         return peft_config(method.rank, method.alpha, method.use_rslora, method.dropout, method.target_modules)
 
-    def _gradients(self) -> list[Tensor]:
-        banks = [bank for linear in self._linears.values() for bank in (linear.A, linear.B)]
-        return [bank.grad for bank in banks if bank.grad is not None]
-
-    def _set_pass(self) -> None:
-        scaling = [0.0 if slot is None else slot.trial.scaling for slot in self._slots]
-        dropout = [0.0 if slot is None else slot.trial.method.dropout for slot in self._slots]
-        self._now.scaling = torch.tensor(scaling, dtype=self._dtype, device=self._device)
-        self._dropout = torch.tensor(dropout, dtype=self._dtype, device=self._device) if any(dropout) else None
-        self._now.enabled = True
-
-    def _wrap(self) -> dict[str, PackedLinear]:
-        targets = self.settings.target_modules
+    def _wrap(self, shapes: Any, now: Pass) -> dict[str, PackedLinear]:
         linears = {}
-        for name, shape in self._blueprint.shapes(targets if isinstance(targets, str) else list(targets)).items():
-            inner = self._model.get_submodule(name)
-            linears[name] = PackedLinear(name, inner, shape, self.bank_rank, self._dtype, self._now)
+        for name in shapes:
+            linears[name] = PackedLinear(name, self._model.get_submodule(name), now)
             _replace(self._model, name, linears[name])
         return linears
+
+
+def _split(slots: Sequence[Slot | None], width: int) -> list[Sequence[Slot | None]]:
+    """In parts of at most `width`, as equal as can be."""
+    parts = -(-len(slots) // width)
+    ends = [len(slots) * part // parts for part in range(parts + 1)]
+    return [slots[a:b] for a, b in zip(ends, ends[1:], strict=False)]
 
 
 def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

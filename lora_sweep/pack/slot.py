@@ -1,9 +1,9 @@
-"""One slot: views into the banks, an optimizer and schedule of its own, and what it has done so far."""
+"""One slot: views into a bank, an optimizer and schedule of its own, and what it has done so far."""
 
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from lora_sweep.pack.linear import PackedLinear
+from lora_sweep.pack import optimizers
+from lora_sweep.pack.bank import Bank, Banks, Side
 from lora_sweep.pack.trial import Trial
 from lora_sweep.records import Step
 
@@ -22,32 +23,33 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 class Slot:
-    """The trial in row `index` of every bank.
+    """The trial with number `index` of its pack.
 
-    Its parameters are views of the banks and their gradients views of the banks' gradients, so a plain torch optimizer
-    steps them in place and knows nothing of the other slots.
+    Its parameters are views of a bank and their gradients views of the bank's gradients, so a plain torch optimizer
+    steps them in place and knows nothing of the other slots. Where each number is stepped by itself, all A together
+    are one parameter, and all B.
     """
 
-    def __init__(self, index: int, trial: Trial, linears: Mapping[str, PackedLinear], initial_A: Mapping[str, Tensor]):
+    def __init__(self, index: int, trial: Trial, banks: Banks, initial_A: Mapping[str, Tensor]) -> None:
         self.index = index
         self.trial = trial
-        self.A: dict[str, nn.Parameter] = {}
-        self.B: dict[str, nn.Parameter] = {}
-        for name, linear in linears.items():
-            _clear(linear, index)
-            rank = trial.method.rank
-            self.A[name] = _view(linear.A, index, rank)
-            self.B[name] = _view(linear.B, index, rank)
-            with torch.no_grad():
-                self.A[name].copy_(initial_A[name])
-        self.optimizer = torch.optim.AdamW(
+        self.A: dict[str, Tensor] = {}
+        """Module name -> (r, d_in) view."""
+        self.B: dict[str, Tensor] = {}
+        """Module name -> (r, d_out) view."""
+        self.home: tuple[Bank, int]
+        """The bank and the row in it."""
+        self._parameters: dict[str, nn.Parameter] = {}
+        """What the optimizer steps: "A" and "B", or "A/<module>" and "B/<module>"."""
+        banks.place(self)
+        for name, view in self.A.items():
+            view.copy_(initial_A[name])
+        self.optimizer = optimizers.build(
+            trial.optimizer,
             [
-                {"params": list(self.A.values()), "lr": trial.lr_A, "weight_decay": trial.optimizer.weight_decay},
-                {"params": list(self.B.values()), "lr": trial.lr_B, "weight_decay": trial.weight_decay_B},
+                {"params": self.group("A"), "lr": trial.lr_A, "weight_decay": trial.optimizer.weight_decay},
+                {"params": self.group("B"), "lr": trial.lr_B, "weight_decay": trial.weight_decay_B},
             ],
-            betas=(trial.optimizer.beta1, trial.optimizer.beta2),
-            eps=trial.optimizer.eps,
-            fused=True,
         )
         # Every schedule is a factor on each group's own rate: an absolute floor would flatten LoRA+'s ratio.
         schedule = trial.train.schedule
@@ -61,11 +63,38 @@ class Slot:
         self.tokens = 0
         self.lr_B_squared = 0.0
         self.pending: list[tuple[int, Tensor, float, float]] = []
-        """(step, mean losses of all slots (K,), lr_A, lr_B) since the last evaluation; losses stay on the device."""
+        """(step, mean loss, lr_A, lr_B) since the last evaluation; losses stay on the device."""
         self.grad_norms: tuple[Tensor, Tensor] | None = None
         """(|g_A|, |g_B|) of the last step before an evaluation."""
         self._admitted_at = time.monotonic()
         self._seconds_before = 0.0
+
+    def bind(self, bank: Bank, row: int) -> None:
+        """Lets everything point into this row; called by the bank, which has put the values there."""
+        self.home = (bank, row)
+        values, gradients, layout = bank.values[row], bank.gradients[row], bank.layout
+        rank, size_A = self.trial.method.rank, layout.size_A
+        self.A = {name: view[:rank] for name, view in layout.A(values).items()}
+        self.B = {name: view[:rank] for name, view in layout.B(values).items()}
+        if optimizers.is_elementwise(self.trial.optimizer):
+            pieces = {
+                "A": (values[:size_A], gradients[:size_A]),
+                "B": (values[size_A:], gradients[size_A:]),
+            }
+        else:
+            of_A, of_B = layout.A(gradients), layout.B(gradients)
+            pieces = {f"A/{name}": (view, of_A[name][:rank]) for name, view in self.A.items()}
+            pieces |= {f"B/{name}": (view, of_B[name][:rank]) for name, view in self.B.items()}
+        for name, (value, gradient) in pieces.items():
+            if name in self._parameters:
+                self._parameters[name].data = value
+            else:
+                self._parameters[name] = nn.Parameter(value)
+            self._parameters[name].grad = gradient
+
+    def group(self, side: Side) -> list[nn.Parameter]:
+        """The parameters of all A ("A") or of all B ("B")."""
+        return [parameter for name, parameter in self._parameters.items() if name[0] == side]
 
     @property
     def seconds(self) -> float:
@@ -80,45 +109,54 @@ class Slot:
         """At an evaluation boundary with steps not yet reported."""
         return bool(self.pending) and (self.step % self.trial.train.eval_every == 0 or self.is_finished)
 
-    def update(self, losses: Tensor, tokens: int) -> None:
-        """Steps on the gradients that lie in the banks; `losses` (K,) are the step's mean losses."""
-        parameters = [*self.A.values(), *self.B.values()]
+    def update(self, loss: Tensor, tokens: int) -> None:
+        """Steps on the gradients that lie in the bank; `loss` () is the step's mean loss."""
         next_step = self.step + 1
         if next_step % self.trial.train.eval_every == 0 or next_step == self.trial.train.max_steps:
             norms = [
-                torch.nn.utils.get_total_norm([p.grad for p in group.values() if p.grad is not None])
-                for group in (self.A, self.B)
+                torch.nn.utils.get_total_norm([p.grad for p in self.group(side) if p.grad is not None])
+                for side in ("A", "B")
             ]
             self.grad_norms = (norms[0], norms[1])
         if self.trial.train.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, self.trial.train.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), self.trial.train.max_grad_norm)
         lr_A, lr_B = (float(group["lr"]) for group in self.optimizer.param_groups)
         self.optimizer.step()
         self.schedule.step()
         self.step = next_step
         self.tokens += tokens
         self.lr_B_squared += lr_B**2
-        self.pending.append((self.step, losses, lr_A, lr_B))
+        self.pending.append((self.step, loss, lr_A, lr_B))
 
     def take_steps(self) -> tuple[Step, ...]:
         """The steps since the last evaluation, which are then forgotten."""
-        losses = torch.stack([row[1] for row in self.pending])[:, self.index].tolist() if self.pending else []
+        losses = torch.stack([row[1] for row in self.pending]).tolist() if self.pending else []
         steps = tuple(
             Step(step, loss, lr_A, lr_B) for (step, _, lr_A, lr_B), loss in zip(self.pending, losses, strict=True)
         )
         self.pending.clear()
         return steps
 
+    def leave(self) -> None:
+        """Lets go of what is kept outside the slot."""
+        optimizers.forget(self.optimizer)
+
     def save(self, folder: Path) -> None:
         """Writes all that `load` needs to go on bit for bit; whole or not at all."""
         tensors = {f"A/{name}": view for name, view in self.A.items()}
         tensors |= {f"B/{name}": view for name, view in self.B.items()}
-        for kind, views in (("A", self.A), ("B", self.B)):
-            for name, view in views.items():
-                for key, value in self.optimizer.state.get(view, {}).items():
-                    tensors[f"{key}/{kind}/{name}"] = value
+        numbers: dict[str, Any] = {}
+        for key, name, value in self._state():
+            if isinstance(value, Tensor):
+                tensors[f"{key}/{name}"] = value
+            else:
+                numbers[f"{key}/{name}"] = value
         counters = {"step": self.step, "tokens": self.tokens, "lr_B_squared": self.lr_B_squared}
-        metadata = {"counters": json.dumps(counters | {"seconds": self.seconds}), "trial": _identity(self.trial)}
+        metadata = {
+            "counters": json.dumps(counters | {"seconds": self.seconds}),
+            "numbers": json.dumps(numbers),
+            "trial": _identity(self.trial),
+        }
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f".{CHECKPOINT}"
         save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, aside, metadata)
@@ -126,23 +164,35 @@ class Slot:
             os.fsync(file.fileno())
         aside.rename(folder / CHECKPOINT)
 
+    def _state(self) -> Iterator[tuple[str, str, Any]]:
+        """(key of the optimizer's state, parameter or module, tensor or number).
+
+        What has the form of all A or of all B goes module by module, without the rows that fill a bank up to its rank.
+        """
+        for name, parameter in self._parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if name in ("A", "B") and isinstance(value, Tensor) and value.shape == parameter.shape:
+                    yield from ((key, f"{name}/{module}", view) for module, view in self._modules(name, value).items())
+                else:
+                    yield key, name, value
+
+    def _modules(self, side: Side, flat: Tensor) -> dict[str, Tensor]:
+        """Module name -> (r, d) views of what has the form of all A or all B."""
+        bank, _ = self.home
+        rank = self.trial.method.rank
+        return {name: view[:rank] for name, view in bank.layout.side(side, flat).items()}
+
     def load(self, folder: Path) -> None:
         """Goes on from a checkpoint of the same trial. Raises ValueError when it is another's."""
         with safe_open(str(folder / CHECKPOINT), framework="pt") as file:
             metadata: dict[str, str] = file.metadata()
             if metadata.get("trial") != _identity(self.trial):
                 raise ValueError(f"{folder}: the checkpoint is of a trial with other settings")
-            keys = set(file.keys())
-            with torch.no_grad():
-                for kind, views in (("A", self.A), ("B", self.B)):
-                    for name, view in views.items():
-                        view.copy_(file.get_tensor(f"{kind}/{name}"))
-                        state = {
-                            key: file.get_tensor(f"{key}/{kind}/{name}")
-                            for key in ("step", "exp_avg", "exp_avg_sq")
-                            if f"{key}/{kind}/{name}" in keys
-                        }
-                        self.optimizer.state[view] = {key: value.to(view.device) for key, value in state.items()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: it is no dict
+        for side, views in (("A", self.A), ("B", self.B)):
+            for name, view in views.items():
+                view.copy_(tensors.pop(f"{side}/{name}"))
+        self._load_state(tensors | json.loads(metadata["numbers"]))
         counters = json.loads(metadata["counters"])
         self.step, self.tokens = counters["step"], counters["tokens"]
         self.lr_B_squared, self._seconds_before = counters["lr_B_squared"], counters["seconds"]
@@ -151,25 +201,24 @@ class Slot:
         for group, base_lr, factor in lambdas:
             group["lr"] = base_lr * factor(self.step)
 
+    def _load_state(self, saved: Mapping[str, Any]) -> None:
+        """Inverse of `_state`: "key/parameter" or "key/side/module" -> tensor or number."""
+        for path, value in saved.items():
+            key, _, name = path.partition("/")
+            placed = value.to(self.home[0].values.device) if isinstance(value, Tensor) and value.dim() else value
+            if name in self._parameters:
+                self.optimizer.state[self._parameters[name]][key] = placed
+                continue
+            side, _, module = name.partition("/")
+            parameter = self._parameters[side]
+            state = self.optimizer.state[parameter]
+            if key not in state:
+                state[key] = torch.zeros_like(parameter)
+            self._modules(side, state[key])[module].copy_(placed)
+
 
 def _identity(trial: Trial) -> str:
     whole: dict[str, Any] = asdict(trial) | {"cell": trial.cell.number}
     # How many share the pack changes no trial.
     whole["train"].pop("slots")
     return json.dumps(whole, sort_keys=True)
-
-
-def _clear(linear: PackedLinear, index: int) -> None:
-    with torch.no_grad():
-        for bank in (linear.A, linear.B):
-            bank[index].zero_()
-            assert bank.grad is not None
-            bank.grad[index].zero_()
-
-
-def _view(bank: nn.Parameter, index: int, rank: int) -> nn.Parameter:
-    """(rank, d) leaf that shares memory with the bank, its gradient with the bank's gradient."""
-    assert bank.grad is not None
-    view = nn.Parameter(bank.detach()[index, :rank])
-    view.grad = bank.grad[index, :rank]
-    return view

@@ -38,18 +38,29 @@ class Trial:
         return self.optimizer.weight_decay if decay is None else decay
 
 
+class Exhausted(Exception):
+    """A trial does not fit into the device's memory, or with fixed shapes a whole pass."""
+
+    def __init__(self, slot: int, slots: int) -> None:
+        super().__init__(f"slot {slot}: out of memory with {slots} in a pass")
+        self.slot = slot
+
+
 @dataclass(frozen=True)
 class Settings:
     """What trials must agree on to share a pack."""
 
-    slots: int
+    slots: int | None
+    """None: as many as pay."""
     max_steps: int
     eval_every: int
     batch_size: int
     gradient_accumulation_steps: int
     eval_batch_size: int
     gradient_checkpointing: bool
-    optimizer: str
+    fixed_shapes: bool
+    compile: bool
+    optim: str
     target_modules: str | tuple[str, ...]
 
     @classmethod
@@ -63,6 +74,8 @@ class Settings:
             gradient_accumulation_steps=trial.train.gradient_accumulation_steps,
             eval_batch_size=trial.train.eval_batch_size,
             gradient_checkpointing=trial.train.gradient_checkpointing,
-            optimizer=trial.optimizer.name,
+            fixed_shapes=trial.train.fixed_shapes,
+            compile=trial.train.compile,
+            optim=trial.optimizer.optim,
             target_modules=targets if isinstance(targets, str) else tuple(targets),
         )

@@ -1,0 +1,145 @@
+"""How many slots pay: step time and memory against the width of a pass, measured in the first steps of real training.
+
+A pass is one forward and backward over the rows of some slots. Wider ones spread the fixed cost of a pass, t(k) = a +
+b k, over more slots, until the device is saturated or out of memory.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+MOST_SLOTS = {"cpu": 16, "cuda": 32}
+"""Slots that are tried where `train.slots` is null."""
+ROUNDS = 3
+"""Steps at each width; the first warms up."""
+LOSING = 1.15
+"""A width whose slot-step is so many times slower than the best is not tried again."""
+WORTH = 1.03
+"""A wider pass must be faster by this factor: it holds more trials up when one is stopped."""
+FULL = 0.9
+"""Share of the device's free memory that may be planned for."""
+
+
+@dataclass
+class Capacity:
+    """Decides into what passes the slots of a step are split, and how many slots the pack keeps."""
+
+    slots: int
+    """Adapters that may be in the pack."""
+    is_settled: bool = False
+    """Whether the width is no longer searched for: given by the user, or chosen."""
+    free_bytes: float = math.inf
+    """Of the device, with the base, the data and the adapters in it."""
+    width: int = 0
+    """Slots a pass when settled; 0: all."""
+    too_wide: int | None = None
+    """The smallest width that ran out of memory."""
+    _seconds: dict[int, list[float]] = field(default_factory=dict)
+    """Width -> seconds of a step by slot, each step."""
+    _peaks: dict[int, float] = field(default_factory=dict)
+    """Width -> most bytes of a pass."""
+
+    def next_width(self, live: int) -> int:
+        """How many slots the passes of the next step hold, with so many in the pack."""
+        widest = min(live, self.too_wide - 1) if self.too_wide is not None else live
+        if self.is_settled:
+            return max(1, min(self.width or live, widest))
+        tried = [width for width in _doubling(widest) if self._fits(width)]
+        steps = [len(self._seconds.get(width, ())) for width in tried]
+        best = self._best()
+        open_ = [
+            width
+            for width, done in zip(tried, steps, strict=True)
+            if done < ROUNDS and (done < 2 or best is None or self._slot_seconds(width) <= LOSING * best)
+        ]
+        if open_:
+            return min(open_, key=lambda width: (len(self._seconds.get(width, ())), width))
+        self._settle(tried)
+        return self.width
+
+    def known_width(self, live: int) -> int:
+        """The widest pass that is known to fit, of so many slots: for evaluations."""
+        return self.next_width(live) if self.is_settled else min(live, max(self._seconds, default=1))
+
+    def took(self, width: int, live: int, seconds: float, peak_bytes: float | None) -> None:
+        """What a step of `live` slots, `width` a pass, has cost."""
+        self._seconds.setdefault(width, []).append(seconds / live)
+        if peak_bytes is not None:
+            self._peaks[width] = max(peak_bytes, self._peaks.get(width, 0.0))
+
+    def failed(self, width: int) -> None:
+        """A pass of so many slots ran out of memory. The next ones are half as wide."""
+        self.too_wide = min(width, self.too_wide or width)
+        self._seconds = {each: found for each, found in self._seconds.items() if each < self.too_wide}
+        if self.is_settled:
+            self.width = max(1, min(self.width or width, width // 2))
+            self.slots = min(self.slots, self.width)
+
+    @property
+    def slot_seconds(self) -> float:
+        """Of a step by slot, at the width that was chosen."""
+        return self._slot_seconds(self.width)
+
+    @property
+    def measured(self) -> dict[int, float]:
+        """Width -> seconds of a slot's step."""
+        return {width: self._slot_seconds(width) for width in sorted(self._seconds)}
+
+    @property
+    def peak_bytes(self) -> float | None:
+        """Of a pass at the width that was chosen, beyond what lies there anyway."""
+        return self._peaks.get(self.width)
+
+    @property
+    def fit(self) -> tuple[float, float] | None:
+        """(a, b) of the seconds t(k) = a + b k of a pass, least squares over the widths; None of fewer than two."""
+        found = self.measured
+        return _line(list(found), [width * each for width, each in found.items()]) if len(found) > 1 else None
+
+    @property
+    def reason(self) -> str:
+        """One sentence: the choice, and what it was chosen by."""
+        told = ", ".join(f"{width}: {1e3 * each:.3g}" for width, each in self.measured.items())
+        limit = "" if self.too_wide is None else f"; {self.too_wide} at once do not fit into memory"
+        line = "" if self.fit is None else f"; a pass takes {1e3 * self.fit[0]:.3g} + {1e3 * self.fit[1]:.3g} k ms"
+        return f"{self.width} adapters a pass (ms of a step by adapter at each width: {told}{line}{limit})"
+
+    def _settle(self, tried: Sequence[int]) -> None:
+        best = min(self._slot_seconds(width) for width in tried)
+        self.width = min(width for width in tried if self._slot_seconds(width) <= WORTH * best)
+        self.slots = min(self.slots, self.width)
+        self.is_settled = True
+
+    def _best(self) -> float | None:
+        known = [self._slot_seconds(width) for width, found in self._seconds.items() if len(found) > 1]
+        return min(known, default=None)
+
+    def _slot_seconds(self, width: int) -> float:
+        """The least of the steps after the first: other programs only ever add."""
+        found = self._seconds[width]
+        return min(found[1:] or found)
+
+    def _fits(self, width: int) -> bool:
+        """Whether a pass of this width is within memory, by a line through the narrower ones."""
+        known = {each: peak for each, peak in self._peaks.items() if each < width}
+        if not known or width in self._peaks:
+            return True
+        if len(known) == 1:
+            ((narrow, peak),) = known.items()
+            needed = peak * width / narrow
+        else:
+            a, b = _line(list(known), list(known.values()))
+            needed = a + b * width
+        return needed <= FULL * self.free_bytes
+
+
+def _doubling(most: int) -> list[int]:
+    """1, 2, 4, ... and `most`."""
+    return sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most})
+
+
+def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    slope, start = np.polyfit(np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64), 1)
+    return float(start), float(slope)

@@ -1,0 +1,62 @@
+"""Memory of a device: what is free, and the most that was held during a stretch of work."""
+
+import contextlib
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_LIMITS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+"""(limit, use) of a container, the newer kernels first."""
+
+
+def free_bytes(device: torch.device) -> float | None:
+    """Of the device; None where the system does not tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        found = [1024.0 * int(_line(Path("/proc/meminfo"), "MemAvailable"))]
+        for limit, used in _LIMITS:
+            with contextlib.suppress(OSError, ValueError):
+                found.append(float(int(limit.read_text()) - int(used.read_text())))
+        return min(found)
+    return None
+
+
+class Peak:
+    """The most memory held since it was made, beyond what was held then; None where the system does not tell."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before: float | None = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = float(torch.cuda.memory_allocated(device))
+        else:
+            with contextlib.suppress(OSError, ValueError, IndexError):
+                _CLEAR.write_text("5")  # sets VmHWM back to VmRSS
+                self._before = 1024.0 * int(_line(_STATUS, "VmRSS"))
+
+    @property
+    def bytes(self) -> float | None:
+        if self._before is None:
+            return None
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._before
+        return max(0.0, 1024.0 * int(_line(_STATUS, "VmHWM")) - self._before)
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether the device, or the host's allocator, had no more memory to give."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _line(file: Path, key: str) -> str:
+    return next(line.split()[1] for line in file.read_text().splitlines() if line.startswith(key + ":"))

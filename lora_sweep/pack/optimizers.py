@@ -1,0 +1,55 @@
+"""The optimizers a slot can step with. bitsandbytes (extra `quant`) is imported only where one of its own is asked for."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lora_sweep import quant
+from lora_sweep.config import OptimizerConfig
+from lora_sweep.records import Fault
+
+_BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit"}
+
+
+def check(optimizer: OptimizerConfig, device: torch.device) -> list[Fault]:
+    """Whether the optimizer is installed and runs on the device."""
+    if optimizer.optim not in _BITSANDBYTES:
+        return []
+    if not quant.is_installed():
+        return [Fault("optimizer.optim", "needs bitsandbytes, which is not installed", optimizer.optim, quant.INSTALL)]
+    if optimizer.optim.startswith("paged_") and device.type != "cuda":
+        remedy = "optimizer.optim=" + optimizer.optim.removeprefix("paged_")
+        return [Fault("optimizer.optim", "pages between a GPU and the host, so it needs a GPU", optimizer.optim, remedy)]
+    return []
+
+
+def is_elementwise(optimizer: OptimizerConfig) -> bool:
+    """Whether a step treats each number by itself, so that all modules can be one tensor.
+
+    8-bit states are scaled by blocks of a tensor; so is each module's own tensor in any other trainer.
+    """
+    return optimizer.optim not in _BITSANDBYTES
+
+
+def build(optimizer: OptimizerConfig, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimizer over groups of `params`, `lr` and `weight_decay`."""
+    if optimizer.optim == "sgd":
+        return torch.optim.SGD(groups, momentum=optimizer.momentum, fused=True)
+    shared = {"betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.eps}
+    if optimizer.optim == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **shared)
+    import bitsandbytes
+
+    made: torch.optim.Optimizer = getattr(bitsandbytes.optim, _BITSANDBYTES[optimizer.optim])(groups, **shared)
+    return made
+
+
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Drops what is kept of the optimizer outside of it: bitsandbytes has one list of paged tensors a process."""
+    if getattr(optimizer, "is_paged", False):
+        from bitsandbytes.functional import GlobalPageManager
+
+        pages = GlobalPageManager.get_instance()
+        own = {id(value) for state in optimizer.state.values() for value in state.values()}
+        pages.paged_tensors = [tensor for tensor in pages.paged_tensors if id(tensor) not in own]
