@@ -37,7 +37,7 @@ def peft_config(rank: int, alpha: float, use_rslora: bool, dropout: float, targe
 
 
 @contextmanager
-def _peft_chatter_off() -> Iterator[None]:
+def peft_chatter_off() -> Iterator[None]:
     """PEFT reads an attribute that transformers is renaming, and tells that it set fan_in_fan_out right for Conv1D."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
@@ -127,7 +127,7 @@ class Blueprint:
 
     @contextmanager
     def _adapted(self, config: LoraConfig) -> Iterator[Any]:
-        with self._lock, _peft_chatter_off():
+        with self._lock, peft_chatter_off():
             # A copy: PEFT writes the base's name and the matched modules into what it is given.
             adapted = get_peft_model(self._skeleton, deepcopy(config))
             try:
@@ -156,7 +156,7 @@ def load(model: Any, folder: Path) -> PeftModel:
     """PEFT's own model around `model`; safetensors only. Raises UserError."""
     refuse_pickles(folder)
     try:
-        with _peft_chatter_off():
+        with peft_chatter_off():
             return PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: PEFT cannot load it: {' '.join(str(error).split())}") from error

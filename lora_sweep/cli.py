@@ -4,8 +4,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -215,41 +216,90 @@ def pick(study: StudyFolder, as_json: Json = False) -> None:
 @app.command()
 def bench(
     what: Annotated[
-        str, typer.Argument(metavar="WHAT", help="tasks: are the embedded tasks worth sweeping?")
+        str,
+        typer.Argument(
+            metavar="WHAT",
+            help="tasks: are the embedded tasks worth sweeping? speed: packed trials against the same trials alone",
+        ),
     ] = "tasks",
+    overrides: Overrides = None,
+    slots: Annotated[str, typer.Option(metavar="K,K,...", help="speed: slots of the packs compared.")] = "1,2,4,8",
+    trials: Annotated[
+        int | None, typer.Option(help="speed: a multiple of every K; without it the smallest there is.")
+    ] = None,
+    repetitions: Annotated[int, typer.Option(help="speed: of every way but stock, in alternation.")] = 9,
+    stock_repetitions: Annotated[int, typer.Option(help="speed: each a process per trial; 0 for none.")] = 1,
+    random: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY=N,...",
+            help="speed: a Llama with random weights and random tokens: width=576,layers=8,heads=9,vocab=1024"
+            "[,kv_heads=3,ffn=1536].",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure the project itself, here."""
     from lora_sweep.errors import ConfigError
     from lora_sweep.records import Fault
 
-    if what != "tasks":
-        raise ConfigError([Fault("WHAT", "must be `tasks`", what)])
+    if what not in ("tasks", "speed"):
+        raise ConfigError([Fault("WHAT", "must be `tasks` or `speed`", what)])
+    if what == "speed":
+        _bench_speed(overrides, (slots, trials, repetitions, stock_repetitions, random), as_json)
+        return
+    if overrides:
+        raise ConfigError([Fault("bench tasks", "takes no overrides", overrides[0])])
     _quiet()
     from rich.console import Console
 
-    from lora_sweep import bench as benchmarks
+    from lora_sweep.bench import tasks
 
-    made = benchmarks.tasks(lambda line: print(line, file=sys.stderr))
+    made = tasks.tasks(lambda line: print(line, file=sys.stderr))
     if as_json:
         print(json.dumps(made))
         return
-    console, style, facts = Console(), made["style"], made["facts"]
-    share = f"{style['share_of_full_gain']:.1%} of its gain"
-    _say(
-        console,
-        f"style  base {style['base_loss']:.3f}, full fine-tuning {style['full_loss']:.3f}, "
-        f"LoRA {style['lora_loss']:.3f}: {share}",
-    )
-    means = [sum(facts[key]) / len(facts[key]) for key in ("rank_2_losses", "rank_16_losses")]
-    gain = (
-        f"{facts['gain_of_rank']:.3f} +- {facts['standard_error']:.3f}, {facts['standard_errors']:.1f} standard errors"
-    )
-    _say(console, f"facts  base {facts['base_loss']:.3f}, rank 2 {means[0]:.3f}, rank 16 {means[1]:.3f}: {gain}")
+    for line in tasks.lines(made):
+        _say(Console(), line)
 
 
-def _checked(path: str | None, overrides: list[str] | None) -> "Sweep":
-    """The sweep, or every fault of all rooms at once."""
+def _bench_speed(
+    overrides: list[str] | None, asked: tuple[str, int | None, int, int, str | None], as_json: bool
+) -> None:
+    _quiet()
+    from rich.console import Console
+
+    from lora_sweep.bench import question, speed, table
+    from lora_sweep.errors import ConfigError
+
+    compared = question.Question.of(*asked)
+    is_drawn = compared.dimensions is not None
+    config = _checked(None, overrides, question.STEPS, unread=("model", "data") if is_drawn else ()).base()
+    faults = question.check(config, compared)
+    if faults:
+        raise ConfigError(faults)
+    made = speed.measure(config, compared, lambda line: print(line, file=sys.stderr))
+    if as_json:
+        print(json.dumps(made))
+        return
+    console = Console()
+    for line in table.heading(made):
+        _say(console, line)
+    console.print(table.table(made))
+    for line in table.verdict(made):
+        _say(console, line)
+
+
+def _checked(
+    path: str | None,
+    overrides: list[str] | None,
+    defaults: Mapping[str, Any] | None = None,
+    unread: Sequence[str] = (),
+) -> "Sweep":
+    """The sweep, or every fault of all rooms at once.
+
+    Without a file, `defaults` come in its place. Groups in `unread` are not asked whether what they name is there.
+    """
     from lora_sweep import space
     from lora_sweep.errors import ConfigError
     from lora_sweep.records import Fault
@@ -259,14 +309,17 @@ def _checked(path: str | None, overrides: list[str] | None) -> "Sweep":
             [Fault("SWEEP", "must be a sweep file", path, "e.g. sweeps/quickstart.yaml, overrides after it")]
         )
     sweep, faults = space.read(path, overrides or [])
+    sweep = replace(sweep, content={**sweep.content, **(defaults or {})})
     variants, found = space.check(sweep)
     faults += found
     if path is None:
-        faults += [Fault(axis.key, "train runs one trial", str(axis), "use launch") for axis in sweep.axes]
+        rule = "train runs one trial" if defaults is None else "bench makes its own trials around one value"
+        faults += [Fault(axis.key, rule, str(axis), "use launch") for axis in sweep.axes]
     elif not sweep.axes and not faults:
         faults.append(Fault("space", "is empty", None, "give it an axis: method.rank: choice(4, 16)"))
+    variants = [{name: group for name, group in each.items() if name not in unread} for each in variants]
     faults += _room_faults(variants)
-    if not faults:
+    if not faults and not unread:
         faults += _prepared(variants)
     if faults:
         raise ConfigError(list({str(fault): fault for fault in faults}.values()))

@@ -1,4 +1,4 @@
-"""Measurements of the project itself, made where it runs."""
+"""Are the embedded tasks worth sweeping?"""
 
 import math
 import statistics
@@ -72,6 +72,20 @@ def tasks(say: Say) -> dict[str, Any]:
         "standard_errors": statistics.mean(differences) / error,
     }
     return {"style": style, "facts": facts}
+
+
+def lines(made: dict[str, Any]) -> Iterator[str]:
+    """What `tasks` returned, a line a task."""
+    style, facts = made["style"], made["facts"]
+    yield (
+        f"style  base {style['base_loss']:.3f}, full fine-tuning {style['full_loss']:.3f}, "
+        f"LoRA {style['lora_loss']:.3f}: {style['share_of_full_gain']:.1%} of its gain"
+    )
+    means = [statistics.mean(facts[key]) for key in ("rank_2_losses", "rank_16_losses")]
+    yield (
+        f"facts  base {facts['base_loss']:.3f}, rank 2 {means[0]:.3f}, rank 16 {means[1]:.3f}: "
+        f"{facts['gain_of_rank']:.3f} +- {facts['standard_error']:.3f}, {facts['standard_errors']:.1f} standard errors"
+    )
 
 
 def _config(overrides: Sequence[str]) -> Config:

@@ -1,0 +1,104 @@
+"""What a device can do and what it holds."""
+
+import ctypes
+import gc
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
+MATMUL_RUNS = 5
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Flop/s of the fastest of several products of two square matrices in `dtype`, 2 n^3 flop each, measured here.
+
+    With torch's settings as they are; what neighbours on the machine take lowers it like any other measurement.
+    """
+    side = MATMUL_SIDE[device.type]
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    fastest = float("inf")
+    for _ in range(1 + MATMUL_RUNS):
+        wait(device)
+        began = time.perf_counter()
+        torch.matmul(a, b)
+        wait(device)
+        fastest = min(fastest, time.perf_counter() - began)
+    return 2 * side**3 / fastest
+
+
+def multiplied_parameters(model: Any) -> int:
+    """N: parameters of the base that every token is multiplied with.
+
+    All of them (tied ones once, quantised ones as many as they stand for; a dense model is assumed) without the
+    embeddings, which are looked up; the input embedding counts where it is tied to the output layer, which multiplies.
+    """
+    head = model.get_output_embeddings()
+    tied = None if head is None else head.weight
+    looked_up = {
+        id(module.weight): module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.weight is not tied
+    }
+    return int(model.num_parameters()) - sum(looked_up.values())
+
+
+def flop(multiplied: int, trained_tokens: int, evaluated_tokens: int) -> int:
+    """4 N a token trained on (2 N forward, 2 N back to the activations: frozen weights need no gradient), 2 N a token
+    evaluated; attention scores and the adapters' own products are left out."""
+    return multiplied * (4 * trained_tokens + 2 * evaluated_tokens)
+
+
+def settle(device: torch.device) -> int | None:
+    """Gives freed memory back and sets the peak to what is held now; returns that, in bytes.
+
+    None where the peak cannot be reset (no /proc, or it may not be written to).
+    """
+    gc.collect()
+    if device.type == "cuda":
+        wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    try:
+        _CLEAR.write_text("5")
+        return _status("VmRSS")
+    except OSError:
+        return None
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most held since `settle`: allocated by tensors on CUDA, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return _status("VmHWM")
+    except OSError:
+        return None
+
+
+def _status(key: str) -> int:
+    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return int(lines[key].split()[0]) * 1024

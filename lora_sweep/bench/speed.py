@@ -1,0 +1,169 @@
+"""How much faster packed trials are, against the same trials run in the two usual ways.
+
+The same trials (same samples, same steps, same evaluations) run
+  (a) stock: a process per trial, transformers' Trainer and PEFT, start-up included        stock.py
+  (b) sequential: one after another in one process, PEFT and a plain loop                  sequential.py
+  (c) packed, at each number of slots, admission and eviction included                     pack/
+Repetitions alternate (b) and every (c), each repetition beginning with another of them, and a ratio is taken within a
+repetition: what else the machine does falls on both sides alike. A speed-up with other losses is none, so the losses
+stand beside it.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+from lora_sweep import data as data_room
+from lora_sweep import model as model_room
+from lora_sweep import worker
+from lora_sweep.bench import gauge, random_base, sequential
+from lora_sweep.bench.question import Question, trials_of
+from lora_sweep.bench.reduction import Run, StockRun, Work, reduce
+from lora_sweep.bench.stock_process import Stock, chosen, parts
+from lora_sweep.config import Config
+from lora_sweep.data import Data
+from lora_sweep.errors import ConfigError, UserError
+from lora_sweep.model import LoadedBase
+from lora_sweep.pack import Pack, Settings, Trial
+
+Say = Callable[[str], None]
+
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-3, torch.float64: 1e-6}
+"""Relative difference of a trial's evaluation losses up to which two ways have done the same."""
+
+
+def run_sequential(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> tuple[float, ...]:
+    return tuple(sequential.train(base, data, trial)[0] for trial in trials)
+
+
+def run_packed(base: LoadedBase, data: Data, trials: Sequence[Trial], slots: int) -> tuple[float, ...]:
+    """In packs that stay full until the trials run out, as a worker keeps them."""
+    together = [replace(trial, train=replace(trial.train, slots=slots)) for trial in trials]
+    pack = Pack(base, data, Settings.of(together[0]), max(trial.method.rank for trial in trials))
+    waiting, losses = list(together), {}
+    try:
+        while waiting or pack.live:
+            while waiting and pack.has_room:
+                pack.admit(waiting.pop(0))
+            for evaluation in pack.advance():
+                losses[evaluation.cell] = evaluation.eval_loss
+            for slot in [slot for slot in pack.live if pack.step(slot) >= pack.settings.max_steps]:
+                pack.evict(slot)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"--slots: {slots} trials do not fit into the device's memory (name fewer)") from error
+    finally:
+        pack.close()
+    return tuple(losses[trial.cell.number] for trial in trials)
+
+
+def timed(device: torch.device, resident: int | None, work: Callable[[], tuple[float, ...]]) -> Run:
+    """`resident`: bytes held by the base alone; None where memory cannot be told."""
+    gauge.settle(device)
+    gauge.wait(device)
+    began = time.perf_counter()
+    losses = work()
+    gauge.wait(device)
+    seconds = time.perf_counter() - began
+    peak = gauge.peak_bytes(device)
+    return Run(seconds, losses, None if resident is None or peak is None else max(0, peak - resident))
+
+
+def measure(config: Config, question: Question, say: Say) -> dict[str, Any]:
+    """Everything, ready for JSON: seconds, tokens, bytes; what is not finite or cannot be told is None.
+
+    Raises UserError.
+    """
+    device = worker.device(config.launcher)
+    with tempfile.TemporaryDirectory(prefix="lora-sweep-bench-") as aside:
+        folder = Path(aside)
+        base, data = _loaded(config, question, device, folder)
+        trials = trials_of(config, question.trials)
+        ways: dict[str, Callable[[], tuple[float, ...]]] = {"sequential": partial(run_sequential, base, data, trials)}
+        for K in question.slots:
+            ways[f"packed {K}"] = partial(run_packed, base, data, trials, K)
+        say("warming up")
+        brief = [replace(trial, train=replace(trial.train, max_steps=1, eval_every=1)) for trial in trials]
+        run_sequential(base, data, brief[:1])
+        for K in question.slots:
+            run_packed(base, data, brief[:K], K)
+        resident = gauge.settle(device)
+        runs: dict[str, list[Run]] = {name: [] for name in ways}
+        names = list(ways)
+        for repetition in range(question.repetitions):
+            for place in range(len(names)):
+                name = names[(repetition + place) % len(names)]
+                runs[name].append(timed(device, resident, ways[name]))
+            took = ", ".join(f"{name} {runs[name][-1].seconds:.2f} s" for name in names)
+            say(f"repetition {repetition + 1} of {question.repetitions}: {took}")
+        stock: list[list[StockRun]] = []
+        if question.stock_repetitions:
+            process = Stock(config, base, data, folder)
+            for repetition in range(question.stock_repetitions):
+                say(f"stock {repetition + 1} of {question.stock_repetitions}: {len(trials)} processes")
+                stock.append([process.run(trial) for trial in trials])
+        peak = gauge.peak_flops(device, base.dtype)
+        return _described(config, question, base, data, trials, peak) | reduce(
+            runs, stock, _work(base, data, trials), peak, TOLERANCE[base.dtype]
+        )
+
+
+def _loaded(config: Config, question: Question, device: torch.device, folder: Path) -> tuple[LoadedBase, Data]:
+    if question.dimensions is not None:
+        base = random_base.load(question.dimensions, config.model, config.data, device)
+        faults = model_room.target_faults(base.skeleton(), config.method.target_modules)
+        if faults:
+            raise ConfigError(faults)
+        return base, random_base.tokens(question.dimensions, config.data)
+    base = model_room.load(config.model, device, folder)
+    return base, data_room.load(config.data, base.tokenizer)
+
+
+def _work(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> Work:
+    lengths, train = sequential.by_row(data.train, data.train.lengths), trials[0].train
+    trained = sum(int(lengths[chosen(data, trial).numpy()].sum()) for trial in trials)
+    evaluations = -(-train.max_steps // train.eval_every) * len(trials)
+    evaluated = evaluations * sum(int(part.lengths.sum()) for part in parts(data).values())
+    return Work(trained, evaluated, gauge.multiplied_parameters(base.model))
+
+
+def _described(
+    config: Config, question: Question, base: LoadedBase, data: Data, trials: Sequence[Trial], peak: float
+) -> dict[str, Any]:
+    device, train = base.model.device, config.train
+    varied = [
+        {
+            "rank": trial.method.rank,
+            "alpha": trial.method.alpha,
+            "base_lr": trial.optimizer.base_lr,
+            "ratio": trial.optimizer.ratio,
+            "seed": trial.train.seed,
+        }
+        for trial in trials
+    ]
+    return {
+        "device": gauge.device_name(device),
+        "device_type": device.type,
+        "peak_matmul_flops": peak,
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "peft": peft.__version__},
+        "model": config.model.name if question.dimensions is None else base.name_or_path,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "quantization": config.model.quantization,
+        "base_parameters": base.parameters,
+        "multiplied_parameters": gauge.multiplied_parameters(base.model),
+        "base_mib": base.bytes / 2**20,
+        "steps": train.max_steps,
+        "evaluations": -(-train.max_steps // train.eval_every),
+        "rows_a_slot_step": train.batch_size * train.gradient_accumulation_steps,
+        "padded_length": data.train.length,
+        "repetitions": question.repetitions,
+        "trials": varied,
+    }
