@@ -79,17 +79,21 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
     if space.load_launched(folder) is not None:
         counts = Study.read(folder).counts()
         done = counts["COMPLETE"] + counts["PRUNED"] + counts["FAIL"]
-    cells = config.sampler.n_trials or len(asked.cells())
+    cells = runs = config.sampler.n_trials or len(asked.cells())
+    if config.sampler.name == "grid":
+        runs = max(launcher.runs(asked), done)
     _say(
-        console, f"{config.study.name}: {cells} cells, {done} of them finished, {config.train.slots} slots -> {folder}"
+        console,
+        f"{config.study.name}: {cells} cells, {runs} runs, {done} of them finished, {config.train.slots} slots "
+        f"-> {folder}",
     )
-    with _stoppable() as stop, progress.Show(console, cells, done, config.train.max_steps) as show:
+    with _stoppable() as stop, progress.Show(console, runs, done, config.train.max_steps) as show:
         finished = launcher.launch(asked, show, stop)
     view = Study.read(folder)
     table = results.rows(view)
     if not finished:
-        left = sum(row["state"] not in ("COMPLETE", "PRUNED", "FAIL") for row in table)
-        _say(console, f"stopped with {left} cells left; the same command goes on from here")
+        left = sum(row["state"] not in ("COMPLETE", "PRUNED", "FAIL") for row in results.runs(table))
+        _say(console, f"stopped with {left} runs left; the same command goes on from here")
         raise typer.Exit(STOPPED)
     _conclude(console, folder, table, config)
 
@@ -103,14 +107,15 @@ def plan(sweep: SweepFile, overrides: Overrides = None, as_json: Json = False) -
     from rich.table import Table
 
     from lora_sweep import estimate
-    from lora_sweep.progress import duration, short
+    from lora_sweep.progress import class_lines, duration, short
 
     made = estimate.plan(asked)
     if as_json:
         print(json.dumps(made))
         return
     console = Console()
-    _say(console, f"{made['study']}: {made['cells']} cells over {', '.join(made['axes']) or 'nothing'}")
+    runs = f", {made['distinct_runs']} distinct runs," if made["is_grid"] else ""
+    _say(console, f"{made['study']}: {made['cells']} cells{runs} over {', '.join(made['axes']) or 'nothing'}")
     if made["packs"] > 1:
         _say(console, f"{made['packs']} kinds of pack: an axis changes the base, the data or the shape of a batch")
     table = Table(box=None, show_header=False)
@@ -139,6 +144,8 @@ def plan(sweep: SweepFile, overrides: Overrides = None, as_json: Json = False) -
     console.print(table)
     for cell in asked.cells()[:3] if made["is_grid"] else ():
         _say(console, f"cell {cell.folder}: {short(cell.params)}")
+    for line in class_lines(made):
+        _say(console, line)
 
 
 @app.command()
@@ -195,14 +202,24 @@ def status(study: StudyFolder, as_json: Json = False) -> None:
 
 
 @app.command()
-def pick(study: StudyFolder, as_json: Json = False) -> None:
-    """Export the best healthy finished cell to STUDY/production."""
+def pick(study: StudyFolder, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Export the best healthy finished cell to STUDY/production; pick.form=lora writes it as plain LoRA."""
     from rich.console import Console
 
     from lora_sweep import pick as picker
+    from lora_sweep import space
+    from lora_sweep.errors import ConfigError
     from lora_sweep.progress import short
+    from lora_sweep.records import Fault
 
-    winner, production = picker.pick(study)
+    asked, faults = space.read(None, overrides or [])
+    faults += space.check(asked)[1]
+    foreign = [word for word in overrides or [] if not word.startswith("pick.")]
+    faults += [Fault(word, "pick reads pick.form only") for word in foreign]
+    if faults:
+        raise ConfigError(faults)
+    launched = (space.load_launched(study) or {}).get("pick", {})
+    winner, production = picker.pick(study, asked.base().pick.form or launched.get("form"))
     if as_json:
         print(json.dumps({"winner": winner, "production": str(production)}))
         return

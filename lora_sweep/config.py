@@ -49,6 +49,11 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
 _FORBID = ConfigDict(extra="forbid")
 
 
+def _yaml_off(value: Any) -> Any:
+    """YAML reads `off` as false."""
+    return "off" if value is False else value
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     __pydantic_config__ = _FORBID
@@ -147,6 +152,12 @@ class OptimizerConfig:
     eps: Positive
     momentum: Share
     """Of SGD."""
+    eps_rule: Literal["torch", "scaled"]
+    """torch: eps for A and B. scaled: eps of B is eps x s, as B's gradient is; at alpha = rank (s = 1) the same."""
+    decay_rule: Literal["torch", "scaled"]
+    """torch: a step decays B by lr of B x its weight decay. scaled: by lr of A x it, whatever the ratio."""
+    clip_rule: Literal["torch", "scaled"]
+    """Norm held against train.max_grad_norm. torch: sqrt(|g_A|^2 + |g_B|^2). scaled: sqrt(|g_A|^2 + |g_B / s|^2)."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +258,20 @@ class StudyConfig:
     """Where studies lie, relative to the working directory."""
     keep_adapters: Literal["all"] | Whole
     """`all`: the adapter of every finished trial; k: of the best k only."""
+    fold: Annotated[Literal["exact", "near", "off"], BeforeValidator(_yaml_off)]
+    """Of cells that are the same run one is run for all. exact: equal by algebra; near: also those that differ by eps,
+    a clip that may bind or the rounding of a 16-bit base; off: every cell is run."""
+    verify_fold: Whole
+    """Of so many classes of equal cells, drawn at random, a second cell is run and compared."""
+
+
+@dataclass(frozen=True)
+class PickConfig:
+    __pydantic_config__ = _FORBID
+
+    form: Literal["lora", "rslora", "loraplus"] | None
+    """How production.yaml writes the winner, the same run in each. lora: alpha / rank, ratio 1; rslora: alpha /
+    sqrt(rank), ratio 1; loraplus: alpha = rank, so that the ratio says it all; null: as it was run."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +289,7 @@ class Config:
     launcher: LauncherConfig
     health: HealthConfig
     study: StudyConfig
+    pick: PickConfig
 
 
 GROUPS: dict[str, Any] = {field.name: field.type for field in fields(Config)}

@@ -1,6 +1,7 @@
 """What a sweep will cost, measured on its own base before anything is trained."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from lora_sweep import model as model_room
 from lora_sweep import worker
 from lora_sweep.adapters import Blueprint
 from lora_sweep.data import Data
+from lora_sweep.folding import SameRun
 from lora_sweep.pack import Settings, Trial
 from lora_sweep.space import Sweep
 
@@ -34,7 +36,9 @@ def plan(sweep: Sweep) -> dict[str, Any]:
     base = model_room.load(config.model, device)
     data = data_room.load(config.data, base.tokenizer)
     train, is_grid = config.train, config.sampler.name == "grid"
+    classes = sweep.classes(config.study.fold) if is_grid else ()
     cells = len(sweep.cells()) if is_grid else config.sampler.n_trials or 0
+    runs = min(len(classes) + config.study.verify_fold, cells) if is_grid else cells
     stored = base.bytes
     a_rank = _parameters_a_rank(base, config.method.target_modules)
     ranks = sorted({config.method.rank, sweep.largest_rank()})
@@ -43,11 +47,14 @@ def plan(sweep: Sweep) -> dict[str, Any]:
     micro_batches = train.max_steps * train.gradient_accumulation_steps
     evaluations = -(-train.max_steps // train.eval_every)
     seen = evaluations * sum(len(each) for each in (data.evaluation, data.probe, data.retention) if each is not None)
-    seconds = cells * per_row * (2 * micro_batches * train.batch_size + seen)
+    seconds = runs * per_row * (2 * micro_batches * train.batch_size + seen)
     each_step = train.batch_size * train.gradient_accumulation_steps
     return {
         "study": config.study.name,
         "cells": cells,
+        "distinct_runs": len(classes) if is_grid else cells,
+        "classes": [_class(each) for each in classes if len(each.cells) > 1],
+        "near": _near(sweep, classes) if config.study.fold == "exact" else None,
         "is_grid": is_grid,
         "axes": {axis.key: str(axis) for axis in sweep.axes},
         "packs": _packs(sweep) if is_grid else 1,
@@ -65,6 +72,20 @@ def plan(sweep: Sweep) -> dict[str, Any]:
         "memory_mib": (stored + train.slots * ranks[-1] * a_rank * BYTES_AN_ADAPTER_PARAMETER) / 2**20,
         "seconds": seconds,
     }
+
+
+def _class(each: SameRun) -> dict[str, Any]:
+    grade = each.grade
+    return {"cells": each.cells, "grade": grade.name, "reasons": grade.reasons, "size": grade.size}
+
+
+def _near(sweep: Sweep, exact: Sequence[SameRun]) -> dict[str, Any] | None:
+    """What `study.fold=near` would leave to run, and what keeps those cells apart; None where it is nothing more."""
+    near = sweep.classes("near") if exact else ()
+    if len(near) == len(exact):
+        return None
+    reasons = {reason for each in near for reason in each.grade.reasons}
+    return {"distinct_runs": len(near), "reasons": sorted(reasons), "size": max(each.grade.size for each in near)}
 
 
 def _data(data: Data) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_sweep import results, samplers, space
+from lora_sweep import folding, results, samplers, space
 from lora_sweep.asha import Asha
 from lora_sweep.config import Config, StudyConfig, to_yaml
 from lora_sweep.errors import StudyError
@@ -14,7 +14,7 @@ from lora_sweep.health import BIN_EDGES
 from lora_sweep.records import Base, Cell, Evaluation, Fault
 from lora_sweep.space import Sweep
 from lora_sweep.study import JOURNAL, Search, Study
-from lora_sweep.tracking import Tracker, read_result, write_whole
+from lora_sweep.tracking import Tracker, read_result, read_rows, write_whole
 from lora_sweep.worker import Outcome, Stop, Watcher, device, work
 from lora_sweep.worker import train as train_one
 
@@ -66,7 +66,8 @@ def tracker(config: Config, folder: Path, study_id: str) -> Tracker:
 def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:
     """Runs or resumes the sweep's study here; False when `stop` ended it early, and the same call goes on.
 
-    Raises StudyError where the folder holds a study of another meaning, or another process works on it.
+    Raises StudyError where the folder holds a study of another meaning, another process works on it, or two cells that
+    are the same run turned out otherwise (study.verify_fold; all is recorded by then).
     """
     config = sweep.base()
     folder = study_folder(config.study)
@@ -83,16 +84,71 @@ def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:
     if asked.name == "optuna":
         sampler = samplers.instance(asked.instance or {}, "samplers")
         search = Search(sampler, sweep.distributions(), asked.n_trials or 1, sweep.decode, hold=config.train.slots)
-    with Study.open(folder, name=config.study.name, cells=grid, search=search, pruner=_pruner(config)) as study:
+    classes, checks = ((), ()) if grid is None else _folded(sweep)
+    with Study.open(
+        folder, name=config.study.name, cells=grid, search=search, pruner=_pruner(config), same_run=classes
+    ) as study:
         write_whole(folder / "config.yaml", to_yaml(launched))
         runs = tracker(config, folder, study.id)
         try:
-            return work(
+            finished = work(
                 study, sweep, sweep.largest_rank(), runs, device(config.launcher), _Ledgered(watcher, study), stop
             )
         finally:
             runs.close()
             results.write(study)
+        if finished:
+            _verify(study, checks)
+        return finished
+
+
+def runs(sweep: Sweep) -> int:
+    """How many cells of the grid a new study runs."""
+    return len(_folded(sweep)[0])
+
+
+def _folded(sweep: Sweep) -> tuple[tuple[tuple[int, ...], ...], tuple[folding.Check, ...]]:
+    """(numbers of the cells that one is run for, the pairs to compare): a cell to compare is a class by itself."""
+    asked = sweep.base().study
+    found = sweep.classes(asked.fold)
+    checks = folding.checks(found, asked.verify_fold)
+    alone = {check.other for check in checks}
+    kept = [tuple(number for number in each.cells if number not in alone) for each in found]
+    return (*kept, *((number,) for number in sorted(alone))), checks
+
+
+def _verify(study: Study, checks: Sequence[folding.Check]) -> None:
+    """Raises StudyError with each pair of cells that differs by more than its grade allows."""
+    folded = study.folded()
+    cells = {status.cell.number: status.cell for status in study.statuses()}
+    broken = []
+    for check in checks:
+        one, other = (cells[folded[number][1] if number in folded else number] for number in (check.one, check.other))
+        allowed, difference = _difference(study, one, other, check.grade)
+        if difference > allowed:
+            differ = [key for key, value in one.params.items() if other.params[key] != value]
+            axes = ", ".join(f"{key} {one.params[key]} -> {other.params[key]}" for key in differ)
+            broken.append(
+                f"cells {one.folder} and {other.folder} ({axes}) should be the same run ({check.grade}), but their "
+                f"losses differ by {difference:.1e}"
+            )
+    if broken:
+        remedy = "run each by itself with study.fold=off"
+        raise StudyError(
+            "\n  ".join([f"{study.folder}: all is recorded, but the folding does not hold ({remedy})", *broken])
+        )
+
+
+def _difference(study: Study, one: Cell, other: Cell, grade: folding.Grade) -> tuple[float, float]:
+    """(largest relative difference of losses that the grade allows, the one found)."""
+    folders = [study.trial_folder(cell.number) for cell in (one, other)]
+    slots = {(space.load_launched(folder) or {}).get("train", {}).get("slots") for folder in folders}
+    whole = grade.name == "bitwise" and len(slots) == 1  # another number of slots rounds differently
+    keys = ("train/loss", "eval/loss") if whole else ("train/loss",)
+    curves = [[row.get(key) for row in read_rows(folder) for key in keys] for folder in folders]
+    if not whole:
+        curves = [curve[: folding.HELD_STEPS] for curve in curves]
+    return (0.0 if whole else max(grade.size, folding.EXACT_SIZE)), folding.largest_difference(*curves)
 
 
 def _pruner(config: Config) -> Any:

@@ -1,23 +1,31 @@
 """The decision: which cell goes into production, exported with what speaks for it."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_sweep import results, space
+from lora_sweep import folding, results, space
 from lora_sweep.config import to_yaml
 from lora_sweep.errors import NoSafeAnswer, StudyError
+from lora_sweep.folding import Form
 from lora_sweep.results import Row
 from lora_sweep.study import Study
 
 IN_PRODUCTION = ("model", "data", "method", "optimizer", "train")
 """Groups of a trial's configuration that its numbers depend on."""
 
+REWRITTEN = (
+    ("method", "alpha"), ("method", "use_rslora"), ("optimizer", "ratio"), ("optimizer", "weight_decay_B"),
+)  # fmt: skip
+"""What another form of the same run says otherwise."""
 
-def pick(folder: Path) -> tuple[Row, Path]:
+
+def pick(folder: Path, form: Form | None = None) -> tuple[Row, Path]:
     """(the best healthy finished cell, production/): its configuration, adapter and evidence, written whole.
 
-    Raises NoSafeAnswer where no finished cell is healthy and better than the base.
+    `form`: the equivalent form that production.yaml takes; the adapter stays as it was trained. Raises NoSafeAnswer
+    where no finished cell is healthy and better than the base, ConfigError where there is no such form.
     """
     view = Study.read(folder)
     table = results.rows(view)
@@ -35,25 +43,32 @@ def pick(folder: Path) -> tuple[Row, Path]:
     trial = view.trial_folder(winner["number"])
     if not (trial / "adapter").is_dir():
         raise StudyError(f"{trial}/adapter: is missing; study.keep_adapters must keep the best cell's")
+    written = _production(view.name, winner, trial, form)
     aside, production = folder / ".production", folder / "production"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     shutil.copytree(trial / "adapter", aside / "adapter")
-    (aside / "production.yaml").write_text(to_yaml(_production(view.name, winner, trial)))
+    (aside / "production.yaml").write_text(to_yaml(written))
     (aside / "evidence.md").write_text(_evidence(view.name, winner, table))
     shutil.rmtree(production, ignore_errors=True)
     aside.rename(production)
     return winner, production
 
 
-def _production(study: str, winner: Row, trial: Path) -> dict[str, Any]:
-    config = space.load_launched(trial) or {}
-    measured = {key: winner[key] for key in ("eval_loss", "base_loss")}
-    return {"study": study, "cell": winner["number"], **measured} | {group: config[group] for group in IN_PRODUCTION}
+def _production(study: str, winner: Row, trial: Path, form: Form | None) -> dict[str, Any]:
+    plain = space.load_launched(trial) or {}
+    head = {"study": study, "cell": winner["number"], **{key: winner[key] for key in ("eval_loss", "base_loss")}}
+    if form is not None:
+        written, grade = folding.in_form(space.of_launched(plain), form)
+        trained = {key: plain[group][key] for group, key in REWRITTEN}
+        # The same training in other words: the adapter beside it keeps the scaling that it was trained with.
+        head |= {"form": form, "same_run": str(grade), "adapter_trained_with": trained}
+        plain = asdict(written)
+    return head | {group: plain[group] for group in IN_PRODUCTION}
 
 
 def _evidence(study: str, winner: Row, table: list[Row]) -> str:
-    ranking = results.ranked(table)
+    ranking, folded = results.runs(results.ranked(table)), results.same_run(table)
     counts = {state: sum(row["state"] == state for row in table) for state in ("COMPLETE", "PRUNED", "FAIL")}
     gain = 1 - winner["eval_loss"] / winner["base_loss"]
     lines = [
@@ -66,10 +81,12 @@ def _evidence(study: str, winner: Row, table: list[Row]) -> str:
         "Chosen as the lowest loss of one seed among the healthy finished cells. The best of many looks better than it "
         "is: confirm it on fresh seeds before you rely on small differences.",
         "",
-        "| place | cell | eval loss | flags | parameters |",
-        "| --- | --- | --- | --- | --- |",
+        "| place | cell | eval loss | flags | parameters | the same run as cells |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for place, row in enumerate(ranking[:10], start=1):
         params = ", ".join(f"{key}={value}" for key, value in row["params"].items())
-        lines.append(f"| {place} | {row['number']} | {row['eval_loss']:.4f} | {', '.join(row['flags'])} | {params} |")
+        same = ", ".join(map(str, folded.get(row["number"], [])))
+        flags = ", ".join(row["flags"])
+        lines.append(f"| {place} | {row['number']} | {row['eval_loss']:.4f} | {flags} | {params} | {same} |")
     return "\n".join(lines) + "\n"

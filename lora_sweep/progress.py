@@ -12,11 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from rich.table import Table
 from rich.text import Text
 
+from lora_sweep import results
 from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.results import Row
 from lora_sweep.worker import Outcome
 
 RANKED_SHOWN = 10
+CLASSES_SHOWN = 12
 
 
 def short(params: Mapping[str, Any]) -> str:
@@ -163,9 +165,12 @@ class Show:
 
 
 def ranking(table: Sequence[Row], ranked: Sequence[Row]) -> Table:
-    """The best finished cells, one column per swept key."""
+    """The best finished runs, one column per swept key; cells that were not run stand beside the one that was."""
     keys = list(dict.fromkeys(key for row in table for key in row["params"]))
-    title = f"best {min(len(ranked), RANKED_SHOWN)} of {len(table)} cells"
+    folded = results.same_run(table)
+    ranked = results.runs(ranked)
+    runs = f" in {len(results.runs(table))} runs" if folded else ""
+    title = f"best {min(len(ranked), RANKED_SHOWN)} of {len(table)} cells{runs}"
     drawn = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold underline")
     for name in ("", "cell"):
         drawn.add_column(name, justify="right")
@@ -175,15 +180,44 @@ def ranking(table: Sequence[Row], ranked: Sequence[Row]) -> Table:
         drawn.add_column(key.rpartition(".")[2], justify="right", overflow="fold", min_width=widest)
     for name in ("eval loss", "of base", "gap"):
         drawn.add_column(name, justify="right", no_wrap=True)
-    if any(row["flags"] for row in ranked[:RANKED_SHOWN]):
+    same = [_some(folded.get(row["number"], ())) for row in ranked[:RANKED_SHOWN]]
+    if any(same):
+        drawn.add_column("same run", overflow="fold")
+    flagged = any(row["flags"] for row in ranked[:RANKED_SHOWN])
+    if flagged:
         drawn.add_column("flags")
     for place, row in enumerate(ranked[:RANKED_SHOWN], start=1):
         params = [_short(row["params"].get(key, "")) for key in keys]
         share = f"{row['eval_loss'] / row['base_loss']:.1%}"
         numbers = [f"{row['eval_loss']:.4f}", share, f"{row['gap']:+.4f}"]
-        flags = [Text(", ".join(row["flags"]), style="red")] if len(drawn.columns) > len(params) + 5 else []
-        drawn.add_row(str(place), f"{row['number']:04d}", *params, *numbers, *flags)
+        beside: list[str | Text] = [same[place - 1]] if any(same) else []
+        if flagged:
+            beside.append(Text(", ".join(row["flags"]), style="red"))
+        drawn.add_row(str(place), f"{row['number']:04d}", *params, *numbers, *beside)
     return drawn
+
+
+def _some(numbers: Sequence[int], most: int = 3) -> str:
+    """`0003 0007 0012 +9`."""
+    more = f" +{len(numbers) - most}" if len(numbers) > most else ""
+    return " ".join(f"{number:04d}" for number in numbers[:most]) + more
+
+
+def class_lines(made: Mapping[str, Any]) -> list[str]:
+    """The classes of estimate.plan, a line each, as far as they are few; and what keeps others apart."""
+    lines = []
+    for each in made["classes"][:CLASSES_SHOWN]:
+        first, *others = each["cells"]
+        why = f" ({' and '.join(each['reasons'])}, up to {each['size']:.0e} of the loss)" if each["reasons"] else ""
+        lines.append(f"cell {first:04d} runs for {_some(others, most=8)}: {each['grade']}{why}")
+    if len(made["classes"]) > CLASSES_SHOWN:
+        lines.append(f"... and {len(made['classes']) - CLASSES_SHOWN} more classes; --json has them all")
+    if near := made["near"]:
+        lines.append(
+            f"study.fold=near would leave {near['distinct_runs']} runs, equal up to {near['size']:.0e} of the loss "
+            f"({', '.join(near['reasons'])}); under optimizer.eps_rule, decay_rule and clip_rule=scaled they are exact"
+        )
+    return lines
 
 
 def flag_lines(table: Sequence[Row]) -> list[str]:

@@ -2,21 +2,34 @@
 
 import json
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from lora_sweep.records import State
 from lora_sweep.study import CellStatus, StudyView
 from lora_sweep.tracking import read_result, read_rows, write_whole
 
 Row = dict[str, Any]
 """A line of trials.jsonl; its keys are kept stable and told in the README."""
 
-_FROM_RESULT = ("eval_loss", "base_loss", "train_loss", "gap", "forgetting", "steps", "seconds", "flags", "wandb_id")
+_FROM_RESULT = (
+    "eval_loss", "base_loss", "train_loss", "gap", "forgetting", "steps", "seconds", "flags", "effective", "wandb_id",
+)  # fmt: skip
 
 
 def rows(view: StudyView) -> list[Row]:
-    """One per cell that was asked for, by number; losses in nats per token."""
-    return [_row(view.trial_folder(status.cell.number), status) for status in view.statuses()]
+    """One per cell that was asked for, by number; losses in nats per token.
+
+    A folded cell has all from the cell that is run for it, which `same_run_as` names, but its own number and params.
+    """
+    folded = view.folded()
+    run = {status.cell.number: _row(view.trial_folder(status.cell.number), status) for status in view.statuses()}
+    table = list(run.values())
+    for cell, runs in folded.values():
+        if runs in run:
+            table.append(run[runs] | {"number": cell.number, "params": dict(cell.params), "same_run_as": runs})
+    return sorted(table, key=itemgetter("number"))
 
 
 def _row(trial: Path, status: CellStatus) -> Row:
@@ -44,9 +57,23 @@ def write(view: StudyView) -> list[Row]:
 
 
 def ranked(table: Sequence[Row]) -> list[Row]:
-    """Finished cells with a loss, best first; then by number."""
+    """Finished cells with a loss, best first; of one run first the cell that was run, then by number."""
     done = [row for row in table if row["state"] == "COMPLETE" and row["eval_loss"] is not None]
-    return sorted(done, key=lambda row: (row["eval_loss"], row["number"]))
+    return sorted(done, key=lambda row: (row["eval_loss"], row["same_run_as"] is not None, row["number"]))
+
+
+def runs(table: Sequence[Row]) -> list[Row]:
+    """The cells that are run themselves, in the order given."""
+    return [row for row in table if row["same_run_as"] is None]
+
+
+def same_run(table: Sequence[Row]) -> dict[int, list[int]]:
+    """Number of a cell that is run -> those it is run for, ascending; only where there are any."""
+    found: dict[int, list[int]] = {}
+    for row in sorted(table, key=itemgetter("number")):
+        if row["same_run_as"] is not None:
+            found.setdefault(row["same_run_as"], []).append(row["number"])
+    return found
 
 
 def is_healthy(row: Row) -> bool:
@@ -54,22 +81,24 @@ def is_healthy(row: Row) -> bool:
 
 
 def summary(view: StudyView, table: Sequence[Row], slots: int) -> dict[str, Any]:
-    """What `status --json` says of the study and its rows: cells, counts by state, best, eta_seconds, slots."""
+    """What `status --json` says of the study and its rows: cells, runs, counts of cells by state, best, ETA, slots."""
     statuses = view.statuses()
-    counts = view.counts()
-    waiting = view.size - len(statuses) + counts["WAITING"]
+    states = [row["state"] for row in table]
+    not_drawn = view.size - len(table)
+    left = sum(row["state"] in ("WAITING", "RUNNING") for row in runs(table)) + not_drawn
     best = next(iter(ranked(table)), None)
     return {
         "study": view.name,
         "cells": view.size,
-        **{state: waiting if state == "WAITING" else count for state, count in counts.items()},
+        "distinct_runs": view.size - len(view.folded()),
+        **{state: states.count(state) + (not_drawn if state == "WAITING" else 0) for state in get_args(State)},
         "best": best and {key: best[key] for key in ("number", "params", "eval_loss", "base_loss", "flags")},
-        "eta_seconds": _eta_seconds(statuses, waiting + counts["RUNNING"], slots),
+        "eta_seconds": _eta_seconds(statuses, left, slots),
         "slots": slots,
     }
 
 
 def _eta_seconds(statuses: Sequence[CellStatus], left: int, slots: int) -> float | None:
-    """Mean wall time of a finished cell x cells left / slots; None before the first is finished."""
+    """Mean wall time of a finished run x runs left / slots; None before the first is finished."""
     walls = [(s.finished - s.started).total_seconds() for s in statuses if s.started and s.finished]
     return sum(walls) / len(walls) * left / slots if walls else None

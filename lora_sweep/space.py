@@ -21,7 +21,7 @@ from optuna.distributions import BaseDistribution
 from yaml import YAMLError
 
 from lora_sweep import config as schema
-from lora_sweep import samplers
+from lora_sweep import folding, samplers
 from lora_sweep.asha import Asha
 from lora_sweep.axis import Axis, inside, of_override, parse, written
 from lora_sweep.config import Config
@@ -91,6 +91,10 @@ class Sweep:
         grid = itertools.product(*(axis.values for axis in self.axes))
         return tuple(Cell(number, dict(zip(keys, values, strict=True))) for number, values in enumerate(grid))
 
+    def classes(self, fold: folding.Fold) -> tuple[folding.SameRun, ...]:
+        """The cells of the grid in classes of the same run. Raises ConfigError."""
+        return folding.classes({cell.number: self.config(cell) for cell in self.cells()}, fold)
+
     def distributions(self) -> dict[str, BaseDistribution]:
         return {axis.key: axis.distribution() for axis in self.axes}
 
@@ -142,7 +146,10 @@ def read(path: str | None, overrides: Sequence[str]) -> tuple[Sweep, list[Fault]
     return Sweep(content, tuple(fixed), tuple(axes.values())), faults
 
 
-HOW_NOT_WHAT = ("tracker", "launcher", "study.root", "study.keep_adapters", "train.slots")
+HOW_NOT_WHAT = (
+    "tracker", "launcher", "pick", "study.root", "study.keep_adapters", "study.fold", "study.verify_fold",
+    "train.slots",
+)  # fmt: skip
 """What a relaunch may change: it says how a study runs, not what its numbers mean."""
 
 
@@ -167,6 +174,11 @@ def load_launched(folder: Path) -> dict[str, Any] | None:
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError([Fault(str(file), f"cannot be read: {' '.join(str(error).split())}")]) from error
     return plain
+
+
+def of_launched(plain: Mapping[str, Any]) -> Config:
+    """The configuration in a trial's config.yaml. Raises ConfigError."""
+    return schema.build(OmegaConf.create(dict(plain)))
 
 
 def find(path: str) -> Path:

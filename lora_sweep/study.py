@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -142,15 +142,23 @@ class StudyView:
         """Where the record of the cell of this number lies."""
         return self.folder / "trials" / f"{cell:04d}"
 
+    def folded(self) -> dict[int, tuple[Cell, int]]:
+        """Cells that are not run: {number: (the cell, number of the cell that runs for it)}."""
+        stored = self._about().get("folded", [])
+        return {number: (Cell(number, params), runs) for number, params, runs in stored}
+
     def statuses(self) -> tuple[CellStatus, ...]:
-        """One per cell that has an attempt, by number."""
+        """One per cell that has an attempt and is not folded, by number."""
         by_number: dict[int, tuple[Cell, list[FrozenTrial]]] = {}
+        folded = self.folded()
         for attempt, trial in self._attempts():
+            if attempt.cell.number in folded:
+                continue
             by_number.setdefault(attempt.cell.number, (attempt.cell, []))[1].append(trial)
         return tuple(status_of(*by_number[number]) for number in sorted(by_number))
 
     def counts(self) -> dict[State, int]:
-        """Cells by state; every state is a key."""
+        """Cells that are run, by state; every state is a key."""
         states = [status.state for status in self.statuses()]
         return {state: states.count(state) for state in cast(tuple[State, ...], get_args(State))}
 
@@ -195,6 +203,8 @@ class Study(StudyView):
         self._search = search
         self._pruner = pruner
         self._leased: set[int] = set()
+        self._idle: Collection[int] = ()
+        """Numbers of folded cells."""
         self._lock: int | None = None
 
     @classmethod
@@ -206,11 +216,14 @@ class Study(StudyView):
         cells: Iterable[Cell] | None = None,
         search: Search | None = None,
         pruner: Asha | BasePruner | None = None,
+        same_run: Iterable[Collection[int]] = (),
     ) -> Self:
         """Create or resume the study in `folder`, for this process alone.
 
-        Give `cells` (a grid: each is enqueued once, never sampled) or `search`. Attempts of a dead process are reaped
-        and every cell that needs an attempt gets one. The kernel frees the lock when this process and the children it
+        Give `cells` (a grid: each is enqueued once, never sampled) or `search`. Of each class in `same_run` (numbers of
+        cells, none in two classes) one cell is run, and those that have not begun are folded onto it: the one that is
+        furthest, else the lowest. Attempts of a dead process are reaped and every cell that needs an attempt gets one.
+        The kernel frees the lock when this process and the children it
         forked are gone, kill -9 included.
 
         Raises StudyError when another process holds the study, when what is on disk is another study (name, cells or
@@ -248,9 +261,9 @@ class Study(StudyView):
                 elif found != [name]:
                     raise StudyError(f"{folder}: holds the study {found[0]!r}, not {name!r}; choose another study.name")
                 study = cls(folder, storage, journal, name, search, pruner)
-                study._match(grid)
+                study._match(grid, same_run)
                 study.reap()
-                study._repair(grid or ())
+                study._repair(cell for cell in grid or () if cell.number not in study._idle)
             except BaseException:
                 os.close(lock)
                 raise
@@ -292,7 +305,11 @@ class Study(StudyView):
         None: nothing fits now, or nothing is left. A drawn cell that does not fit waits, unchanged, for a later call
         (at most `Search.hold` of them), so don't ask for a pack that is full.
         """
-        waiting = [(attempt, trial) for attempt, trial in self._attempts() if trial.state is TrialState.WAITING]
+        waiting = [
+            (attempt, trial)
+            for attempt, trial in self._attempts()
+            if trial.state is TrialState.WAITING and attempt.cell.number not in self._idle
+        ]
         waiting.sort(key=lambda each: each[0].cell.number)
         for attempt, trial in waiting:
             if fits(attempt.cell) and (lease := self._claim(attempt, trial._trial_id)):
@@ -453,24 +470,43 @@ class Study(StudyView):
         sampler = self._search.sampler if self._search else None
         return optuna.load_study(study_name=self.name, storage=self._storage, sampler=sampler)
 
-    def _match(self, grid: Sequence[Cell] | None) -> None:
+    def _fold(self, grid: Sequence[Cell], classes: Iterable[Collection[int]]) -> list[tuple[int, dict[str, Any], int]]:
+        """(number, parameters, number of the cell that runs) of each cell that is not to run."""
+        order = {TrialState.COMPLETE: 0, TrialState.PRUNED: 0, TrialState.RUNNING: 1, TrialState.FAIL: 2}
+        begun: dict[int, int] = {}
+        for attempt, trial in self._attempts():
+            if trial.state in order:
+                number = attempt.cell.number
+                begun[number] = min(begun.get(number, 2), order[trial.state])
+        runs: dict[int, int] = {}
+        for numbers in classes:
+            best = min(numbers, key=lambda number: (begun.get(number, 3), number))
+            runs |= {number: best for number in numbers if number != best and number not in begun}
+        return [(cell.number, dict(cell.params), runs[cell.number]) for cell in grid if cell.number in runs]
+
+    def _match(self, grid: Sequence[Cell] | None, classes: Iterable[Collection[int]]) -> None:
         """Refuse to go on with other cells or another space than those on disk; remember what is asked."""
         kind, size = ("grid", len(grid)) if grid else ("search", self._search.n_trials if self._search else 0)
         about = self._about() or {"id": secrets.token_hex(4), "kind": kind}
         if about["kind"] != kind:
             raise StudyError(f"{self.folder}: begun as a {about['kind']}, not a {kind}; choose another study.name")
         asked = {cell.number: _as_json(cell.params) for cell in grid or ()}
-        for attempt, trial in self._attempts():
-            cell = attempt.cell
-            if self._search is not None:
-                if trial.distributions != dict(self._search.distributions):
-                    raise StudyError(f"{self.folder}: begun with another space; choose another study.name")
-            elif asked.get(cell.number) != _as_json(cell.params):
-                raise StudyError(
-                    f"{self.folder}: begun with other cells (cell {cell.number} was {dict(cell.params)}); choose "
-                    f"another study.name"
-                )
-        if self._about() != (about := about | {"size": size}):
+        if self._search is not None:
+            if any(trial.distributions != dict(self._search.distributions) for _, trial in self._attempts()):
+                raise StudyError(f"{self.folder}: begun with another space; choose another study.name")
+        else:
+            known = [attempt.cell for attempt, _ in self._attempts()] + [cell for cell, _ in self.folded().values()]
+            for cell in known:
+                if asked.get(cell.number) != _as_json(cell.params):
+                    raise StudyError(
+                        f"{self.folder}: begun with other cells (cell {cell.number} was {dict(cell.params)}); choose "
+                        f"another study.name"
+                    )
+        folded = self._fold(grid or (), classes)
+        self._idle = frozenset(number for number, _, _ in folded)
+        # Through JSON, as it is stored: a tuple comes back as a list.
+        about = json.loads(json.dumps(about | {"size": size, "folded": folded}))
+        if self._about() != about:
             # One attribute, so that a kill leaves all of it or nothing.
             self._storage.set_study_user_attr(self._study_id, "about", about)
         if self._search is not None and self._read:

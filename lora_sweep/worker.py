@@ -13,7 +13,7 @@ from typing import Literal, Protocol, cast
 import torch
 
 from lora_sweep import data as data_room
-from lora_sweep import health
+from lora_sweep import folding, health
 from lora_sweep import model as model_room
 from lora_sweep.config import Config, DataConfig, LauncherConfig, ModelConfig, StudyConfig, to_yaml
 from lora_sweep.data import Data, Report
@@ -157,6 +157,7 @@ class Run:
             "probe_loss": last.probe_loss,
             "gap": last.gap,
             "forgetting": health.forgetting(self._base, last),
+            "effective": asdict(folding.coordinates(self._config)),
             "steps": last.step,
             "tokens": last.tokens,
             "seconds": last.seconds,

@@ -247,7 +247,7 @@ def test_plan_shows_cells_sizes_and_time_and_leaves_nothing_behind(run: Run) -> 
     said = run("plan", file, "method.use_rslora=choice(true,false)")
     assert (said.code, said.err) == (0, "")
     assert tree(Path.cwd()) == before
-    assert said.out.startswith("mine: 4 cells over method.rank, method.use_rslora\n")
+    assert said.out.startswith("mine: 4 cells, 4 distinct runs, over method.rank, method.use_rslora\n")
     for word in (
         "base",
         "adapter, rank 2",
@@ -267,7 +267,7 @@ def test_plan_as_json_says_nothing_else_and_counts_right(run: Run) -> None:
     said = run("plan", small(), "--json")
     assert (said.code, said.err) == (0, "")
     plan = json.loads(said.out)
-    assert plan["cells"] == 2
+    assert (plan["cells"], plan["distinct_runs"], plan["classes"]) == (2, 2, [])
     assert plan["axes"] == {"method.rank": "choice(2, 4)"}
     assert (plan["train_examples"], plan["eval_examples"], plan["examples_cut"]) == (8, 4, 0)
     # Seven linears a layer, four layers: q, k, v, o of 128 x 128 and three of 128 x 344.
@@ -280,6 +280,19 @@ def test_plan_as_json_says_nothing_else_and_counts_right(run: Run) -> None:
     assert plan["lengths"]["padded"] % 8 == 0
     assert 0 < plan["train_tokens"] < plan["tokens"]
     assert plan["seconds"] > 0
+
+
+def test_plan_shows_the_classes_and_what_keeps_others_apart(run: Run) -> None:
+    axes = ("method.rank=4", "method.alpha=choice(4,8,16)", "optimizer.ratio=choice(1,2,4)")
+    said = run("plan", small(), *axes, "optimizer.eps_rule=scaled")
+    assert said.out.startswith("mine: 9 cells, 5 distinct runs, over method.alpha, optimizer.ratio\n")
+    assert "\ncell 0001 runs for 0003: bitwise\ncell 0002 runs for 0004 0006: bitwise\n" in said.out
+    said = run("plan", small(), *axes)
+    assert said.out.startswith("mine: 9 cells, 9 distinct runs")
+    assert "study.fold=near would leave 5 runs, equal up to 1e-03 of the loss (eps)" in said.out
+    plan = json.loads(run("plan", small(), *axes, "study.fold=near", "--json").out)
+    assert plan["distinct_runs"] == 5
+    assert plan["classes"][0] == {"cells": [1, 3], "grade": "near", "reasons": ["eps"], "size": 1e-3}
 
 
 def test_options_may_stand_anywhere(run: Run) -> None:

@@ -80,6 +80,7 @@ POSITIVE = ([1e-12, 1e12], [0, -1e-12, float("inf"), float("nan"), "x", True, No
 NOT_NEGATIVE = ([0, 1e12], [-1e-12, float("inf"), float("nan"), "x", True, None])
 SHARE = ([0, 0.999999], [1, -1e-9, float("nan"), "x", True, None])
 TRUTH = ([True, False], [2, "maybe", None])
+RULE = (["torch", "scaled"], ["hf", True, None])
 INSTANCE = ([None, {"_target_": "optuna.samplers.RandomSampler"}], ["x", 5, ["x"]])
 
 KNOBS: dict[str, tuple[list[Any], list[Any]]] = {
@@ -123,6 +124,9 @@ KNOBS: dict[str, tuple[list[Any], list[Any]]] = {
     "optimizer.beta1": SHARE,
     "optimizer.beta2": SHARE,
     "optimizer.eps": POSITIVE,
+    "optimizer.eps_rule": RULE,
+    "optimizer.decay_rule": RULE,
+    "optimizer.clip_rule": RULE,
     "train.max_steps": COUNT,
     "train.batch_size": COUNT,
     "train.gradient_accumulation_steps": COUNT,
@@ -154,6 +158,10 @@ KNOBS: dict[str, tuple[list[Any], list[Any]]] = {
     "health.min_delta_rel": NOT_NEGATIVE,
     "study.name": NAME,
     "study.root": (["outputs", "~/x", "../x"], [5, None]),
+    # YAML's `off` is false.
+    "study.fold": (["exact", "near", "off", False], ["on", True, None]),
+    "study.verify_fold": WHOLE,
+    "pick.form": (["lora", "rslora", "loraplus", None], ["rsLoRA", 5]),
     "study.keep_adapters": (["all", 0, 3], [-1, 1.5, "some", True, None]),
 }
 

@@ -21,6 +21,7 @@ FLOORS: dict[str, float] = {
     "config": 0.2,
     "real_facts": 0.2,
     "asha": 0.3,
+    "folding": 0.3,
     "axis": 0.3,
     "samplers": 0.3,
     "space": 1,

@@ -75,11 +75,27 @@ def test_the_ranking_keeps_its_values_whole_on_eighty_columns() -> None:
     keys = ("method.rank", "method.alpha", "method.use_rslora", "optimizer.ratio", "optimizer.base_lr")
     values = (16, 32, True, 16, 0.0005)
     row = {"number": 34, "params": dict(zip(keys, values, strict=True)), "eval_loss": 0.7416, "base_loss": 6.3234}
-    row |= {"gap": 0.1336, "flags": [], "reason": None}
+    row |= {"gap": 0.1336, "flags": [], "reason": None, "same_run_as": None}
     out = io.StringIO()
     Console(file=out, width=80).print(progress.ranking([row], [row]))
     line = next(line for line in out.getvalue().splitlines() if "0034" in line)
     assert line.split() == ["1", "0034", "16", "32", "true", "16", "0.0005", "0.7416", "11.7%", "+0.1336"]
+
+
+def test_cells_that_were_not_run_stand_beside_the_one_that_was() -> None:
+    rows: list[dict[str, Any]] = [
+        {"number": number, "params": {"method.alpha": 2**number}, "eval_loss": 0.5, "base_loss": 1.0, "gap": 0.1}
+        | {"flags": [], "reason": None, "same_run_as": runs}
+        for number, runs in enumerate([None, 0, None, 0, 0, 0])
+    ]
+    out = io.StringIO()
+    Console(file=out, width=80).print(progress.ranking(rows, rows))
+    title, _, *lines = out.getvalue().splitlines()
+    assert title.strip() == "best 2 of 6 cells in 2 runs"
+    assert [line.split() for line in lines] == [
+        ["1", "0000", "1", "0.5000", "50.0%", "+0.1000", "0001", "0003", "0004", "+1"],
+        ["2", "0002", "4", "0.5000", "50.0%", "+0.1000"],
+    ]
 
 
 def test_flags_and_reasons_are_counted_with_their_cells() -> None:

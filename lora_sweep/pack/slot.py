@@ -48,7 +48,12 @@ class Slot:
             trial.optimizer,
             [
                 {"params": self.group("A"), "lr": trial.lr_A, "weight_decay": trial.optimizer.weight_decay},
-                {"params": self.group("B"), "lr": trial.lr_B, "weight_decay": trial.weight_decay_B},
+                {
+                    "params": self.group("B"),
+                    "lr": trial.lr_B,
+                    "weight_decay": trial.weight_decay_B,
+                    "eps": trial.eps_B,
+                },
             ],
         )
         # Every schedule is a factor on each group's own rate: an absolute floor would flatten LoRA+'s ratio.
@@ -119,7 +124,7 @@ class Slot:
             ]
             self.grad_norms = (norms[0], norms[1])
         if self.trial.train.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(list(self._parameters.values()), self.trial.train.max_grad_norm)
+            self._clip(self.trial.train.max_grad_norm)
         lr_A, lr_B = (float(group["lr"]) for group in self.optimizer.param_groups)
         self.optimizer.step()
         self.schedule.step()
@@ -127,6 +132,13 @@ class Slot:
         self.tokens += tokens
         self.lr_B_squared += lr_B**2
         self.pending.append((self.step, loss, lr_A, lr_B))
+
+    def _clip(self, max_norm: float) -> None:
+        """Scales all gradients by max_norm / norm where the norm of (g_A, g_B / clip_scale_B) is above it."""
+        gradients = [[p.grad for p in self.group(side) if p.grad is not None] for side in ("A", "B")]
+        norm_A, norm_B = (torch.nn.utils.get_total_norm(group) for group in gradients)
+        total = torch.linalg.vector_norm(torch.stack([norm_A, norm_B / self.trial.clip_scale_B]))
+        torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), max_norm, total)
 
     def take_steps(self) -> tuple[Step, ...]:
         """The steps since the last evaluation, which are then forgotten."""

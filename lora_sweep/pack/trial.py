@@ -34,8 +34,19 @@ class Trial:
 
     @property
     def weight_decay_B(self) -> float:
+        """As AdamW takes it: a step decays B by lr_B times this."""
         decay = self.optimizer.weight_decay_B
-        return self.optimizer.weight_decay if decay is None else decay
+        asked = self.optimizer.weight_decay if decay is None else decay
+        return asked / self.optimizer.ratio if self.optimizer.decay_rule == "scaled" else asked
+
+    @property
+    def eps_B(self) -> float:
+        return self.optimizer.eps * self.scaling if self.optimizer.eps_rule == "scaled" else self.optimizer.eps
+
+    @property
+    def clip_scale_B(self) -> float:
+        """What |g_B| is divided by in the norm that is clipped."""
+        return self.scaling if self.optimizer.clip_rule == "scaled" else 1.0
 
 
 class Exhausted(Exception):
