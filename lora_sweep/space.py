@@ -177,8 +177,10 @@ def load_launched(folder: Path) -> dict[str, Any] | None:
 
 
 def of_launched(plain: Mapping[str, Any]) -> Config:
-    """The configuration in a trial's config.yaml. Raises ConfigError."""
-    return schema.build(OmegaConf.create(dict(plain)))
+    """The configuration in a trial's config.yaml; knobs younger than it are at their defaults. Raises ConfigError."""
+    whole = OmegaConf.merge(schema.compose([]), OmegaConf.create(dict(plain)))
+    assert isinstance(whole, DictConfig)
+    return schema.build(whole)
 
 
 def find(path: str) -> Path:
