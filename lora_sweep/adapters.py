@@ -137,9 +137,7 @@ class Blueprint:
 
 
 def _layers(adapted: Any) -> Iterator[tuple[str, LoraLayer]]:
-    return (
-        (name, layer) for name, layer in adapted.base_model.model.named_modules() if isinstance(layer, LoraLayer)
-    )
+    return ((name, layer) for name, layer in adapted.base_model.model.named_modules() if isinstance(layer, LoraLayer))
 
 
 def refuse_pickles(folder: Path) -> None:

@@ -82,10 +82,10 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
     cells = runs = config.sampler.n_trials or len(asked.cells())
     if config.sampler.name == "grid":
         runs = max(launcher.runs(asked), done)
+    slots = "as many slots as pay" if config.train.slots is None else f"{config.train.slots} slots"
     _say(
         console,
-        f"{config.study.name}: {cells} cells, {runs} runs, {done} of them finished, {config.train.slots} slots "
-        f"-> {folder}",
+        f"{config.study.name}: {cells} cells, {runs} runs, {done} of them finished, {slots} -> {folder}",
     )
     with _stoppable() as stop, progress.Show(console, runs, done, config.train.max_steps) as show:
         finished = launcher.launch(asked, show, stop)
@@ -138,8 +138,9 @@ def plan(sweep: SweepFile, overrides: Overrides = None, as_json: Json = False) -
     )
     table.add_row("epoch", f"{made['steps_per_epoch']:,.1f} steps; {made['epochs']:.1f} epochs a trial")
     table.add_row(
-        "memory", f"about {made['memory_mib']:,.0f} MiB for the base and {made['slots']} adapters with their states"
+        "memory", f"about {made['memory_mib']:,.0f} MiB with {made['slots']} adapters at once, their states and a pass"
     )
+    table.add_row("slots", made["slots_reason"])
     table.add_row("time", f"about {duration(made['seconds'])} on {made['device']}, if no cell is pruned")
     console.print(table)
     for cell in asked.cells()[:3] if made["is_grid"] else ():
@@ -187,7 +188,7 @@ def status(study: StudyFolder, as_json: Json = False) -> None:
     view = Study.read(study)
     launched = space.load_launched(study) or {}
     table = results.rows(view)
-    made = results.summary(view, table, int(launched.get("train", {}).get("slots", 1)))
+    made = results.summary(view, table, launched.get("train", {}).get("slots"))
     if as_json:
         print(json.dumps(made))
         return
@@ -375,7 +376,7 @@ def _prepared(variants: list[dict[str, Any]]) -> "list[Fault]":
 
 def _room_faults(variants: list[dict[str, Any]]) -> "list[Fault]":
     """What the rooms that read files and devices find, each model, target and data set asked once."""
-    from lora_sweep import data, launch, model, worker
+    from lora_sweep import data, launch, model, pack, worker
 
     models, sets = [], []
     for groups in variants:
@@ -386,6 +387,8 @@ def _room_faults(variants: list[dict[str, Any]]) -> "list[Fault]":
             sets.append(groups["data"])
     faults = [fault for each in models for fault in model.check(*each)]
     faults += [fault for each in sets for fault in data.check(each)]
+    for optimizer in {groups["optimizer"] for groups in variants if "optimizer" in groups and "launcher" in groups}:
+        faults += pack.check(optimizer, worker.device(variants[0]["launcher"]))
     for groups in variants[:1]:
         faults += launch.check(groups["study"]) if "study" in groups else []
         faults += worker.check(groups["launcher"]) if "launcher" in groups else []

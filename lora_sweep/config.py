@@ -511,6 +511,8 @@ def cross_faults(good: Mapping[str, Any]) -> list[Fault]:
     if train and train.warmup_steps >= train.max_steps:
         rule = f"must be below train.max_steps={train.max_steps}"
         faults.append(Fault("train.warmup_steps", rule, train.warmup_steps))
+    if train and train.fixed_shapes and train.slots is None:
+        faults.append(Fault("train.slots", "fixed shapes need a fixed number", None, "e.g. train.slots=8"))
     if sampler and sampler.name == "grid" and sampler.n_trials is not None:
         faults.append(
             Fault("sampler.n_trials", "a grid runs all its cells", sampler.n_trials, "null, or sampler=random")

@@ -12,12 +12,13 @@ from lora_sweep import model as model_room
 from lora_sweep import worker
 from lora_sweep.adapters import Blueprint
 from lora_sweep.data import Data
+from lora_sweep.errors import UserError
 from lora_sweep.folding import SameRun
-from lora_sweep.pack import Settings, Trial
+from lora_sweep.model import LoadedBase
+from lora_sweep.pack import Capacity, Exhausted, Pack, Settings, Trial
+from lora_sweep.pack.pack import BYTES_A_PARAMETER
+from lora_sweep.records import Cell
 from lora_sweep.space import Sweep
-
-BYTES_AN_ADAPTER_PARAMETER = 16
-"""fp32 value, gradient and AdamW's two moments."""
 
 BYTES_AN_ADAPTER_ON_DISK = 4
 """Of a parameter: fp32."""
@@ -28,8 +29,8 @@ TIMED_PASSES = 3
 def plan(sweep: Sweep) -> dict[str, Any]:
     """Cells, sizes and estimates; loads the base and the data of the first cell.
 
-    Time: forward passes of one full batch, the median of a few; a training step costs two (the frozen weights need no
-    gradient: 4 N flop a token against 2 N), an evaluation pass one.
+    Time of a step and memory of a pass: from the first steps of the first runs, as a launch takes them; they are thrown
+    away. Time of an evaluation: from forward passes, the median of a few.
     """
     config = sweep.base()
     device = worker.device(config.launcher)
@@ -42,13 +43,14 @@ def plan(sweep: Sweep) -> dict[str, Any]:
     stored = base.bytes
     a_rank = _parameters_a_rank(base, config.method.target_modules)
     ranks = sorted({config.method.rank, sweep.largest_rank()})
-    rows = train.slots * train.batch_size
-    per_row = _seconds_a_row(base, rows, data.train.length, device)
-    micro_batches = train.max_steps * train.gradient_accumulation_steps
+    capacity = _capacity(sweep, base, data, runs)
+    slots = min(capacity.slots, runs)
+    per_row = _seconds_a_row(base, slots * train.eval_batch_size, data.evaluation.length, device)
     evaluations = -(-train.max_steps // train.eval_every)
     seen = evaluations * sum(len(each) for each in (data.evaluation, data.probe, data.retention) if each is not None)
-    seconds = runs * per_row * (2 * micro_batches * train.batch_size + seen)
+    seconds = runs * (train.max_steps * capacity.slot_seconds + per_row * seen)
     each_step = train.batch_size * train.gradient_accumulation_steps
+    adapters = slots * ranks[-1] * a_rank * BYTES_A_PARAMETER
     return {
         "study": config.study.name,
         "cells": cells,
@@ -58,7 +60,8 @@ def plan(sweep: Sweep) -> dict[str, Any]:
         "is_grid": is_grid,
         "axes": {axis.key: str(axis) for axis in sweep.axes},
         "packs": _packs(sweep) if is_grid else 1,
-        "slots": train.slots,
+        "slots": slots,
+        "slots_reason": capacity.reason,
         "device": str(device),
         "dtype": next(word for word, dtype in model_room.DTYPES.items() if dtype == base.dtype),
         "quantization": config.model.quantization,
@@ -69,9 +72,32 @@ def plan(sweep: Sweep) -> dict[str, Any]:
         **_data(data),
         "steps_per_epoch": len(data.train) / each_step,
         "epochs": train.max_steps * each_step / len(data.train),
-        "memory_mib": (stored + train.slots * ranks[-1] * a_rank * BYTES_AN_ADAPTER_PARAMETER) / 2**20,
+        "memory_mib": (stored + adapters + (capacity.peak_bytes or 0.0)) / 2**20,
         "seconds": seconds,
     }
+
+
+def _capacity(sweep: Sweep, base: LoadedBase, data: Data, runs: int) -> Capacity:
+    """How many slots pay, and what a step costs: of the grid's first runs, or of so many equal ones."""
+    first = sweep.base()
+    settings = Settings.of(Trial.of(Cell(0), first))
+    if first.sampler.name == "grid":
+        asked = [Trial.of(cell, sweep.config(cell)) for cell in sweep.cells()]
+        trials = [trial for trial in asked if Settings.of(trial) == settings]
+    else:
+        trials = [Trial.of(Cell(number), first) for number in range(runs)]
+    pack = Pack(base, data, settings, max(trial.method.rank for trial in trials))
+    try:
+        for trial in trials[:runs]:
+            if not pack.has_room:
+                break
+            pack.admit(trial)
+        return pack.measure()
+    except Exhausted as error:
+        remedy = "lower train.batch_size or data.max_length, or set train.gradient_checkpointing=true"
+        raise UserError(f"train.slots: {error.slots} trials do not fit into the device's memory ({remedy})") from error
+    finally:
+        pack.close()
 
 
 def _class(each: SameRun) -> dict[str, Any]:
@@ -111,7 +137,7 @@ def _data(data: Data) -> dict[str, Any]:
     }
 
 
-def _parameters_a_rank(base: model_room.LoadedBase, target_modules: Any) -> int:
+def _parameters_a_rank(base: LoadedBase, target_modules: Any) -> int:
     """Adapter parameters per unit of rank: the sum of d_in + d_out over the targets."""
     blueprint = Blueprint(base.skeleton(), base.name_or_path)
     return sum(d_in + d_out for d_in, d_out in blueprint.shapes(target_modules).values())
@@ -123,7 +149,7 @@ def _packs(sweep: Sweep) -> int:
     return len({(str(c.model), str(c.data), Settings.of(Trial.of(cell, c))) for cell, c in configs})
 
 
-def _seconds_a_row(base: model_room.LoadedBase, rows: int, length: int, device: torch.device) -> float:
+def _seconds_a_row(base: LoadedBase, rows: int, length: int, device: torch.device) -> float:
     ids = torch.zeros(rows, length, dtype=torch.int64, device=device)
     times = []
     with torch.no_grad():

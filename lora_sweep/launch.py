@@ -18,6 +18,8 @@ from lora_sweep.tracking import Tracker, read_result, read_rows, write_whole
 from lora_sweep.worker import Outcome, Stop, Watcher, device, work
 from lora_sweep.worker import train as train_one
 
+HELD = 8
+"""Cells that a sampler is asked for at once, where the number of slots is chosen later."""
 TABLE_EVERY_SECONDS = 2.0
 """trials.jsonl is rewritten at most this often while trials run."""
 
@@ -83,7 +85,9 @@ def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:
     search = None
     if asked.name == "optuna":
         sampler = samplers.instance(asked.instance or {}, "samplers")
-        search = Search(sampler, sweep.distributions(), asked.n_trials or 1, sweep.decode, hold=config.train.slots)
+        search = Search(
+            sampler, sweep.distributions(), asked.n_trials or 1, sweep.decode, hold=config.train.slots or HELD
+        )
     classes, checks = ((), ()) if grid is None else _folded(sweep)
     with Study.open(
         folder, name=config.study.name, cells=grid, search=search, pruner=_pruner(config), same_run=classes
@@ -194,6 +198,9 @@ class _Ledgered:
 
     def stepped(self) -> None:
         self.watcher.stepped()
+
+    def chosen(self, reason: str) -> None:
+        self.watcher.chosen(reason)
 
     def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None:
         self.watcher.evaluated(cell, evaluation, base)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from lora_sweep import quant
+from lora_sweep import frozen, quant
 from lora_sweep.config import ModelConfig
 from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.records import Fault
@@ -228,6 +228,7 @@ def load(model: ModelConfig, device: torch.device, keep_in: Path | None = None) 
         quant.settle(loaded, config.dtype)
     else:
         loaded = loaded.to(device)
+    frozen.settle(loaded, device)
     return LoadedBase(loaded, tokens, name, revision, config.dtype)
 
 

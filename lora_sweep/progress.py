@@ -121,6 +121,9 @@ class Show:
             bay.step += 1
         self._slot_steps += len(self._bays)
 
+    def chosen(self, reason: str) -> None:
+        self._console.print(reason, markup=False, highlight=False, soft_wrap=True)
+
     def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None:
         self._base = base
         bay = self._bays[self._slot_of[cell.number]]

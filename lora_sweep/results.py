@@ -80,8 +80,11 @@ def is_healthy(row: Row) -> bool:
     return row["state"] == "COMPLETE" and not row["flags"]
 
 
-def summary(view: StudyView, table: Sequence[Row], slots: int) -> dict[str, Any]:
-    """What `status --json` says of the study and its rows: cells, runs, counts of cells by state, best, ETA, slots."""
+def summary(view: StudyView, table: Sequence[Row], slots: int | None) -> dict[str, Any]:
+    """What `status --json` says of the study and its rows: cells, runs, counts of cells by state, best, ETA, slots.
+
+    `slots`: as asked for; null where they are chosen on the way, and as many as are running count.
+    """
     statuses = view.statuses()
     states = [row["state"] for row in table]
     not_drawn = view.size - len(table)
@@ -93,7 +96,7 @@ def summary(view: StudyView, table: Sequence[Row], slots: int) -> dict[str, Any]
         "distinct_runs": view.size - len(view.folded()),
         **{state: states.count(state) + (not_drawn if state == "WAITING" else 0) for state in get_args(State)},
         "best": best and {key: best[key] for key in ("number", "params", "eval_loss", "base_loss", "flags")},
-        "eta_seconds": _eta_seconds(statuses, left, slots),
+        "eta_seconds": _eta_seconds(statuses, left, slots or max(1, states.count("RUNNING"))),
         "slots": slots,
     }
 

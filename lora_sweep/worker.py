@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 
@@ -19,7 +19,7 @@ from lora_sweep.config import Config, DataConfig, LauncherConfig, ModelConfig, S
 from lora_sweep.data import Data, Report
 from lora_sweep.errors import StudyError, UserError
 from lora_sweep.model import LoadedBase
-from lora_sweep.pack import Pack, Settings, Trial
+from lora_sweep.pack import Capacity, Exhausted, Pack, Settings, Trial
 from lora_sweep.records import Base, Cell, Evaluation, Fault
 from lora_sweep.space import Sweep
 from lora_sweep.study import Lease, Reason, Study
@@ -34,6 +34,7 @@ class Watcher(Protocol):
 
     def admitted(self, cell: Cell, slot: int, step: int) -> None: ...
     def stepped(self) -> None: ...
+    def chosen(self, reason: str) -> None: ...
     def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None: ...
     def ended(self, cell: Cell, state: Outcome, value: float | None, flags: Sequence[str]) -> None: ...
 
@@ -81,16 +82,45 @@ class Bench:
         """A pack for trials of this configuration's kind, and the losses of its base."""
         loaded = self.base(config.model)
         settings = Settings.of(Trial.of(Cell(0), config))
-        pack = Pack(loaded, self.data(config.data, loaded), settings, bank_rank)
+        known = Known(self.folder / "capacity.json", f"{config.model} {config.data} {settings} {self.device.type}")
+        pack = Pack(loaded, self.data(config.data, loaded), settings, bank_rank, known.too_wide)
         try:
             yield pack, pack.evaluate_base()
-        except torch.OutOfMemoryError as error:
-            remedy = "lower train.slots, train.batch_size or data.max_length, or set train.gradient_checkpointing=true"
+            known.keep(pack.capacity)
+        except Exhausted as error:
+            known.keep(pack.capacity)
             raise UserError(
-                f"train.slots: {settings.slots} trials do not fit into the device's memory ({remedy})"
+                f"train.slots: {error.slots} trials do not fit into the device's memory; lower train.batch_size or "
+                "data.max_length, or set train.gradient_checkpointing=true"
             ) from error
         finally:
             pack.close()
+
+
+@dataclass
+class Known:
+    """What an earlier pack of the same kind has found out about the device's memory."""
+
+    file: Path
+    kind: str
+
+    @property
+    def too_wide(self) -> int | None:
+        """The smallest number of slots a pass that ran out of memory."""
+        found: int | None = self._all().get(self._key, {}).get("too_wide")
+        return found
+
+    def keep(self, capacity: Capacity) -> None:
+        measured = {"slots": capacity.slots, "too_wide": capacity.too_wide, "reason": capacity.reason}
+        write_whole(self.file, json.dumps(self._all() | {self._key: measured}, indent=2) + "\n")
+
+    @property
+    def _key(self) -> str:
+        return hashlib.sha256(self.kind.encode()).hexdigest()[:12]
+
+    def _all(self) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        return found
 
 
 class Run:
@@ -224,13 +254,21 @@ class _Shift:
         self._study, self._sweep, self._pack, self._base = study, sweep, pack, base
         self._config, self._tracker, self._watcher = config, tracker, watcher
         self._runs: dict[Lease, Run] = {}
+        self._told = False
 
     def run(self, first: Lease, stop: Stop) -> bool:
         """Five verbs: lease, advance, record, report, tell. False when `stop` ended it early."""
         try:
             self._admit(first)
             while self._fill():
-                evaluations = self._pack.advance(_heartbeat(self._watcher, stop))
+                try:
+                    evaluations = self._pack.advance(_heartbeat(self._watcher, stop))
+                except Exhausted as error:
+                    if self._config.train.fixed_shapes:
+                        raise
+                    self._give_up(error.slot)
+                    continue
+                self._tell_choice()
                 if not evaluations:
                     self._give_back()
                     return False
@@ -240,6 +278,17 @@ class _Shift:
             self._give_back()
             raise
         return True
+
+    def _give_up(self, slot: int) -> None:
+        """A trial that does not fit into memory by itself."""
+        (lease,) = [lease for lease, run in self._runs.items() if run.slot == slot]
+        self._end(lease, "FAIL", "memory")
+
+    def _tell_choice(self) -> None:
+        capacity = self._pack.capacity
+        if capacity.is_settled and capacity.measured and not self._told:
+            self._told = True
+            self._watcher.chosen(capacity.reason)
 
     def _fits(self, cell: Cell) -> bool:
         config = self._sweep.config(cell)

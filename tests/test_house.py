@@ -26,6 +26,7 @@ FLOORS: dict[str, float] = {
     "samplers": 0.3,
     "space": 1,
     "quant": 0.5,
+    "frozen": 0.7,
     "source": 0.5,
     "model": 1,
     "data": 1,
@@ -48,16 +49,16 @@ FLOORS: dict[str, float] = {
 """Module or folder -> floor; it may import what lies below, never beside. bench may be absent."""
 
 ROOMS: dict[str, set[str]] = {
-    "torch": {"pack", "model", "quant", "data", "adapters", "tiny", "bench", "health", "worker", "estimate"},
+    "torch": {"pack", "model", "quant", "frozen", "data", "adapters", "tiny", "bench", "health", "worker", "estimate"},
     # cli: only to silence its logging before a verb.
-    "transformers": {"pack", "model", "quant", "data", "adapters", "tiny", "bench", "cli"},
+    "transformers": {"pack", "model", "quant", "frozen", "data", "adapters", "tiny", "bench", "cli"},
     "peft": {"pack", "model", "adapters", "bench"},
     "safetensors": {"pack", "source", "adapters"},
     "tokenizers": {"tiny"},
     "jinja2": {"data"},
     "datasets": {"data", "cli"},
     "huggingface_hub": {"source"},
-    "bitsandbytes": {"quant"},
+    "bitsandbytes": {"quant", "pack"},
     "optuna": {"axis", "samplers", "space", "study", "journal", "asha"},
     "wandb": {"tracking"},
     "hydra": {"config", "axis", "samplers", "space", "cli"},

@@ -164,9 +164,10 @@ def test_in_double_precision_packing_changes_nothing_even_with_dropout_and_check
 def test_a_slot_that_is_not_a_number_changes_no_bit_of_the_others(
     base: LoadedBase, style: Data, trial: MakeTrial
 ) -> None:
-    calm = [trial(i, rank=4 + i, base_lr=2e-4, max_steps=12, eval_every=12) for i in range(3)]
-    wild = trial(9, rank=8, base_lr=1e30, max_steps=12, eval_every=12)
-    tame = trial(9, rank=2, base_lr=1e-4, seed=5, max_steps=12, eval_every=12)
+    knobs = {"max_steps": 12, "eval_every": 12, "fixed_shapes": True}
+    calm = [trial(i, rank=4 + i, base_lr=2e-4, **knobs) for i in range(3)]
+    wild = trial(9, rank=8, base_lr=1e30, **knobs)
+    tame = trial(9, rank=2, base_lr=1e-4, seed=5, **knobs)
     with_wild = packed(base, style, [calm[0], wild, *calm[1:]], rank=8)
     with_tame = packed(base, style, [tame, *calm], rank=8)
     assert with_wild[1].diverged
@@ -179,10 +180,10 @@ def test_a_slot_that_is_not_a_number_changes_no_bit_of_the_others(
 
 
 def test_refilling_a_slot_changes_no_bit_of_the_others(base: LoadedBase, style: Data, trial: MakeTrial) -> None:
-    keeps = trial(0, rank=4, slots=2, max_steps=8, eval_every=4)
+    keeps = trial(0, rank=4, slots=2, max_steps=8, eval_every=4, fixed_shapes=True)
     leaves, comes = (
-        trial(1, rank=8, slots=2, max_steps=8, eval_every=4),
-        trial(2, slots=2, seed=7, max_steps=8, eval_every=4),
+        trial(1, rank=8, slots=2, max_steps=8, eval_every=4, fixed_shapes=True),
+        trial(2, slots=2, seed=7, max_steps=8, eval_every=4, fixed_shapes=True),
     )
 
     def run(refill: bool) -> list[Evaluation]:
@@ -210,7 +211,16 @@ def test_a_trial_restored_from_its_checkpoint_goes_on_bit_for_bit(
     base: LoadedBase, style: Data, trial: MakeTrial, tmp_path: Path
 ) -> None:
     one = trial(
-        0, rank=4, slots=2, max_steps=8, eval_every=4, schedule="cosine", warmup_steps=2, dropout=0.1, ratio=4.0
+        0,
+        rank=4,
+        slots=2,
+        max_steps=8,
+        eval_every=4,
+        fixed_shapes=True,
+        schedule="cosine",
+        warmup_steps=2,
+        dropout=0.1,
+        ratio=4.0,
     )
 
     def second_half(interrupted: bool) -> Evaluation:
@@ -221,7 +231,7 @@ def test_a_trial_restored_from_its_checkpoint_goes_on_bit_for_bit(
             if interrupted:
                 pack.checkpoint(slot, tmp_path)
                 pack.evict(slot)
-                pack.admit(trial(1, rank=2, slots=2, max_steps=8, eval_every=4))
+                pack.admit(trial(1, rank=2, slots=2, max_steps=8, eval_every=4, fixed_shapes=True))
                 slot = pack.restore(one, tmp_path)
                 assert pack.step(slot) == 4
             return next(evaluation for evaluation in pack.advance() if evaluation.cell == 0)
@@ -232,7 +242,7 @@ def test_a_trial_restored_from_its_checkpoint_goes_on_bit_for_bit(
     assert torch.equal(losses(whole), losses(resumed))
     assert whole.eval_loss == resumed.eval_loss
     assert whole.tokens == resumed.tokens
-    other = trial(0, rank=4, slots=2, max_steps=8, eval_every=4, base_lr=1.0)
+    other = trial(0, rank=4, slots=2, max_steps=8, eval_every=4, fixed_shapes=True, base_lr=1.0)
     pack = Pack(base, style, Settings.of(other), 4)
     with pytest.raises(ValueError, match="other settings"):
         pack.restore(other, tmp_path)

@@ -37,6 +37,7 @@ class Silent:
     def __init__(self) -> None:
         self.admissions: list[tuple[int, int, int]] = []
         self.ends: list[tuple[int, str]] = []
+        self.reasons: list[str] = []
         self.steps = 0
 
     def admitted(self, cell: Cell, slot: int, step: int) -> None:
@@ -44,6 +45,9 @@ class Silent:
 
     def stepped(self) -> None:
         self.steps += 1
+
+    def chosen(self, reason: str) -> None:
+        self.reasons.append(reason)
 
     def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None: ...
 

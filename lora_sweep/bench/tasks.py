@@ -109,6 +109,7 @@ def _train_packed(
         optimizer, train = replace(trial.optimizer, base_lr=lr), replace(trial.train, seed=seed)
         trials.append(Trial(trial.cell, method, optimizer, train))
     settings = Settings.of(trials[0])
+    assert settings.slots is not None
     for first in range(0, len(trials), settings.slots):
         pack = Pack(base, data, settings, max(rank for rank, _, _ in cells))
         for trial in trials[first : first + settings.slots]:

@@ -14,6 +14,8 @@ MOST_SLOTS = {"cpu": 16, "cuda": 32}
 """Slots that are tried where `train.slots` is null."""
 ROUNDS = 3
 """Steps at each width; the first warms up."""
+SLOW_STEP_SECONDS = (10.0, 1.0)
+"""Where a step of all slots takes so long, one round is enough, or two."""
 LOSING = 1.15
 """A width whose slot-step is so many times slower than the best is not tried again."""
 WORTH = 1.03
@@ -52,7 +54,7 @@ class Capacity:
         open_ = [
             width
             for width, done in zip(tried, steps, strict=True)
-            if done < ROUNDS and (done < 2 or best is None or self._slot_seconds(width) <= LOSING * best)
+            if done < self._rounds(live) and (done < 2 or best is None or self._slot_seconds(width) <= LOSING * best)
         ]
         if open_:
             return min(open_, key=lambda width: (len(self._seconds.get(width, ())), width))
@@ -77,10 +79,14 @@ class Capacity:
             self.width = max(1, min(self.width or width, width // 2))
             self.slots = min(self.slots, self.width)
 
+    def _rounds(self, live: int) -> int:
+        longest = live * max((found[-1] for found in self._seconds.values()), default=0.0)
+        return ROUNDS - sum(longest > seconds for seconds in SLOW_STEP_SECONDS)
+
     @property
     def slot_seconds(self) -> float:
-        """Of a step by slot, at the width that was chosen."""
-        return self._slot_seconds(self.width)
+        """Of a step by slot, at the width that was chosen, or given."""
+        return self._slot_seconds(self.width or max(self._seconds))
 
     @property
     def measured(self) -> dict[int, float]:
@@ -90,7 +96,7 @@ class Capacity:
     @property
     def peak_bytes(self) -> float | None:
         """Of a pass at the width that was chosen, beyond what lies there anyway."""
-        return self._peaks.get(self.width)
+        return self._peaks.get(self.width or max(self._peaks, default=0))
 
     @property
     def fit(self) -> tuple[float, float] | None:
@@ -104,7 +110,8 @@ class Capacity:
         told = ", ".join(f"{width}: {1e3 * each:.3g}" for width, each in self.measured.items())
         limit = "" if self.too_wide is None else f"; {self.too_wide} at once do not fit into memory"
         line = "" if self.fit is None else f"; a pass takes {1e3 * self.fit[0]:.3g} + {1e3 * self.fit[1]:.3g} k ms"
-        return f"{self.width} adapters a pass (ms of a step by adapter at each width: {told}{line}{limit})"
+        width = self.width or max(self._seconds, default=self.slots)
+        return f"{width} adapters a pass (ms of a step by adapter at each width: {told}{line}{limit})"
 
     def _settle(self, tried: Sequence[int]) -> None:
         best = min(self._slot_seconds(width) for width in tried)

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from lora_sweep import quant
+from lora_sweep import frozen
 from lora_sweep.pack.bank import Bank
 from lora_sweep.pack.dropout import keep_mask, slot_key
 
@@ -50,7 +49,7 @@ class Pass:
 
 
 class PackedLinear(nn.Module):
-    """Wraps a frozen linear layer (nn.Linear, quantised or not, or transformers' Conv1D); adds s B A to each slot's rows.
+    """Wraps a frozen linear (nn.Linear, quantised or not, or transformers' Conv1D); adds s B A to each slot's rows.
 
     Input (K x b, T, d_in), rows of the pass's slot k at [k b, (k + 1) b). Adapters compute in their own dtype, the sum
     is cast to the base's. Gradients of A and B are added to the banks' own.
@@ -74,11 +73,6 @@ class PackedLinear(nn.Module):
             )
         y: Tensor = _Adapted.apply(x, now.anchor, self)  # type: ignore[no-untyped-call]
         return y
-
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """(d_out, d_in), detached, de-quantised where it is quantised."""
-        weight = quant.dequantised(self.base, dtype)
-        return weight.T if isinstance(self.base, Conv1D) else weight
 
     def keep(self, segment: Segment, rows: Tensor, first_position: int) -> Tensor | None:
         """(n, b T, d_in) mask of the segment's rows (n, b, T, d_in), 0 or 1 / (1 - p); None: all stay."""
@@ -121,7 +115,7 @@ class _Adapted(torch.autograd.Function):
         (gradient,) = gradients
         x, *lows = ctx.saved_tensors
         linear: PackedLinear = ctx.linear
-        below = gradient @ linear.weight(gradient.dtype) if ctx.needs_input_grad[0] else None
+        below = frozen.input_gradient(linear.base, gradient) if ctx.needs_input_grad[0] else None
         rows, above = _by_slot(x, ctx.width), _by_slot(gradient, ctx.width)
         for segment, low in zip(ctx.segments, lows, strict=True):
             at = segment.places
@@ -142,7 +136,7 @@ class _Adapted(torch.autograd.Function):
 
 def _by_slot(rows: Tensor, width: int) -> Tensor:
     """(K x b, T, d) -> (K, b, T, d)."""
-    return rows.unflatten(0, (width, -1))
+    return rows.view(width, -1, *rows.shape[1:])
 
 
 def _dropped(linear: PackedLinear, segment: Segment, rows: Tensor, first: int) -> tuple[Tensor, Tensor | None]:

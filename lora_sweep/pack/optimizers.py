@@ -1,4 +1,4 @@
-"""The optimizers a slot can step with. bitsandbytes (extra `quant`) is imported only where one of its own is asked for."""
+"""The optimizers a slot can step with; bitsandbytes (extra `quant`) is imported only for its own."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,9 @@ def check(optimizer: OptimizerConfig, device: torch.device) -> list[Fault]:
         return [Fault("optimizer.optim", "needs bitsandbytes, which is not installed", optimizer.optim, quant.INSTALL)]
     if optimizer.optim.startswith("paged_") and device.type != "cuda":
         remedy = "optimizer.optim=" + optimizer.optim.removeprefix("paged_")
-        return [Fault("optimizer.optim", "pages between a GPU and the host, so it needs a GPU", optimizer.optim, remedy)]
+        return [
+            Fault("optimizer.optim", "pages between a GPU and the host, so it needs a GPU", optimizer.optim, remedy)
+        ]
     return []
 
 
@@ -36,7 +38,7 @@ def build(optimizer: OptimizerConfig, groups: Sequence[dict[str, Any]]) -> torch
     """The optimizer over groups of `params`, `lr` and `weight_decay`."""
     if optimizer.optim == "sgd":
         return torch.optim.SGD(groups, momentum=optimizer.momentum, fused=True)
-    shared = {"betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.eps}
+    shared: dict[str, Any] = {"betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.eps}
     if optimizer.optim == "adamw":
         return torch.optim.AdamW(groups, fused=True, **shared)
     import bitsandbytes

@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -37,6 +38,8 @@ Found = TypeVar("Found")
 
 BYTES_A_PARAMETER = 16
 """fp32 value, gradient and AdamW's two moments."""
+TIMED_STEPS = 3
+"""Where the number of slots is given."""
 ADAPTERS_SHARE = 0.25
 """Of the free memory, for adapters, where their number is ours to choose."""
 
@@ -166,18 +169,27 @@ class Pack:
             self._train_step()
         return self._evaluate()
 
+    def measure(self) -> Capacity:
+        """Trains for as many steps as it takes to know how many slots pay, and what a step costs."""
+        while not self.capacity.is_settled:
+            self._train_step()
+        for _ in range(0 if self.capacity.measured else TIMED_STEPS):
+            self._train_step(measures=True)
+        return self.capacity
+
     def evaluate_base(self) -> Base:
         """The losses of the base alone on the evaluation set, the train probe and the retention text."""
         evaluation, probe, retention = self._passes.losses(None)
         return Base(evaluation[0][0], probe[0][0], evaluation[1][0], None if retention is None else retention[0][0])
 
-    def _train_step(self) -> None:
+    def _train_step(self, measures: bool = False) -> None:
         began = time.monotonic()
         live = self._passes.order(self._live())
         capacity = self.capacity
         if math.isinf(capacity.free_bytes) and not capacity.is_settled:
             capacity.free_bytes = memory.free_bytes(self._device) or math.inf
-        width, measures = capacity.next_width(len(live)), not capacity.is_settled
+        width = capacity.next_width(len(live))
+        measures = measures or not capacity.is_settled
         peak = memory.Peak(self._device) if measures else None
         steps = [each for slots in _split(live, width) for each in self._within_memory(self._passes.train, slots)]
         peak_bytes = None if peak is None else peak.bytes
@@ -290,7 +302,7 @@ def _split(slots: Sequence[Slot | None], width: int) -> list[Sequence[Slot | Non
     """In parts of at most `width`, as equal as can be."""
     parts = -(-len(slots) // width)
     ends = [len(slots) * part // parts for part in range(parts + 1)]
-    return [slots[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [slots[a:b] for a, b in pairwise(ends)]
 
 
 def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -184,7 +184,10 @@ class Slot:
         for name, parameter in self._parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if name in ("A", "B") and isinstance(value, Tensor) and value.shape == parameter.shape:
-                    yield from ((key, f"{name}/{module}", view) for module, view in self._modules(name, value).items())
+                    yield from (
+                        (key, f"{name}/{module}", view)
+                        for module, view in self._modules(cast(Side, name), value).items()
+                    )
                 else:
                     yield key, name, value
 
@@ -200,7 +203,8 @@ class Slot:
             metadata: dict[str, str] = file.metadata()
             if metadata.get("trial") != _identity(self.trial):
                 raise ValueError(f"{folder}: the checkpoint is of a trial with other settings")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: it is no dict
+            keys: list[str] = file.keys()
+            tensors = {key: file.get_tensor(key) for key in keys}
         for side, views in (("A", self.A), ("B", self.B)):
             for name, view in views.items():
                 view.copy_(tensors.pop(f"{side}/{name}"))
@@ -226,7 +230,7 @@ class Slot:
             state = self.optimizer.state[parameter]
             if key not in state:
                 state[key] = torch.zeros_like(parameter)
-            self._modules(side, state[key])[module].copy_(placed)
+            self._modules(cast(Side, side), state[key])[module].copy_(placed)
 
 
 def _identity(trial: Trial) -> str:

@@ -54,7 +54,7 @@ class Exhausted(Exception):
 
     def __init__(self, slot: int, slots: int) -> None:
         super().__init__(f"slot {slot}: out of memory with {slots} in a pass")
-        self.slot = slot
+        self.slot, self.slots = slot, slots
 
 
 @dataclass(frozen=True)
