@@ -1,7 +1,11 @@
-"""PEFT folders: the adapter as PEFT draws it, saves it and loads it."""
+"""PEFT folders: the adapter as PEFT draws it, saves it and loads it; anyone's LoRA read without a model."""
 
+import json
+import math
+import pickle
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
@@ -10,10 +14,11 @@ from threading import Lock
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_sweep.errors import UserError
@@ -140,13 +145,16 @@ def _layers(adapted: Any) -> Iterator[tuple[str, LoraLayer]]:
     return ((name, layer) for name, layer in adapted.base_model.model.named_modules() if isinstance(layer, LoraLayer))
 
 
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
 def refuse_pickles(folder: Path) -> None:
     """Raises UserError unless the folder is a PEFT adapter whose weights are safetensors."""
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder}: holds no adapter_config.json, so it is no PEFT adapter")
-    if not (folder / "adapter_model.safetensors").is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        why = "its weights are a pickle, which can run code" if pickled else "adapter_model.safetensors is missing"
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: holds no {CONFIG}, so it is no PEFT adapter")
+    if not (folder / WEIGHTS).is_file():
+        pickled = (folder / PICKLE).is_file()
+        why = "its weights are a pickle, which can run code" if pickled else f"{WEIGHTS} is missing"
         raise UserError(f"{folder}: refused, {why}")
 
 
@@ -157,4 +165,204 @@ def load(model: Any, folder: Path) -> PeftModel:
         with peft_chatter_off():
             return PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: PEFT cannot load it: {' '.join(str(error).split())}") from error
+        raise UserError(f"{folder}: PEFT cannot load it: {_one_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The LoRA of one module, as saved."""
+
+    A: Tensor
+    """(r, d_in); d_in is the vocabulary of an embedding, channels times kernel of a convolution."""
+    B: Tensor
+    """(d_out, r)."""
+    scaling: float
+    """s of W + s B A, as PEFT derives it from its configuration."""
+    is_embedding: bool = False
+    bias: Tensor | None = None
+    """(d_out,) of lora_B, where `lora_bias` asked for one."""
+    magnitude: Tensor | None = None
+    """(d_out,) of DoRA."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One adapter as it lies in its folder."""
+
+    folder: Path
+    config: Any
+    """peft.LoraConfig."""
+    factors: Mapping[str, Factors]
+    """Module name in the base -> its LoRA, in the file's order."""
+    extras: Mapping[str, Tensor]
+    """Parameter name in the base -> what was saved whole: modules_to_save, biases, token rows, base embeddings."""
+    bytes: int
+    """Of the weights file."""
+    notes: tuple[str, ...] = ()
+    """What PEFT had to say about the configuration."""
+
+
+FOREIGN = ("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "target_parameters")
+"""Fields of LoraConfig under which a module's update is not s B A."""
+
+
+def find(folder: Path) -> list[Path]:
+    """The adapters in a folder: its own and, as PEFT saves named ones, those of its sub-folders. Raises UserError."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: must be a folder that PEFT saved{', got a file' if folder.exists() else ''}")
+    found = [each for each in (folder, *sorted(folder.iterdir())) if (each / CONFIG).is_file()]
+    if not found:
+        raise UserError(f"{folder}: holds no {CONFIG}, nor does a sub-folder, so it is no PEFT adapter")
+    return found
+
+
+def read(folder: Path, allow_pickle: bool = False) -> Saved:
+    """Reads a LoRA adapter that PEFT saved, wherever it comes from; needs no model and runs no code.
+
+    `allow_pickle`: where there are no safetensors, adapter_model.bin is read by torch.load(weights_only=True). Raises
+    UserError where a file is missing, broken, refused or no LoRA, or where weights and configuration disagree.
+    """
+    config, notes = _config(folder)
+    if not (allow_pickle and (folder / PICKLE).is_file() and not (folder / WEIGHTS).is_file()):
+        try:
+            refuse_pickles(folder)
+        except UserError as error:
+            remedy = " (if you trust it: --allow-pickle)" if (folder / PICKLE).is_file() else ""
+            raise UserError(f"{error}{remedy}") from None
+    tensors, size = _tensors(folder)
+    factors, extras = _split(folder, tensors, config)
+    return Saved(folder, config, factors, extras, size, notes + _ambiguous(config, factors))
+
+
+def _ambiguous(config: Any, modules: Iterable[str]) -> tuple[str, ...]:
+    """PEFT takes the first pattern that matches, but saves them sorted: two that match may have changed places."""
+    keys = list(config.alpha_pattern)
+    for module in modules:
+        first = get_pattern_key(keys, module)
+        second = get_pattern_key([key for key in keys if key != first], module)
+        if second in keys and config.alpha_pattern[first] != config.alpha_pattern[second]:
+            return (
+                f"alpha_pattern {first!r} and {second!r} both match {module}: s here is that of the saved order, as "
+                "PEFT loads it; saving sorts them, so it may have been trained with the other",
+            )
+    return ()
+
+
+def _config(folder: Path) -> tuple[Any, tuple[str, ...]]:
+    file = folder / CONFIG
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON: {_one_line(error)}") from error
+    kind = plain.get("peft_type") if isinstance(plain, dict) else None
+    if kind is None:
+        raise UserError(f"{file}: names no peft_type, so it is no PEFT adapter")
+    if kind != "LORA":
+        raise UserError(f"{file}: peft_type must be LORA, got {kind!r}; no other kind is read")
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            config = PeftConfig.from_pretrained(str(folder))
+        for field in ("rank_pattern", "alpha_pattern"):
+            # PEFT fails later, and on its own line, on what is no mapping or no expression.
+            get_pattern_key(getattr(config, field).keys(), "")
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError, re.error) as error:
+        raise UserError(f"{file}: PEFT cannot read it: {_one_line(error)}") from error
+    foreign = [field for field in FOREIGN if getattr(config, field, None)]
+    if foreign:
+        raise UserError(f"{file}: {foreign[0]} is set; under it the update is not s B A, which alone is read")
+    return config, tuple(_one_line(each.message) for each in told)
+
+
+UNREADABLE = (
+    OSError,
+    SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+)
+"""What safetensors and torch raise on a file that they cannot read."""
+
+
+def _tensors(folder: Path) -> tuple[dict[str, Tensor], int]:
+    file = folder / WEIGHTS if (folder / WEIGHTS).is_file() else folder / PICKLE
+    try:
+        with file.open("rb") as opened:
+            if opened.read(8) == b"version ":
+                raise UserError(f"{file}: is a pointer of git-lfs, not the weights (git lfs pull)")
+        if file.name == WEIGHTS:
+            tensors: Any = load_file(file)
+        else:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+                tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        by = "" if file.name == WEIGHTS else "by torch.load(weights_only=True) "
+        raise UserError(f"{file}: cannot be read {by}(truncated or damaged?): {_one_line(error)}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(each, Tensor) for each in tensors.values()):
+        raise UserError(f"{file}: must hold named tensors and nothing else")
+    return tensors, file.stat().st_size
+
+
+PARTS = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_B.bias": "bias",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+"""How a key of the file ends -> which part of a module's LoRA it is."""
+
+
+def _split(folder: Path, tensors: dict[str, Tensor], config: Any) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    embeddings: set[str] = set()
+    extras: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix("base_model.model.")
+        ending = next((ending for ending in PARTS if name.endswith(f".{ending}")), None)
+        if ending is None:
+            extras[name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = tensor
+            continue
+        module = name.removesuffix(f".{ending}")
+        parts.setdefault(module, {})[PARTS[ending]] = tensor
+        if "embedding" in ending:
+            embeddings.add(module)
+    return {
+        module: _factors(f"{folder}: {module}", module, found, config, module in embeddings)
+        for module, found in parts.items()
+    }, extras
+
+
+def _factors(where: str, module: str, found: dict[str, Tensor], config: Any, is_embedding: bool) -> Factors:
+    for part in "AB":
+        if part not in found:
+            raise UserError(f"{where}: has no lora_{part}")
+        if found[part].ndim < 2 or not found[part].numel():
+            shape = tuple(found[part].shape)
+            why = "as when sharded weights are saved without being gathered"
+            raise UserError(f"{where}: lora_{part} must be a matrix, got the shape {shape} ({why})")
+    A, B = found["A"].flatten(1), found["B"].flatten(1)
+    rank, alpha = (
+        pattern.get(get_pattern_key(pattern.keys(), module), default)
+        for pattern, default in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha))
+    )
+    if not A.shape[0] == B.shape[1] == rank:
+        raise UserError(f"{where}: rank must be {rank!r} as {CONFIG} says, got A {tuple(A.shape)}, B {tuple(B.shape)}")
+    if not isinstance(alpha, int | float):
+        raise UserError(f"{where}: lora_alpha must be a number, got {alpha!r}")
+    scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+    magnitude = found.get("magnitude")
+    for part, each in (("lora_magnitude_vector", magnitude), ("lora_B.bias", found.get("bias"))):
+        if each is not None and each.numel() != B.shape[0]:
+            raise UserError(f"{where}: {part} must have {B.shape[0]} elements, got {each.numel()}")
+    return Factors(A, B, scaling, is_embedding, found.get("bias"), None if magnitude is None else magnitude.flatten())
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:300]

@@ -232,6 +232,40 @@ def pick(study: StudyFolder, overrides: Overrides = None, as_json: Json = False)
 
 
 @app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of a PEFT LoRA adapter, or of several.")],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="PATH_OR_ID", help="Hold it against this base: the update relative to W."),
+    ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read adapter_model.bin too, by torch.load(weights_only=True).")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Health of any PEFT LoRA adapter on disk: sizes, norms, zeros, stable rank, verdict.
+
+    Exit code 0 when it could be read, whatever the verdict; 2 when not.
+    """
+    if base is not None:
+        _quiet()
+    from rich.console import Console
+
+    from lora_sweep import inspection
+    from lora_sweep.errors import UserError
+
+    made, errors = inspection.inspect(adapter, base, allow_pickle)
+    if as_json and (made or not errors):
+        print(json.dumps({"adapters": [each.plain() for each in made]}, allow_nan=False))
+    elif not as_json:
+        console = Console()
+        for each in made:
+            inspection.draw(console, each)
+    if errors:
+        raise UserError("\n".join(errors))
+
+
+@app.command()
 def bench(
     what: Annotated[
         str,

@@ -1,8 +1,8 @@
 """Frozen linears: the weight they compute with, the gradient they pass down, and bf16 where the processor has none.
 
-A processor without bf16 instructions multiplies bf16 matrices up to sixty times slower than fp32 ones (seen on AVX2, the
-product of the backward pass). There the factors are widened to fp32 on the way, which is exact, and the product is
-rounded to bf16, as the instructions themselves would do.
+A processor without bf16 instructions multiplies bf16 matrices up to sixty times slower than fp32 ones (seen on AVX2, in
+the backward pass). There the factors are widened to fp32 on the way, which is exact, and the product is rounded to
+bf16, as the instructions themselves would do.
 """
 
 from functools import partial

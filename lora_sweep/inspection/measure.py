@@ -1,0 +1,238 @@
+"""Tensors of one adapter -> measurements -> verdict. Pure; everything is computed in fp64."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_sweep.adapters import Factors
+
+Verdict = Literal["healthy", "untrained", "partially_dead", "dead", "broken", "empty"]
+ZeroStart = Literal["A", "B", "BA"]
+
+CANCELLED = 1e-6
+"""|BA| / (|A| |B|) below which the product is rounding: `orthogonal` starts so; independent factors have 1/sqrt(r)."""
+
+ROWS = 1024
+"""Rows of a base weight that are turned into fp64 at a time."""
+
+
+@dataclass(frozen=True)
+class ModuleMeasurement:
+    """One adapted module. Norms are Frobenius; what is not finite or not known is None."""
+
+    name: str
+    rank: int
+    scaling: float
+    """s of W + s B A."""
+    d_in: int
+    d_out: int
+    dtype: str
+    parameters: int
+    zero_start: ZeroStart | None
+    """What starts at zero: B, of embeddings and under MiCA A, under `orthogonal` the product; None: nothing does."""
+    norm_A: float | None
+    norm_B: float | None
+    rms_A: float | None
+    rms_B: float | None
+    absmax_A: float | None
+    absmax_B: float | None
+    exact_zero_A: float
+    """Share of elements that are exactly 0."""
+    exact_zero_B: float
+    nonfinite: int
+    """Elements that are NaN or infinite, of all its tensors."""
+    delta_norm: float | None
+    """s |BA|."""
+    stable_rank: float | None
+    """|BA|^2 / (largest singular value of BA)^2, between 1 and rank; None where BA = 0."""
+    delta_rel: float | None
+    """|W' - W| / |W| with W' what the module computes with; without DoRA that is s |BA| / |W|. None without a base."""
+    magnitude_deviation: float | None
+    """DoRA: largest |m / |W_row| - 1| over the rows, 0 as initialised. None without a base."""
+    dead: str | None
+    """Why the module changes nothing, or None where it changes something (or is not finite)."""
+
+    @property
+    def group(self) -> str:
+        """Last part of the name, e.g. `q_proj`."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def exact_zero(self) -> float:
+        """Share of exact zeros in the factor that starts at zero (B where none does)."""
+        return self.exact_zero_A if self.zero_start == "A" else self.exact_zero_B
+
+
+@dataclass(frozen=True)
+class ExtraMeasurement:
+    """A tensor that was saved whole beside the LoRA factors."""
+
+    name: str
+    kind: Literal["modules_to_save", "bias", "tokens", "other"]
+    shape: tuple[int, ...]
+    dtype: str
+    norm: float | None
+    nonfinite: int
+    delta_rel: float | None
+    """|saved - base| / |base|; None without a base, or where the base has no such parameter of this shape."""
+
+
+def zero_start(init: object, is_embedding: bool) -> ZeroStart | None:
+    """What PEFT starts at zero under `init_lora_weights` (lora/layer.py, reset_lora_parameters, *_init)."""
+    if init == "orthogonal":
+        return "BA"
+    if init == "mica" or (is_embedding and init is True):
+        return "A"
+    if init is True or init in ("gaussian", "eva"):
+        return "A" if is_embedding else "B"
+    return None
+
+
+def measure(name: str, factors: Factors, start: ZeroStart | None, weight: Tensor | None = None) -> ModuleMeasurement:
+    """`weight`: (d_out, d_in) of the base, in the orientation of BA; None where none is given.
+
+    With A' = Q R and B = P S (QR), BA = P (S R') Q', so its singular values are those of the r x r matrix S R': BA is
+    never formed.
+    """
+    A, B = factors.A.detach().double(), factors.B.detach().double()
+    held = [A, B, *(each.double() for each in (factors.bias, factors.magnitude) if each is not None)]
+    nonfinite = sum(int((~each.isfinite()).sum()) for each in held)
+    finite = nonfinite == 0
+    delta_norm = stable_rank = delta_rel = deviation = None
+    if finite:
+        core = torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T
+        singular = torch.linalg.svdvals(core)
+        norm = float(torch.linalg.vector_norm(singular))
+        delta_norm = abs(factors.scaling) * norm
+        # Scaled first: squares of tiny values would vanish.
+        stable_rank = float((singular / singular[0]).square().sum()) if norm else None
+        if weight is not None:
+            delta_rel, deviation = _against(weight, A, B, factors)
+    return ModuleMeasurement(
+        name=name,
+        rank=A.shape[0],
+        scaling=factors.scaling,
+        d_in=A.shape[1],
+        d_out=B.shape[0],
+        dtype=str(factors.A.dtype).removeprefix("torch."),
+        parameters=sum(each.numel() for each in held),
+        zero_start=start,
+        norm_A=_finite(torch.linalg.vector_norm(A)),
+        norm_B=_finite(torch.linalg.vector_norm(B)),
+        rms_A=_finite(A.square().mean().sqrt()),
+        rms_B=_finite(B.square().mean().sqrt()),
+        absmax_A=_finite(A.abs().max()),
+        absmax_B=_finite(B.abs().max()),
+        exact_zero_A=float((A == 0).double().mean()),
+        exact_zero_B=float((B == 0).double().mean()),
+        nonfinite=nonfinite,
+        delta_norm=delta_norm,
+        stable_rank=stable_rank,
+        delta_rel=delta_rel,
+        magnitude_deviation=deviation,
+        dead=_dead(A, B, factors, delta_norm, deviation, weight) if delta_norm is not None else None,
+    )
+
+
+def _dead(
+    A: Tensor, B: Tensor, factors: Factors, delta_norm: float, deviation: float | None, weight: Tensor | None
+) -> str | None:
+    least = CANCELLED * abs(factors.scaling) * float(torch.linalg.vector_norm(A) * torch.linalg.vector_norm(B))
+    if delta_norm > least or (factors.bias is not None and bool(factors.bias.any())):
+        return None
+    if deviation is not None and weight is not None and factors.magnitude is not None:
+        # PEFT rounds the rows' norms to the weight's dtype.
+        coarse = max(torch.finfo(each.dtype).eps for each in (weight, factors.magnitude))
+        if deviation > 4 * coarse:
+            return None
+    zero_A, zero_B = not bool(A.any()), not bool(B.any())
+    if zero_A and zero_B:
+        return "A = B = 0, which no training leaves"
+    return "A = 0" if zero_A else "B = 0" if zero_B else "s = 0" if factors.scaling == 0 else "BA = 0 but for rounding"
+
+
+def _against(weight: Tensor, A: Tensor, B: Tensor, factors: Factors) -> tuple[float | None, float | None]:
+    """(delta_rel, magnitude_deviation) against the base's weight.
+
+    DoRA (2402.09353): W' = m / |W + D| (W + D), norms by row, D = s B A. With c = m / |W + D|, a row of W' - W is
+    (c - 1) W + c D, whose square needs |W|, W.D and |D| alone.
+    """
+    base = change = deviation = 0.0
+    gram = A @ A.T
+    for rows in torch.arange(weight.shape[0]).split(ROWS):
+        W, b = weight[rows].double(), factors.scaling * B[rows]
+        squares = W.square().sum(1)
+        own = ((b @ gram) * b).sum(1).clamp(min=0)
+        base += float(squares.sum())
+        if factors.magnitude is None:
+            change += float(own.sum())
+            continue
+        m, mixed = factors.magnitude[rows].double(), ((W @ A.T) * b).sum(1)
+        norms = (squares + 2 * mixed + own).clamp(min=0).sqrt()
+        c = m / norms
+        change += float(((c - 1).square() * squares + 2 * (c - 1) * c * mixed + c.square() * own).clamp(min=0).sum())
+        deviation = max(deviation, float((m / squares.sqrt() - 1).abs().max()))
+    relative = (change / base) ** 0.5 if base else None
+    return relative, None if factors.magnitude is None else deviation
+
+
+def measure_extra(
+    name: str, tensor: Tensor, modules_to_save: Sequence[str], base: Tensor | None = None
+) -> ExtraMeasurement:
+    """`base`: the parameter of this name in the base, if there is one."""
+    plain = tensor.detach().double()
+    nonfinite = int((~plain.isfinite()).sum())
+    delta_rel = None
+    if base is not None and base.shape == tensor.shape and not nonfinite:
+        whole = base.detach().double()
+        norm = float(torch.linalg.vector_norm(whole))
+        delta_rel = float(torch.linalg.vector_norm(plain - whole)) / norm if norm else None
+    parts = name.split(".")[:-1]
+    kind: Literal["modules_to_save", "bias", "tokens", "other"] = "other"
+    if "trainable_tokens" in name:
+        kind = "tokens"
+    elif any(each.split(".")[-1] in parts for each in modules_to_save):
+        kind = "modules_to_save"
+    elif name.endswith(".bias"):
+        kind = "bias"
+    norm_of = _finite(torch.linalg.vector_norm(plain))
+    return ExtraMeasurement(
+        name, kind, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), norm_of, nonfinite, delta_rel
+    )
+
+
+def judge(modules: Sequence[ModuleMeasurement], extras: Sequence[ExtraMeasurement]) -> tuple[Verdict, str]:
+    """(verdict, what it means in a sentence)."""
+    beside = f"; the {len(extras)} tensors saved beside it may still change the model" if extras else ""
+    broken = [each.name for each in modules if each.nonfinite] + [each.name for each in extras if each.nonfinite]
+    dead = {each.name: each.dead for each in modules if each.dead is not None}
+    if broken:
+        return "broken", f"NaN or infinite values in {_named(broken)}"
+    if not modules:
+        return "empty", f"no LoRA weights at all{beside}"
+    if not dead:
+        return "healthy", "every module is finite and changes its weight; what it learned, only its loss can tell"
+    if len(dead) < len(modules):
+        return "partially_dead", f"{len(dead)} of {len(modules)} modules change nothing: {_named(list(dead), dead)}"
+    why = ", ".join(dict.fromkeys(dead.values()))
+    if all(_as_started(each) for each in modules):
+        fresh = f"as in a fresh adapter, or as one lost on save ({why})"
+        return "untrained", f"what starts at zero is still zero in every module, {fresh}{beside}"
+    return "dead", f"no module changes anything ({why}), though not for a start at zero: lost on save?{beside}"
+
+
+def _as_started(module: ModuleMeasurement) -> bool:
+    return module.zero_start == "BA" or (module.zero_start is not None and module.exact_zero == 1)
+
+
+def _named(names: Sequence[str], why: Mapping[str, str] | None = None) -> str:
+    shown = [f"{name} ({why[name]})" if why else name for name in names[:4]]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return ", ".join(shown) + more
+
+
+def _finite(value: Tensor) -> float | None:
+    return float(value) if bool(value.isfinite()) else None

@@ -1,0 +1,188 @@
+"""Folder, base and trial brought together: one Inspection per adapter."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_sweep import adapters
+from lora_sweep.adapters import Saved
+from lora_sweep.errors import ConfigError, UserError
+from lora_sweep.inspection.measure import (
+    ExtraMeasurement,
+    ModuleMeasurement,
+    Verdict,
+    judge,
+    measure,
+    measure_extra,
+    zero_start,
+)
+from lora_sweep.records import Fault
+
+RATIO_TOLERANCE = 0.1
+"""In powers of two, as rule `ratio_lost` has it."""
+
+
+@dataclass(frozen=True)
+class LoraPlus:
+    """Whether B was stepped with the learning rate that LoRA+ (2402.12354) was asked for."""
+
+    conforms: bool | None
+    """None where it cannot be told."""
+    sentence: str
+    asked: float | None = None
+    """lr_B / lr_A of the configuration."""
+    least: float | None = None
+    """Least lr_B / lr_A of the steps as recorded."""
+    most: float | None = None
+    steps: int = 0
+    """Steps with both rates above 0."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One adapter, measured and judged."""
+
+    folder: str
+    verdict: Verdict
+    sentence: str
+    base: str | None
+    """`base_model_name_or_path` of its configuration."""
+    compared_with: str | None
+    """The base that it was held against."""
+    use_rslora: bool
+    use_dora: bool
+    parameters: int
+    """Of the LoRA factors."""
+    bytes: int
+    """Of the weights file."""
+    modules: tuple[ModuleMeasurement, ...]
+    extras: tuple[ExtraMeasurement, ...]
+    loraplus: LoraPlus
+    notes: tuple[str, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """In JSON's types; numbers that are not finite are None already."""
+        return asdict(self)
+
+
+def inspect(folder: Path, base: str | None = None, allow_pickle: bool = False) -> tuple[list[Inspection], list[str]]:
+    """(the adapters in the folder, one line for each that cannot be read).
+
+    `base`: folder, hub id, .gguf file or `embedded:tiny` to hold them against; its weights are loaded on the CPU.
+    Raises UserError where no adapter is found, or the base cannot be read.
+    """
+    saved, errors = [], []
+    for each in adapters.find(folder):
+        try:
+            saved.append(adapters.read(each, allow_pickle))
+        except UserError as error:
+            errors.append(str(error))
+    loaded = _base(base) if base is not None and saved else None
+    made = []
+    for one in saved:
+        try:
+            made.append(_inspected(one, base, loaded))
+        except UserError as error:
+            errors.append(str(error))
+    return made, errors
+
+
+def _base(path: str) -> Any:
+    from lora_sweep import model
+
+    try:
+        return model.weights(path)
+    except ConfigError as error:
+        own = [replace(fault, field="--base") if fault.field == "model.path" else fault for fault in error.faults]
+        raise ConfigError(own) from error
+
+
+def _inspected(saved: Saved, base: str | None, loaded: Any) -> Inspection:
+    config, notes = saved.config, list(saved.notes)
+    init = config.init_lora_weights
+    starts = {name: zero_start(init, each.is_embedding) for name, each in saved.factors.items()}
+    if saved.factors and None in starts.values():
+        notes.append(
+            f"init_lora_weights={init!r} does not start a factor at zero, so a fresh adapter cannot be told from a "
+            "trained one, and BA may hold what its start took out of the base's weights"
+        )
+    if config.use_dora and loaded is None:
+        notes.append("DoRA: how far the magnitudes moved can only be told against the base (--base)")
+    modules = tuple(
+        measure(name, each, starts[name], _weight(saved, name, loaded)) for name, each in saved.factors.items()
+    )
+    parameters = {} if loaded is None else dict(loaded.named_parameters())
+    extras = tuple(
+        measure_extra(name, tensor, config.modules_to_save or [], parameters.get(name))
+        for name, tensor in saved.extras.items()
+    )
+    verdict, sentence = judge(modules, extras)
+    return Inspection(
+        folder=str(saved.folder),
+        verdict=verdict,
+        sentence=sentence,
+        base=config.base_model_name_or_path,
+        compared_with=base,
+        use_rslora=bool(config.use_rslora),
+        use_dora=bool(config.use_dora),
+        parameters=sum(each.parameters for each in modules),
+        bytes=saved.bytes,
+        modules=modules,
+        extras=extras,
+        loraplus=loraplus(saved.folder),
+        notes=tuple(notes),
+    )
+
+
+def _weight(saved: Saved, name: str, loaded: Any) -> Any:
+    """The base's weight for one module. Raises ConfigError where the adapter is of another base."""
+    if loaded is None:
+        return None
+    from lora_sweep import model
+
+    weight, factors = model.weight_of(loaded, name), saved.factors[name]
+    if weight is None:
+        raise ConfigError([Fault("--base", f"has no weight {name}, which {saved.folder} adapts")])
+    wanted = (factors.B.shape[0], factors.A.shape[1])
+    if tuple(weight.shape) != wanted:
+        rule = f"{name} must be {wanted[0]} x {wanted[1]} as {saved.folder} adapts it"
+        raise ConfigError([Fault("--base", rule, " x ".join(str(size) for size in weight.shape))])
+    return weight
+
+
+UNTOLD = (
+    "cannot be told from weights alone: Adam's steps are as large as the learning rates, but the file holds neither "
+    "their number nor their schedule nor where A started"
+)
+
+
+def loraplus(folder: Path) -> LoraPlus:
+    """From the record of the trial that an adapter of ours lies in; nothing is guessed where there is none."""
+    trial = _trial_of(folder)
+    if trial is None:
+        return LoraPlus(None, UNTOLD)
+    from lora_sweep import space
+    from lora_sweep.tracking import read_rows
+
+    pairs = [(row.get("optimizer/lr_A") or 0.0, row.get("optimizer/lr_B") or 0.0) for row in read_rows(trial)]
+    ratios = [lr_B / lr_A for lr_A, lr_B in pairs if lr_A > 0 and lr_B > 0]
+    asked = ((space.load_launched(trial) or {}).get("optimizer") or {}).get("ratio")
+    if not ratios or not isinstance(asked, int | float):
+        return LoraPlus(None, f"cannot be told: {trial} holds no step with a learning rate, or no configuration")
+    return _held(ratios, float(asked))
+
+
+def _held(ratios: Sequence[float], asked: float) -> LoraPlus:
+    least, most = min(ratios), max(ratios)
+    conforms = max(abs(math.log2(each / asked)) for each in (least, most)) <= RATIO_TOLERANCE
+    found = f"{least:.4g}" if math.isclose(least, most, rel_tol=1e-6) else f"{least:.4g} to {most:.4g}"
+    sentence = f"lr_B / lr_A was {found} over the {len(ratios)} steps that the trial recorded; {asked:g} was asked for"
+    return LoraPlus(conforms, sentence, asked, least, most, len(ratios))
+
+
+def _trial_of(folder: Path) -> Path | None:
+    """The trial folder that an adapter/ lies in."""
+    around = folder.resolve().parent
+    return around if (around / "metrics.jsonl").is_file() and (around / "config.yaml").is_file() else None

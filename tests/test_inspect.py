@@ -1,0 +1,600 @@
+"""`lora-sweep inspect`: adapters that plain PEFT made, measured as PEFT and linear algebra have it, and judged."""
+
+import json
+import math
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from lora_sweep import cli
+from lora_sweep.errors import ConfigError, UserError
+from lora_sweep.inspection import Inspection, inspect
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Could not find a config file"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
+]
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+WEIGHTS = "adapter_model.safetensors"
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, tie_word_embeddings=False, **sizes))
+
+
+def trained(model: Any, steps: int = 4) -> Any:
+    """PEFT's model after a few steps of AdamW on random tokens."""
+    torch.manual_seed(1)
+    tokens = torch.randint(0, 64, (4, 12))
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    return model
+
+
+Make = Callable[..., tuple[Path, Any]]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """make(steps, r=..., ...): (the folder that PEFT saved, PEFT's model in memory)."""
+
+    def made(steps: int = 4, on: Any = None, name: str = "adapter", **settings: Any) -> tuple[Path, Any]:
+        config = LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": ATTENTION} | settings))
+        model = trained(get_peft_model(on or llama(), config), steps)
+        model.save_pretrained(str(tmp_path / name))
+        return tmp_path / name, model
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("base")
+    llama().save_pretrained(folder)
+    return str(folder)
+
+
+def one(folder: Path, base: str | None = None) -> Inspection:
+    found, errors = inspect(folder, base)
+    assert errors == []
+    (made,) = found
+    return made
+
+
+def layers(model: Any) -> Iterator[tuple[str, Any]]:
+    for name, layer in model.base_model.model.named_modules():
+        if isinstance(layer, LoraLayer):
+            yield name, layer
+
+
+def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def agrees_with_peft(made: Inspection, model: Any) -> None:
+    """s, rank, s|BA| and stable rank against PEFT's own scaling and its explicit delta."""
+    by_name = {each.name: each for each in made.modules}
+    assert by_name.keys() == {name for name, _ in layers(model)}
+    for name, layer in layers(model):
+        mine, delta = by_name[name], layer.get_delta_weight("default").detach().double()
+        singular = torch.linalg.svdvals(delta)
+        assert mine.scaling == pytest.approx(layer.scaling["default"], rel=1e-12)
+        assert mine.rank == layer.r["default"]
+        assert mine.delta_norm == pytest.approx(float(delta.norm()), rel=1e-5, abs=1e-12 if mine.dead is None else 1e-6)
+        if mine.dead is None:
+            expected = float(singular.square().sum() / singular[0] ** 2)
+            assert mine.stable_rank == pytest.approx(expected, rel=1e-5)
+        A, B = (
+            (layer.lora_embedding_A["default"], layer.lora_embedding_B["default"])
+            if len(layer.lora_embedding_A)
+            else (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+        )
+        assert mine.norm_A == pytest.approx(float(A.detach().norm()), rel=1e-5)
+        assert mine.rms_B == pytest.approx(float(B.detach().square().mean().sqrt()), rel=1e-5)
+        assert mine.absmax_B == float(B.detach().abs().max())
+        assert mine.exact_zero_A == float((A == 0).double().mean())
+        assert mine.parameters >= A.numel() + B.numel()
+
+
+# -- the twelve ------------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_adapter_is_untrained_and_may_as_well_be_lost_on_save(make: Make) -> None:
+    made = one(make(steps=0)[0])
+    assert made.verdict == "untrained"
+    assert "fresh" in made.sentence and "lost on save" in made.sentence
+    assert all(each.exact_zero_B == 1 and each.dead == "B = 0" and each.delta_norm == 0 for each in made.modules)
+    assert all(each.stable_rank is None and each.zero_start == "B" for each in made.modules)
+
+
+def test_a_trained_adapter_is_healthy_and_measured_as_peft_has_it(make: Make) -> None:
+    folder, model = make()
+    made = one(folder)
+    assert made.verdict == "healthy"
+    agrees_with_peft(made, model)
+    assert made.parameters == sum(each.numel() for each in model.parameters() if each.requires_grad)
+
+
+def test_a_dead_layer_is_named(make: Make) -> None:
+    folder, _ = make()
+    name = "model.layers.1.self_attn.v_proj"
+    change(folder, lambda tensors: tensors[f"base_model.model.{name}.lora_B.weight"].zero_())
+    made = one(folder)
+    assert made.verdict == "partially_dead"
+    assert [each.name for each in made.modules if each.dead] == [name]
+    assert f"1 of 8 modules change nothing: {name} (B = 0)" in made.sentence
+
+
+def test_a_zeroed_file_is_untrained_and_said_to_be_beyond_training(make: Make) -> None:
+    folder, _ = make()
+    change(folder, lambda tensors: [each.zero_() for each in tensors.values()])
+    made = one(folder)
+    assert made.verdict == "untrained"
+    assert "A = B = 0, which no training leaves" in made.sentence
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_breaks_the_adapter(make: Make, value: float) -> None:
+    folder, _ = make()
+    name = "model.layers.0.self_attn.k_proj"
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"base_model.model.{name}.lora_A.weight"][0, :3] = value
+
+    change(folder, spoil)
+    made = one(folder)
+    assert made.verdict == "broken"
+    assert name in made.sentence
+    (spoilt,) = [each for each in made.modules if each.nonfinite]
+    assert (spoilt.name, spoilt.nonfinite, spoilt.delta_norm, spoilt.norm_A) == (name, 3, None, None)
+
+
+def test_dora_is_measured_as_peft_merges_it(make: Make, base: str) -> None:
+    folder, model = make(use_dora=True)
+    made = one(folder, base)
+    assert made.verdict == "healthy" and made.use_dora
+    before = {name: layer.get_base_layer().weight.detach().double() for name, layer in layers(model)}
+    magnitudes = {name: layer.lora_magnitude_vector["default"].weight.detach() for name, layer in layers(model)}
+    merged = model.merge_and_unload()
+    for each in made.modules:
+        W, now = before[each.name], merged.get_submodule(each.name).weight.detach().double()
+        assert each.delta_rel == pytest.approx(float((now - W).norm() / W.norm()), rel=1e-4)
+        deviation = (magnitudes[each.name].double() / W.norm(dim=1) - 1).abs().max()
+        assert each.magnitude_deviation == pytest.approx(float(deviation), rel=1e-4)
+    assert any("DoRA" in note for note in one(folder).notes)
+
+
+def test_rslora_divides_by_the_root_of_the_rank(make: Make) -> None:
+    folder, model = make(use_rslora=True)
+    made = one(folder)
+    assert made.verdict == "healthy" and made.use_rslora
+    assert {each.scaling for each in made.modules} == {4.0}
+    agrees_with_peft(made, model)
+
+
+def test_an_embedding_starts_with_A_at_zero(make: Make, base: str) -> None:
+    folder, model = make(steps=0, target_modules=["embed_tokens"], name="fresh")
+    made = one(folder)
+    assert made.verdict == "untrained"
+    (module,) = made.modules
+    assert (module.zero_start, module.dead, module.exact_zero_A, module.exact_zero_B) == ("A", "A = 0", 1.0, 0.0)
+    folder, model = make(target_modules=["embed_tokens", "q_proj"])
+    made = one(folder, base)
+    assert made.verdict == "healthy"
+    agrees_with_peft(made, model)
+    for name, layer in layers(model):
+        (mine,) = [each for each in made.modules if each.name == name]
+        W = layer.get_base_layer().weight.detach()
+        assert mine.delta_rel == pytest.approx(
+            float(layer.get_delta_weight("default").detach().norm() / W.norm()), rel=1e-5
+        )
+
+
+def test_dora_on_an_embedding_is_measured_as_peft_merges_it(make: Make, base: str) -> None:
+    folder, model = make(target_modules=["embed_tokens"], use_dora=True)
+    (each,) = one(folder, base).modules
+    W = dict(layers(model))[each.name].get_base_layer().weight.detach().clone()
+    now = model.merge_and_unload().get_submodule(each.name).weight.detach()
+    assert each.delta_rel == pytest.approx(float((now - W).norm() / W.norm()), rel=1e-4)
+
+
+def test_patterns_of_rank_and_alpha_are_matched_as_peft_does(make: Make) -> None:
+    folder, model = make(
+        rank_pattern={
+            "q_proj": 2,
+            "layers.1.self_attn.v_proj": 7,
+            r"model.layers.\d.self_attn.k_proj": 3,
+            "v_proj": 5,
+        },
+        alpha_pattern={"^model.layers.0.self_attn.o_proj": 100, "o_proj": 3, "v_proj": 1.5},
+    )
+    made = one(folder)
+    assert made.verdict == "healthy"
+    assert {each.rank for each in made.modules} == {2, 3, 4, 5, 7}
+    assert len({each.scaling for each in made.modules}) > 4
+    agrees_with_peft(made, model)
+
+
+def test_patterns_that_overlap_are_read_as_peft_loads_them_and_told(make: Make, base: str) -> None:
+    """PEFT takes the first that matches and saves them sorted, so it may load another s than it trained with."""
+    folder, model = make(alpha_pattern={"o_proj": 3, "model.layers.0.self_attn.o_proj": 100})
+    made = one(folder)
+    loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), str(folder))
+    agrees_with_peft(made, loaded)
+    assert {layer.scaling["default"] for _, layer in layers(model)} == {0.75, 2.0}
+    assert {each.scaling for each in made.modules} == {0.75, 2.0, 25.0}
+    assert any("both match model.layers.0.self_attn.o_proj" in note for note in made.notes)
+
+
+def test_a_file_without_lora_weights_is_empty(make: Make) -> None:
+    folder, _ = make()
+    save_file({}, folder / WEIGHTS)
+    made = one(folder)
+    assert (made.verdict, made.modules, made.parameters) == ("empty", (), 0)
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.001])
+def test_a_truncated_file_is_one_clear_error(make: Make, kept: float) -> None:
+    folder, _ = make()
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[: int(len(whole) * kept)])
+    made, (error,) = inspect(folder)
+    assert made == []
+    assert error.startswith(f"{folder / WEIGHTS}: cannot be read (truncated or damaged?): ")
+    assert "\n" not in error
+
+
+def test_what_is_no_adapter_is_one_clear_error(tmp_path: Path, base: str) -> None:
+    with pytest.raises(UserError, match=r"holds no adapter_config.json, nor does a sub-folder, so it is no PEFT"):
+        inspect(Path(base))
+    with pytest.raises(UserError, match=r"must be a folder that PEFT saved$"):
+        inspect(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="must be a folder that PEFT saved, got a file"):
+        inspect(Path(base) / "config.json")
+
+
+# -- more of what lies about -----------------------------------------------------------------------------------------
+
+
+def test_the_update_is_held_against_the_base(make: Make, base: str) -> None:
+    folder, model = make()
+    made = one(folder, base)
+    for name, layer in layers(model):
+        (mine,) = [each for each in made.modules if each.name == name]
+        W = layer.get_base_layer().weight.detach()
+        expected = float(layer.get_delta_weight("default").detach().norm() / W.norm())
+        assert mine.delta_rel == pytest.approx(expected, rel=1e-5)
+    assert all(each.delta_rel is None for each in one(folder).modules)
+
+
+def test_conv1d_of_gpt2_is_held_against_its_weight_transposed(make: Make, tmp_path: Path) -> None:
+    def gpt2() -> Any:
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=4))
+
+    gpt2().save_pretrained(tmp_path / "gpt2")
+    for dora in (False, True):
+        settings = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": dora}
+        folder, model = make(on=gpt2(), name=f"dora-{dora}", **settings)
+        made = one(folder, str(tmp_path / "gpt2"))
+        assert made.verdict == "healthy"
+        if not dora:
+            agrees_with_peft(made, model)
+        before = {name: layer.get_base_layer().weight.detach().clone() for name, layer in layers(model)}
+        merged = model.merge_and_unload()
+        for each in made.modules:
+            W, now = before[each.name], merged.get_submodule(each.name).weight.detach()
+            assert (each.d_in, each.d_out) == tuple(W.shape)
+            assert each.delta_rel == pytest.approx(float((now - W).norm() / W.norm()), rel=1e-4)
+
+
+def test_modules_saved_whole_are_told_apart_from_lora(make: Make, base: str) -> None:
+    folder, model = make(modules_to_save=["lm_head"], bias="none")
+    (extra,) = one(folder, base).extras
+    now = model.base_model.model.lm_head.modules_to_save["default"].weight.detach()
+    W = llama().lm_head.weight.detach()
+    assert (extra.name, extra.kind, extra.shape) == ("lm_head.weight", "modules_to_save", (64, 32))
+    assert extra.norm == pytest.approx(float(now.norm()), rel=1e-5)
+    assert extra.delta_rel == pytest.approx(float((now - W).norm() / W.norm()), rel=1e-4)
+    change(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if "lora_" in key])
+    made = one(folder)
+    assert made.verdict == "empty" and "1 tensors saved beside it" in made.sentence
+    change(folder, lambda tensors: tensors["base_model.model.lm_head.weight"].fill_(math.nan))
+    assert one(folder).verdict == "broken"
+
+
+def test_a_trained_bias_keeps_a_module_alive(make: Make) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=4))
+    with pytest.warns(match="have invalid shape"):  # PEFT holds its own bias for a torn matrix
+        folder, _ = make(on=model, target_modules=["c_attn"], fan_in_fan_out=True, lora_bias=True)
+    change(folder, lambda tensors: [each.zero_() for key, each in tensors.items() if "lora_B.weight" in key])
+    assert one(folder).verdict == "healthy"
+    change(folder, lambda tensors: [each.zero_() for key, each in tensors.items() if "lora_B" in key])
+    assert one(folder).verdict == "untrained"
+
+
+def test_magnitudes_that_moved_keep_a_dora_module_alive(make: Make, base: str) -> None:
+    folder, _ = make(steps=0, use_dora=True)
+    assert one(folder, base).verdict == one(folder).verdict == "untrained"
+    change(folder, lambda tensors: [each.mul_(1.1) for key, each in tensors.items() if "magnitude" in key])
+    made = one(folder, base)
+    assert made.verdict == "healthy"
+    assert all(each.delta_rel == pytest.approx(0.1, rel=1e-4) for each in made.modules)
+
+
+def test_an_adapter_whose_A_was_lost_is_dead_and_not_untrained(make: Make) -> None:
+    folder, _ = make()
+    change(folder, lambda tensors: [each.zero_() for key, each in tensors.items() if "lora_A" in key])
+    made = one(folder)
+    assert made.verdict == "dead" and "A = 0" in made.sentence
+
+
+@pytest.mark.parametrize("init", ["gaussian", "pissa", "olora", False, "orthogonal", "mica"])
+def test_the_factor_that_starts_at_zero_is_the_one_of_the_initialisation(make: Make, init: Any) -> None:
+    folder, model = make(steps=0, init_lora_weights=init)
+    made = one(folder)
+    starts = {each.zero_start for each in made.modules}
+    zeros = {part for part in "AB" if all(getattr(each, f"exact_zero_{part}") == 1 for each in made.modules)}
+    assert zeros == starts & {"A", "B"}
+    assert made.verdict == ("healthy" if starts == {None} else "untrained")
+    assert any("does not start a factor at zero" in note for note in made.notes) == (starts == {None})
+    agrees_with_peft(made, model)
+
+
+def test_several_adapters_are_shown_each_and_a_broken_one_hides_none(make: Make, tmp_path: Path) -> None:
+    _, model = make()
+    model.add_adapter("second", LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"]))
+    model.save_pretrained(str(tmp_path / "both"))
+    made, errors = inspect(tmp_path / "both")
+    assert errors == []
+    assert [Path(each.folder).name for each in made] == ["both", "second"]
+    assert [each.verdict for each in made] == ["healthy", "untrained"]
+    (tmp_path / "both" / "second" / WEIGHTS).write_bytes(b"no")
+    made, errors = inspect(tmp_path / "both")
+    assert [each.verdict for each in made] == ["healthy"] and len(errors) == 1
+
+
+class Touch:
+    """A pickle that leaves a file when it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_is_refused_unless_asked_for_and_runs_nothing_even_then(make: Make, tmp_path: Path) -> None:
+    folder, model = make()
+    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
+    (folder / WEIGHTS).unlink()
+    made, (error,) = inspect(folder)
+    assert made == []
+    assert error == (
+        f"{folder}: refused, its weights are a pickle, which can run code (if you trust it: --allow-pickle)"
+    )
+    (allowed,), _ = inspect(folder, allow_pickle=True)
+    agrees_with_peft(allowed, model)
+    alarm = tmp_path / "alarm"
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({"a": Touch(alarm)}))
+    made, (error,) = inspect(folder, allow_pickle=True)
+    assert made == [] and "cannot be read by torch.load(weights_only=True)" in error and "\n" not in error
+    assert not alarm.exists()
+    pickle.loads((folder / "adapter_model.bin").read_bytes())
+    assert alarm.exists()
+
+
+def test_the_safetensors_are_read_where_both_lie(make: Make) -> None:
+    folder, _ = make()
+    (folder / "adapter_model.bin").write_bytes(b"junk")
+    (made,), errors = inspect(folder, allow_pickle=True)
+    assert (made.verdict, errors) == ("healthy", [])
+
+
+def test_another_kind_of_adapter_is_one_clear_error(tmp_path: Path) -> None:
+    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    get_peft_model(llama(), config).save_pretrained(str(tmp_path))
+    _, (error,) = inspect(tmp_path)
+    assert error == f"{tmp_path / 'adapter_config.json'}: peft_type must be LORA, got 'IA3'; no other kind is read"
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda config: "{", "cannot be read as JSON"),
+        (lambda config: [], "names no peft_type"),
+        (lambda config: config | {"r": 8}, "rank must be 8 as adapter_config.json says, got A (4, 32), B (16, 4)"),
+        (lambda config: config | {"lora_alpha": "many"}, "lora_alpha must be a number, got 'many'"),
+        (lambda config: config | {"rank_pattern": {"(": 3}}, "PEFT cannot read it"),
+        (lambda config: config | {"alpha_pattern": [1]}, "PEFT cannot read it"),
+        (lambda config: config | {"task_type": "WHAT"}, "PEFT cannot read it"),
+        (lambda config: config | {"use_qalora": True}, "use_qalora is set"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_one_clear_error(make: Make, edit: Any, said: str) -> None:
+    folder, _ = make(steps=0)
+    file = folder / "adapter_config.json"
+    changed = edit(json.loads(file.read_text()))
+    file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    made, (error,) = inspect(folder)
+    assert made == [] and said in error and "\n" not in error
+
+
+def test_a_field_of_a_newer_peft_is_a_note(make: Make) -> None:
+    folder, _ = make()
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"from_the_future": 1}))
+    made = one(folder)
+    assert made.verdict == "healthy"
+    assert any("from_the_future" in note for note in made.notes)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda tensors, key: tensors.pop(key), "has no lora_B"),
+        (lambda tensors, key: tensors.update({key: torch.zeros(0)}), "lora_B must be a matrix, got the shape (0,)"),
+        (lambda tensors, key: tensors.update({key: torch.ones(32, 5)}), "rank must be 4"),
+    ],
+)
+def test_factors_that_do_not_belong_together_are_one_clear_error(make: Make, edit: Any, said: str) -> None:
+    folder, _ = make(steps=0)
+    change(folder, lambda tensors: edit(tensors, "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"))
+    _, (error,) = inspect(folder)
+    assert said in error and "model.layers.0.self_attn.q_proj" in error
+
+
+def test_a_git_lfs_pointer_is_told_as_one(make: Make) -> None:
+    folder, _ = make(steps=0)
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    _, (error,) = inspect(folder)
+    assert "is a pointer of git-lfs" in error
+
+
+def test_another_base_is_told(make: Make, tmp_path: Path, base: str) -> None:
+    folder, _ = make(steps=0)
+    with pytest.raises(ConfigError, match=r"^--base: no such checkpoint folder, got '/nowhere'"):
+        inspect(folder, "/nowhere")
+    _, (error,) = inspect(folder, "embedded:tiny")
+    assert error.startswith("--base: model.layers.0.self_attn.k_proj must be 16 x 32 as ")
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(str(tmp_path / "other"))
+    change(
+        tmp_path / "other",
+        lambda tensors: tensors.update(
+            {f"{key.replace('layers.1', 'layers.9')}": tensors.pop(key) for key in list(tensors) if "layers.1" in key}
+        ),
+    )
+    _, (error,) = inspect(tmp_path / "other", base)
+    assert "--base: has no weight model.layers.9.self_attn.q_proj, which" in error
+
+
+# -- LoRA+ -----------------------------------------------------------------------------------------------------------
+
+
+def beside(folder: Path, ratio: float, rows: list[tuple[float, float]]) -> None:
+    """A trial's record around the adapter."""
+    lines = [
+        {"step": step, "optimizer/lr_A": lr_A, "optimizer/lr_B": lr_B} for step, (lr_A, lr_B) in enumerate(rows, 1)
+    ]
+    (folder.parent / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder.parent / "config.yaml").write_text(f"optimizer:\n  ratio: {ratio}\n")
+
+
+def test_lora_plus_cannot_be_told_from_weights_alone(make: Make) -> None:
+    made = one(make()[0]).loraplus
+    assert made.conforms is None and made.sentence.startswith("cannot be told from weights alone: ")
+
+
+def test_lora_plus_is_told_from_the_record_of_a_trial(make: Make) -> None:
+    folder, _ = make()
+    beside(folder, 16, [(1e-4, 16e-4), (2e-4, 32e-4), (0.0, 0.0)])
+    made = one(folder).loraplus
+    assert made.conforms is True
+    assert (made.asked, made.least, made.most, made.steps) == (16, pytest.approx(16), pytest.approx(16), 2)
+    beside(folder, 16, [(1e-4, 16e-4), (2e-4, 2e-4)])
+    made = one(folder).loraplus
+    assert made.conforms is False
+    assert (made.least, made.most) == (pytest.approx(1), pytest.approx(16))
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def ran(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lora-sweep", *words])
+        monkeypatch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return int(stopped.value.code or 0), *capsys.readouterr()
+
+    return ran
+
+
+def test_json_alone_is_on_stdout_and_holds_every_module(make: Make, run: Any, base: str) -> None:
+    folder, _ = make()
+    change(folder, lambda tensors: next(iter(tensors.values())).fill_(math.nan))
+    code, out, err = run("inspect", str(folder), "--json", "--base", base)
+    assert (code, err) == (0, "")
+    (adapter,) = json.loads(out)["adapters"]
+    assert adapter["verdict"] == "broken" and len(adapter["modules"]) == 8
+    assert {"name", "rank", "scaling", "delta_norm", "stable_rank", "delta_rel", "dead"} <= adapter["modules"][0].keys()
+
+
+def test_the_table_has_a_row_a_group_and_names_the_conspicuous(make: Make, run: Any) -> None:
+    folder, _ = make()
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        prefix = "base_model.model.model.layers"
+        tensors[f"{prefix}.0.self_attn.q_proj.lora_B.weight"].zero_()
+        tensors[f"{prefix}.1.self_attn.k_proj.lora_B.weight"].mul_(1000)
+        tensors[f"{prefix}.1.self_attn.v_proj.lora_B.weight"][:12] = 0
+
+    change(folder, spoil)
+    code, out, err = run("inspect", str(folder))
+    assert (code, err) == (0, "")
+    assert f"{folder}: partially_dead: 1 of 8 modules change nothing" in out
+    assert [line.split()[:2] for line in out.splitlines() if line.split()[0] in ATTENTION] == [
+        [name, "2"] for name in sorted(ATTENTION, key=["k_proj", "o_proj", "q_proj", "v_proj"].index)
+    ]
+    assert "dead: model.layers.0.self_attn.q_proj, B = 0" in out
+    assert "zeros: model.layers.1.self_attn.v_proj, 75% of lora_B are exactly 0" in out
+    assert "LoRA+: cannot be told from weights alone" in out
+
+
+def test_errors_are_one_line_and_exit_2(make: Make, run: Any, tmp_path: Path) -> None:
+    folder, _ = make(steps=0)
+    (folder / WEIGHTS).unlink()
+    code, out, err = run("inspect", str(folder), "--json")
+    assert (code, out) == (2, "")
+    assert err == f"{folder}: refused, {WEIGHTS} is missing\n"
+    shutil.rmtree(folder)
+    code, out, err = run("inspect", str(folder))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_help_says_the_exit_code(run: Any) -> None:
+    code, out, _ = run("inspect", "--help")
+    assert code == 0
+    assert "0 when it could be read, whatever the verdict" in " ".join(out.split())
+
+
+def test_no_model_code_is_loaded_without_a_base(make: Make) -> None:
+    folder, _ = make()
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom lora_sweep.inspection import inspect\n"
+        f"inspect(Path({str(folder)!r}))\n"
+        "print({'lora_sweep.model', 'optuna', 'wandb', 'datasets'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_an_adapter_that_peft_loads_again_gives_the_same(make: Make, base: str, tmp_path: Path) -> None:
+    folder, _ = make(use_rslora=True, rank_pattern={"q_proj": 2})
+    loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), str(folder))
+    agrees_with_peft(one(folder), loaded)
