@@ -255,12 +255,11 @@ def inspect(
     from lora_sweep.errors import UserError
 
     made, errors = inspection.inspect(adapter, base, allow_pickle)
-    if as_json and (made or not errors):
+    if as_json and made:
         print(json.dumps({"adapters": [each.plain() for each in made]}, allow_nan=False))
-    elif not as_json:
-        console = Console()
-        for each in made:
-            inspection.draw(console, each)
+    console = Console()
+    for each in () if as_json else made:
+        inspection.draw(console, each)
     if errors:
         raise UserError("\n".join(errors))
 

@@ -48,9 +48,11 @@ def _groups(made: Inspection) -> Table:
     groups: dict[str, list[ModuleMeasurement]] = {}
     for each in made.modules:
         groups.setdefault(each.group, []).append(each)
-    table = Table(box=None, pad_edge=False, title="min / median / max where they differ", title_justify="left")
-    columns = ["modules", "rank", "s", "s|BA|", "rms A", "rms B", "zeros", "stable rank"]
-    columns += ["update / weight"] if made.compared_with else []
+    table = Table(
+        box=None, pad_edge=False, title="least, median, largest where they differ; rms A: median", title_justify="left"
+    )
+    columns = ["n", "rank", "s", "s|BA|", "rms A", "rms B", "zeros", "stable rank"]
+    columns += ["update / W"] if made.compared_with else []
     columns += ["magnitude"] if made.compared_with and made.use_dora else []
     table.add_column("")
     for column in columns:
@@ -58,27 +60,32 @@ def _groups(made: Inspection) -> Table:
     for name, group in groups.items():
         cells = [
             str(len(group)),
-            _range([each.rank for each in group]),
-            _range([each.scaling for each in group]),
+            _range([each.rank for each in group], ".0f"),
+            _range([each.scaling for each in group], ".4g"),
             _range([each.delta_norm for each in group]),
-            _range([each.rms_A for each in group]),
+            _range(_middle([each.rms_A for each in group])),
             _range([each.rms_B for each in group]),
             _range([each.exact_zero for each in group], ".0%"),
             _range([each.stable_rank for each in group]),
         ]
-        cells += [_range([each.delta_rel for each in group], ".1e")] if made.compared_with else []
+        cells += [_range([each.delta_rel for each in group])] if made.compared_with else []
         if made.compared_with and made.use_dora:
-            cells.append(_range([each.magnitude_deviation for each in group], ".1e"))
+            cells.append(_range([each.magnitude_deviation for each in group]))
         table.add_row(name, *cells)
     return table
 
 
-def _range(values: Sequence[float | None], form: str = ".3g") -> str:
+def _middle(values: Sequence[float | None]) -> list[float]:
+    known = [value for value in values if value is not None]
+    return [statistics.median(known)] if known else []
+
+
+def _range(values: Sequence[float | None], form: str = ".2g") -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "-"
     three = [f"{value:{form}}" for value in (min(known), statistics.median(known), max(known))]
-    return three[0] if len(set(three)) == 1 else " / ".join(three)
+    return three[0] if len(set(three)) == 1 else " ".join(three)
 
 
 def _conspicuous(modules: Sequence[ModuleMeasurement]) -> Iterator[str]:
