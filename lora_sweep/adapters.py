@@ -1,149 +1,24 @@
-"""PEFT folders: the adapter as PEFT draws it, saves it and loads it; anyone's LoRA read without a model."""
+"""PEFT folders: anyone's LoRA, loaded by PEFT or read without a model."""
 
 import json
 import math
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft import PeftConfig, PeftModel
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from lora_sweep.blueprint import peft_chatter_off
 from lora_sweep.errors import UserError
-
-KEPT_DRAWS = 4
-"""Initial A's kept for trials of the same rank and seed."""
-
-Weights = Mapping[str, tuple[Tensor, Tensor]]
-"""Module name in the base -> (A (r, d_in), B (d_out, r)), PEFT's orientation."""
-
-
-def peft_config(rank: int, alpha: float, use_rslora: bool, dropout: float, target_modules: Any) -> LoraConfig:
-    return LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        use_rslora=use_rslora,
-        lora_dropout=dropout,
-        target_modules=target_modules,
-        task_type="CAUSAL_LM",
-    )
-
-
-@contextmanager
-def peft_chatter_off() -> Iterator[None]:
-    """PEFT reads an attribute that transformers is renaming, and tells that it set fan_in_fan_out right for Conv1D."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        yield
-
-
-class Blueprint:
-    """PEFT on the base's skeleton (model.skeleton): the authority on targets, initial A and saved format.
-
-    PEFT is asked once a question: what it says of one rank's format holds for all, and equal draws are drawn once, in a
-    thread of their own where somebody asks beforehand.
-    """
-
-    def __init__(self, skeleton: Any, base_name_or_path: str, revision: str | None = None) -> None:
-        self._skeleton = skeleton
-        self._base, self._revision = base_name_or_path, revision
-        # PEFT wraps the one skeleton and draws from the one generator.
-        self._lock = Lock()
-        self._thread = ThreadPoolExecutor(1, "initial-A")
-        self._draws: dict[tuple[int, str, int], Future[dict[str, Tensor]]] = {}
-        self._formats: dict[str, tuple[LoraConfig, dict[str, str]]] = {}
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self._thread.shutdown(cancel_futures=True)
-
-    def prepare(self, config: LoraConfig, seed: int) -> None:
-        """Begins to draw what `initial` will be asked for."""
-        self._drawn(config, seed)
-
-    def initial(self, config: LoraConfig, seed: int) -> dict[str, Tensor]:
-        """Module name -> A (r, d_in), bit for bit what PEFT draws on the base after torch.manual_seed(seed).
-
-        Not to be written into: who asks the same again gets the same tensors.
-        """
-        return self._drawn(config, seed).result()
-
-    def _drawn(self, config: LoraConfig, seed: int) -> Future[dict[str, Tensor]]:
-        key = (config.r, str(config.target_modules), seed)
-        if key not in self._draws:
-            while len(self._draws) >= KEPT_DRAWS:
-                del self._draws[next(iter(self._draws))]
-            self._draws[key] = self._thread.submit(self._draw, config, seed)
-        return self._draws[key]
-
-    def _draw(self, config: LoraConfig, seed: int) -> dict[str, Tensor]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            with self._adapted(config) as adapted:
-                return {name: layer.lora_A["default"].weight.detach().clone() for name, layer in _layers(adapted)}
-
-    def shapes(self, target_modules: Any) -> dict[str, tuple[int, int]]:
-        """Module name -> (d_in, d_out) of every module that the targets name."""
-        with self._adapted(peft_config(1, 1.0, False, 0.0, target_modules)) as adapted:
-            return {name: (layer.in_features, layer.out_features) for name, layer in _layers(adapted)}
-
-    def write(self, folder: Path, config: LoraConfig, weights: Weights) -> None:
-        """Writes adapter_config.json and adapter_model.safetensors as PEFT does; the folder need not exist."""
-        resolved, keys = self._format(config)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("r", "lora_alpha", "use_rslora", "lora_dropout"):
-            setattr(resolved, name, getattr(config, name))
-        resolved.save_pretrained(str(folder))
-        tensors = {}
-        for name, (A, B) in weights.items():
-            tensors[f"{keys[name]}.lora_A.weight"] = A.detach().cpu().contiguous()
-            tensors[f"{keys[name]}.lora_B.weight"] = B.detach().cpu().contiguous()
-        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-
-    def _format(self, config: LoraConfig) -> tuple[LoraConfig, dict[str, str]]:
-        """(the configuration as PEFT would save it, module name -> prefix of its tensors' names)."""
-        targets = str(config.target_modules)
-        if targets not in self._formats:
-            smallest = deepcopy(config)
-            smallest.r = 1
-            with self._adapted(smallest) as adapted:
-                resolved = deepcopy(adapted.peft_config["default"])
-                saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-                prefixes = [key.removesuffix(".lora_A.weight") for key in saved if key.endswith(".lora_A.weight")]
-                names = [name for name, _ in _layers(adapted)]
-            resolved.base_model_name_or_path, resolved.revision = self._base, self._revision
-            resolved.inference_mode = True
-            self._formats[targets] = (resolved, dict(zip(names, prefixes, strict=True)))
-        resolved, keys = self._formats[targets]
-        return deepcopy(resolved), keys
-
-    @contextmanager
-    def _adapted(self, config: LoraConfig) -> Iterator[Any]:
-        with self._lock, peft_chatter_off():
-            # A copy: PEFT writes the base's name and the matched modules into what it is given.
-            adapted = get_peft_model(self._skeleton, deepcopy(config))
-            try:
-                yield adapted
-            finally:
-                adapted.unload()
-
-
-def _layers(adapted: Any) -> Iterator[tuple[str, LoraLayer]]:
-    return ((name, layer) for name, layer in adapted.base_model.model.named_modules() if isinstance(layer, LoraLayer))
-
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 

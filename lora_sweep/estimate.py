@@ -10,7 +10,7 @@ import torch
 from lora_sweep import data as data_room
 from lora_sweep import model as model_room
 from lora_sweep import worker
-from lora_sweep.adapters import Blueprint
+from lora_sweep.blueprint import Blueprint
 from lora_sweep.data import Data
 from lora_sweep.errors import UserError
 from lora_sweep.folding import SameRun

@@ -20,7 +20,7 @@ from lora_sweep.data import Data, Report
 from lora_sweep.errors import StudyError, UserError
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Capacity, Exhausted, Pack, Settings, Trial
-from lora_sweep.records import Base, Cell, Evaluation, Fault
+from lora_sweep.records import Base, Cell, Evaluation, Fault, Finding
 from lora_sweep.space import Sweep
 from lora_sweep.study import Lease, Reason, Study
 from lora_sweep.tracking import Record, Tracker, read_result, read_rows, write_whole
@@ -111,6 +111,8 @@ class Known:
         return found
 
     def keep(self, capacity: Capacity) -> None:
+        if not capacity.measured and capacity.too_wide is None:
+            return
         measured = {"slots": capacity.slots, "too_wide": capacity.too_wide, "reason": capacity.reason}
         write_whole(self.file, json.dumps(self._all() | {self._key: measured}, indent=2) + "\n")
 
@@ -175,23 +177,25 @@ class Run:
 
     def finish(self, state: Outcome, reason: Reason | None = None) -> tuple[float | None, tuple[str, ...]]:
         """Writes the result and frees the slot; returns (best evaluation loss or None, flags)."""
-        assert self._last is not None
         last, value = self._last, self.best_loss if math.isfinite(self.best_loss) else None
-        findings = () if state == "PRUNED" else health.findings(self._base, last, self._config.health)
+        findings: tuple[Finding, ...] = ()
+        if last is not None and state != "PRUNED":
+            findings = health.findings(self._base, last, self._config.health)
         result = {
             "params": dict(self.cell.params),
             "eval_loss": value,
             "base_loss": self._base.eval_loss,
             "gain": None if value is None else self._base.eval_loss - value,
-            "train_loss": last.train_loss,
-            "probe_loss": last.probe_loss,
-            "gap": last.gap,
-            "forgetting": health.forgetting(self._base, last),
+            # None of a trial that was never evaluated: it did not fit into memory.
+            "train_loss": last and last.train_loss,
+            "probe_loss": last and last.probe_loss,
+            "gap": last and last.gap,
+            "forgetting": last and health.forgetting(self._base, last),
             "effective": asdict(folding.coordinates(self._config)),
-            "steps": last.step,
-            "tokens": last.tokens,
-            "seconds": last.seconds,
-            "last_finite_step": last.last_finite_step,
+            "steps": self.step,
+            "tokens": last and last.tokens,
+            "seconds": last and last.seconds,
+            "last_finite_step": last and last.last_finite_step,
         }
         self._record.finish(state, result, findings, reason)
         self._pack.evict(self.slot)

@@ -80,7 +80,7 @@ def test_the_sequential_loop_is_lora_by_hand(base64: LoadedBase, style: Data, tr
     drawn = Pack(base64, style, Settings.of(one), 4)
     try:
         slot = drawn.admit(one)
-        A = {name: linear.A[slot].detach().clone() for name, linear in drawn._linears.items()}
+        A = {name: view.clone() for name, view in drawn._at(slot).A.items()}
     finally:
         drawn.close()
     batch = style.train.batch(order(len(style.train), one.train.seed)(0, one.train.batch_size))

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
 
 from lora_sweep import adapters
 from lora_sweep import model as model_room
+from lora_sweep.blueprint import Blueprint, peft_config
 from lora_sweep.config import ModelConfig
 from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.model import LoadedBase
@@ -363,7 +364,7 @@ def test_target_modules_that_fit_no_linear_layer_are_faults(targets: Any, told: 
 )
 def test_peft_says_which_modules_a_target_means(base: LoadedBase, targets: Any, count: int) -> None:
     assert faults_of(targets) == []
-    blueprint = adapters.Blueprint(base.skeleton(), base.name_or_path)
+    blueprint = Blueprint(base.skeleton(), base.name_or_path)
     shapes = blueprint.shapes(targets)
     assert len(shapes) == count
     for name, (d_in, d_out) in shapes.items():
@@ -388,9 +389,9 @@ def test_the_skeleton_has_the_bases_shapes_and_no_memory(base: LoadedBase) -> No
 @pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "down_proj"]])
 def test_peft_draws_the_same_initial_A_on_the_skeleton_as_on_the_base(dtype: str, targets: Any) -> None:
     loaded = model_room.load(model_config(dtype=dtype), CPU)
-    blueprint = adapters.Blueprint(loaded.skeleton(), loaded.name_or_path)
+    blueprint = Blueprint(loaded.skeleton(), loaded.name_or_path)
     state = torch.random.get_rng_state()
-    settings = adapters.peft_config(5, 16, True, 0.1, targets)
+    settings = peft_config(5, 16, True, 0.1, targets)
     drawn = [blueprint.initial(settings, seed) for seed in (7, 7, 8)]
     assert torch.equal(torch.random.get_rng_state(), state), "nobody else's randomness is touched"
     torch.manual_seed(7)
@@ -488,13 +489,13 @@ def test_a_base_that_could_not_be_kept_leaves_nothing_half_made(
 @pytest.fixture
 def written(base: LoadedBase, tmp_path: Path) -> tuple[Path, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
     """(an adapter of rank 3 on disk, its random weights)."""
-    blueprint = adapters.Blueprint(base.skeleton(), "the/base", "a-commit")
+    blueprint = Blueprint(base.skeleton(), "the/base", "a-commit")
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: (torch.randn(3, d_in, generator=generator), torch.randn(d_out, 3, generator=generator))
         for name, (d_in, d_out) in blueprint.shapes("all-linear").items()
     }
-    blueprint.write(tmp_path / "adapter", adapters.peft_config(3, 12, True, 0.25, "all-linear"), weights)
+    blueprint.write(tmp_path / "adapter", peft_config(3, 12, True, 0.25, "all-linear"), weights)
     return tmp_path / "adapter", weights
 
 
@@ -523,8 +524,8 @@ def test_an_adapter_on_disk_is_what_peft_writes_and_names_its_base(written: Any)
 
 
 def test_writing_leaves_the_blueprint_as_it_was(base: LoadedBase, tmp_path: Path) -> None:
-    blueprint = adapters.Blueprint(base.skeleton(), "b")
-    settings = adapters.peft_config(2, 4, False, 0.0, ["q_proj"])
+    blueprint = Blueprint(base.skeleton(), "b")
+    settings = peft_config(2, 4, False, 0.0, ["q_proj"])
     before = blueprint.initial(settings, 1)
     weights = {name: (A, torch.zeros(128, 2)) for name, A in before.items()}
     for number in range(2):

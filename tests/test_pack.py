@@ -17,7 +17,7 @@ from lora_sweep.config import ModelConfig
 from lora_sweep.data import Data, TokenSet, order
 from lora_sweep.errors import UserError
 from lora_sweep.model import LoadedBase
-from lora_sweep.pack import Pack, Settings, Trial
+from lora_sweep.pack import Exhausted, Pack, Settings, Trial
 from lora_sweep.pack.dropout import keep_mask, slot_key
 from lora_sweep.pack.linear import Pass
 from lora_sweep.pack.loss import OutputLayer
@@ -440,3 +440,109 @@ def test_whether_a_base_keeps_packed_examples_apart_is_measured(attention: str, 
     train = short_examples(4, 3).packed(48)
     with pytest.raises(UserError, match=r"data\.pack_examples: in this base examples of one row see one another"):
         Pack(stranger, Data(train, train, train), Settings.of(trial()), 8)
+
+
+def limited(pack: Pack, most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A device whose memory holds so many slots a pass; returns the widths asked of it."""
+    real, asked = pack._passes.train, []
+
+    def train(slots: Any) -> Any:
+        asked.append(len(slots))
+        found = real(slots)
+        if len(slots) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return found
+
+    monkeypatch.setattr(pack._passes, "train", train)
+    return asked
+
+
+def test_out_of_memory_shrinks_the_pass_and_costs_no_step(
+    base: LoadedBase, style: Data, trial: MakeTrial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = [trial(i, rank=2 + i, base_lr=3e-4, max_steps=4, eval_every=4, slots=5) for i in range(5)]
+    pack = Pack(base, style, Settings.of(trials[0]), 8)
+    asked = limited(pack, 2, monkeypatch)
+    for each in trials:
+        pack.admit(each)
+    measured = pack.advance()
+    pack.close()
+    assert max(asked[-3:]) <= 2, "it is not tried again"
+    assert asked.count(5) == 1
+    assert pack.capacity.too_wide == 3
+    for one, evaluation in zip(trials, measured, strict=True):
+        assert evaluation.step == 4
+        assert largest_difference(losses(evaluation), losses(packed(base, style, [one])[0])) < 1e-5
+
+
+def test_a_trial_that_does_not_fit_by_itself_is_named(
+    base: LoadedBase, style: Data, trial: MakeTrial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = Pack(base, style, Settings.of(trial(slots=2)), 8)
+    limited(pack, 0, monkeypatch)
+    pack.admit(trial(0, rank=4, slots=2))
+    second = pack.admit(trial(1, rank=2, slots=2))
+    with pytest.raises(Exhausted) as caught:
+        pack.advance()
+    assert caught.value.slot == second, "rank 2 lies before rank 4"
+    pack.close()
+
+
+def test_slots_are_chosen_in_the_first_steps_and_no_loss_shows_it(
+    base: LoadedBase, style: Data, trial: MakeTrial
+) -> None:
+    trials = [trial(i, rank=4 << i, base_lr=3e-4, max_steps=16, eval_every=16, slots=None) for i in range(3)]
+    pack = Pack(base, style, Settings.of(trials[0]), 16)
+    assert pack.capacity.slots > 3
+    for each in trials:
+        pack.admit(each)
+    measured = pack.advance()
+    pack.close()
+    assert pack.capacity.is_settled
+    assert set(pack.capacity.measured) == {1, 2, 3}
+    assert pack.capacity.width in (1, 2, 3)
+    for one, evaluation in zip(trials, measured, strict=True):
+        assert largest_difference(losses(evaluation), losses(packed(base, style, [one])[0])) < 1e-5
+
+
+def test_ranks_of_4_to_256_waste_no_multiplication(base: LoadedBase, style: Data, trial: MakeTrial) -> None:
+    """Each slot's rows meet its own rank only; co-tenants of one rank share a multiplication."""
+    ranks = [4, 256, 16, 4, 64, 7]
+    trials = [trial(i, rank=rank, max_steps=2, eval_every=2, slots=6) for i, rank in enumerate(ranks)]
+    pack = Pack(base, style, Settings.of(trials[0]), 256)
+    for each in trials:
+        pack.admit(each)
+    seen: list[tuple[int, int]] = []
+    enter = pack._passes._enter
+
+    def watched(slots: Any) -> None:
+        enter(slots)
+        seen.extend(
+            (s.places.stop - s.places.start, next(iter(s.A.values())).shape[1]) for s in pack._passes.now.segments
+        )
+
+    pack._passes._enter = watched  # type: ignore[method-assign]
+    pack._train_step()
+    pack.close()
+    assert seen == [(2, 4), (1, 7), (1, 16), (1, 64), (1, 256)]
+    assert sum(count * rank for count, rank in seen) == sum(ranks), "padded flop above the needed: none"
+
+
+def test_a_slot_refilled_with_its_rank_is_refilled_in_place(base: LoadedBase, style: Data, trial: MakeTrial) -> None:
+    knobs = {"max_steps": 8, "eval_every": 2, "slots": 2}
+    pack = Pack(base, style, Settings.of(trial(**knobs)), 16)
+    pack.admit(trial(0, rank=4, **knobs))
+    leaves = pack.admit(trial(1, rank=4, **knobs))
+    pack.advance()
+    (bank,) = pack._banks
+    where, linears = bank.values.data_ptr(), dict(pack._linears)
+    pack.evict(leaves)
+    assert pack.admit(trial(2, rank=4, seed=9, **knobs)) == leaves
+    pack.advance()
+    assert [each.values.data_ptr() for each in pack._banks] == [where]
+    assert pack._linears == linears
+    pack.evict(leaves)
+    pack.admit(trial(3, rank=16, **knobs))
+    pack.advance()
+    assert [(each.layout.rank, len(each.slots)) for each in pack._banks] == [(4, 1), (16, 1)]
+    pack.close()

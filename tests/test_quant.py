@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from test_pack import IGNORED, MakeTrial, largest_difference, losses, mean_loss, packed, peft_losses
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from lora_sweep import adapters, estimate, quant, space
+from lora_sweep import estimate, quant, space
 from lora_sweep import model as model_room
+from lora_sweep.blueprint import Blueprint, peft_config
 from lora_sweep.data import Data
 from lora_sweep.errors import ConfigError
 from lora_sweep.model import LoadedBase
@@ -152,8 +153,8 @@ def test_peft_draws_the_same_initial_A_on_the_skeleton_as_on_the_quantised_base(
     bases: Bases, kind: str, dtype: str
 ) -> None:
     base = bases(kind, dtype)
-    settings = adapters.peft_config(4, 8, False, 0.0, "all-linear")
-    mine = adapters.Blueprint(base.skeleton(), base.name_or_path).initial(settings, 7)
+    settings = peft_config(4, 8, False, 0.0, "all-linear")
+    mine = Blueprint(base.skeleton(), base.name_or_path).initial(settings, 7)
     torch.manual_seed(7)
     real = get_peft_model(theirs(kind, dtype), settings).base_model.model
     other = {

@@ -33,14 +33,16 @@ def lora_sweep(*arguments: str) -> str:
     return done.stdout
 
 
-LOSS_TOLERANCE = 1e-4
+LOSS_TOLERANCE_NATS = 0.01
+"""bf16: PEFT alone multiplies in another order, and on some processors without fp32 sums."""
 
 
 def token_losses(model: Any, part: TokenSet) -> tuple[torch.Tensor, torch.Tensor]:
     """(nats of the counted tokens, whether each ends its example), by the model's own logits."""
     batch = part.batch(torch.arange(len(part)))
     with torch.no_grad():
-        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits[:, :-1]
+        # With a cache, transformers would not tell the examples of a row apart.
+        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[:, :-1]
     labels = batch.input_ids[:, 1:]
     nll = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
     counted = batch.counted[:, 1:]
@@ -84,10 +86,10 @@ def test_the_shipped_sweep_teaches_smollm2_facts_that_peft_alone_completes(in_fo
     assert config.model.dtype == "bf16"
     data = data_room.load(config.data, tokenizer)
     adapted, ends = token_losses(loaded, data.evaluation)
-    assert float(adapted.mean()) == pytest.approx(best["eval_loss"], rel=LOSS_TOLERANCE)
+    assert float(adapted.mean()) == pytest.approx(best["eval_loss"], abs=LOSS_TOLERANCE_NATS)
     with loaded.disable_adapter():
         base, _ = token_losses(loaded, data.evaluation)
-    assert float(base.mean()) == pytest.approx(best["base_loss"], rel=LOSS_TOLERANCE)
+    assert float(base.mean()) == pytest.approx(best["base_loss"], rel=1e-2)
     # The answers themselves, without the end of text that any fine-tuning teaches.
     answers = float(adapted[~ends].mean() / base[~ends].mean())
     held_in = real_facts.facts(config.data.subjects, config.data.seed).eval

@@ -21,6 +21,7 @@ from lora_sweep import data as data_room
 from lora_sweep import launch, results, space
 from lora_sweep.errors import NoSafeAnswer, StudyError
 from lora_sweep.model import LoadedBase
+from lora_sweep.pack.passes import Passes
 from lora_sweep.pick import pick
 from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.study import Study
@@ -340,3 +341,26 @@ def test_without_a_retention_text_nothing_is_said_of_forgetting(in_folder: Path)
     table = run(write_sweep(in_folder, {"method.rank": "choice(2)"}))[2]
     assert table[0]["forgetting"] is None
     assert "eval/retention" not in Path("outputs/ask/trials/0000/metrics.jsonl").read_text()
+
+
+def test_a_trial_too_large_for_the_memory_fails_alone_and_the_others_go_on(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Passes.train
+
+    def train(self: Passes, slots: Any) -> Any:
+        if any(slot.trial.method.rank > 4 for slot in slots):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, slots)
+
+    monkeypatch.setattr(Passes, "train", train)
+    _, finished, table = run(write_sweep(in_folder, {"method.rank": "choice(2, 4, 8)"}))
+    assert finished
+    assert [(row["state"], row["reason"]) for row in table] == [
+        ("COMPLETE", None),
+        ("COMPLETE", None),
+        ("FAIL", "memory"),
+    ]
+    assert table[2]["eval_loss"] is None, "never a made-up loss"
+    known = json.loads((in_folder / "outputs/ask/capacity.json").read_text())
+    assert [each["too_wide"] for each in known.values()] == [3], "remembered for the next launch"

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora_sweep.adapters import peft_chatter_off, peft_config
+from lora_sweep.blueprint import peft_chatter_off, peft_config
 from lora_sweep.data import Data, TokenSet, order
 from lora_sweep.data.tokens import LENGTH_BUCKET
 from lora_sweep.model import LoadedBase

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_sweep import health, quant
-from lora_sweep.adapters import Blueprint, peft_config
+from lora_sweep.blueprint import Blueprint, peft_config
 from lora_sweep.data import Data
 from lora_sweep.errors import UserError
 from lora_sweep.model import LoadedBase

@@ -171,7 +171,9 @@ class Slot:
         }
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f".{CHECKPOINT}"
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, aside, metadata)
+        # Copies: bitsandbytes lets all tensors share their quantisation maps, which a file cannot.
+        copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+        save_file(copies, aside, metadata)
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.rename(folder / CHECKPOINT)

@@ -1,0 +1,90 @@
+"""How many slots pay: decided from times and memory, here made up, so that the right answer is known."""
+
+from collections.abc import Callable
+
+import pytest
+
+from lora_sweep.pack.capacity import FULL, MOST_SLOTS, Capacity
+
+GIB = 2.0**30
+
+
+def decided(
+    live: int, seconds: Callable[[int], float], peak: Callable[[int], float] | None = None, **known: float
+) -> tuple[Capacity, list[int]]:
+    """The capacity after a search over a device with these costs of a pass, and the widths it tried."""
+    capacity, tried = Capacity(MOST_SLOTS["cpu"], **known), []  # type: ignore[arg-type]
+    while not capacity.is_settled:
+        width = capacity.next_width(live)
+        if capacity.is_settled:
+            break
+        tried.append(width)
+        passes = -(-live // width)
+        capacity.took(width, live, passes * seconds(width), None if peak is None else peak(width))
+    return capacity, tried
+
+
+def test_where_a_pass_has_a_fixed_cost_the_widest_pays() -> None:
+    capacity, tried = decided(8, lambda k: 0.010 + 0.001 * k)
+    assert capacity.width == capacity.slots == 8
+    assert set(tried) == {1, 2, 4, 8}
+    assert capacity.fit == pytest.approx((0.010, 0.001))
+    assert capacity.slot_seconds == pytest.approx((0.010 + 0.008) / 8)
+
+
+def test_where_one_trial_saturates_the_device_k_is_1() -> None:
+    capacity, _ = decided(8, lambda k: 0.5 * k)
+    assert capacity.width == capacity.slots == 1
+
+
+def test_a_wider_pass_must_be_worth_it() -> None:
+    capacity, _ = decided(16, lambda k: 0.004 + 0.1 * k)
+    assert capacity.width == 2, "a/k + b falls from .104 to .102, and then by less than 3 %"
+
+
+def test_a_losing_width_is_not_tried_to_the_end() -> None:
+    _, tried = decided(8, lambda k: 0.010 + 0.001 * k)
+    assert tried.count(1) < tried.count(8)
+
+
+def test_a_number_of_slots_that_is_no_power_of_two_is_tried_too() -> None:
+    capacity, tried = decided(6, lambda k: 0.010 + 0.001 * k)
+    assert set(tried) == {1, 2, 4, 6}
+    assert capacity.width == 6
+
+
+def test_slow_steps_are_measured_less_often() -> None:
+    _, tried = decided(4, lambda k: 20.0 + k)
+    assert tried == [1, 2, 4]
+
+
+def test_widths_that_would_not_fit_into_memory_are_never_tried() -> None:
+    free = 10 * GIB
+    capacity, tried = decided(8, lambda k: 1.0 + 0.01 * k, lambda k: (1 + 2 * k) * GIB, free_bytes=free)
+    assert max(tried) == 4
+    assert (1 + 2 * 4) * GIB <= FULL * free < (1 + 2 * 8) * GIB
+    assert capacity.width == 4
+    assert capacity.peak_bytes == 9 * GIB
+
+
+def test_a_pass_that_ran_out_of_memory_is_halved_and_never_tried_again() -> None:
+    capacity = Capacity(8, is_settled=True)
+    assert capacity.next_width(8) == 8
+    capacity.failed(8)
+    assert capacity.next_width(8) == 4
+    assert capacity.slots == 4
+    capacity.failed(4)
+    assert capacity.next_width(8) == 2
+    assert Capacity(8, is_settled=True, too_wide=4).next_width(8) == 3, "as an earlier pack found"
+
+
+def test_a_number_given_by_the_user_is_kept() -> None:
+    capacity = Capacity(5, is_settled=True)
+    assert [capacity.next_width(live) for live in (5, 3, 1)] == [5, 3, 1]
+
+
+def test_the_reason_tells_the_choice_and_what_it_was_chosen_by() -> None:
+    capacity, _ = decided(4, lambda k: 0.010 + 0.001 * k)
+    assert capacity.reason == (
+        "4 adapters a pass (ms of a step by adapter at each width: 1: 11, 2: 6, 4: 3.5; a pass takes 10 + 1 k ms)"
+    )

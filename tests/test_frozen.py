@@ -1,0 +1,71 @@
+"""bf16 on a processor without bf16 instructions: the same products, rounded once, and much faster."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers.pytorch_utils import Conv1D
+
+from lora_sweep import frozen
+
+SMALL = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+CPU = torch.device("cpu")
+
+
+def model(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        config = GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64, **SMALL)
+    else:
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = LlamaConfig(**shape, **SMALL)
+    made: nn.Module = AutoModelForCausalLM.from_config(config).bfloat16().requires_grad_(False).eval()
+    return made
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_every_linear_gives_the_rounded_product_and_passes_the_rounded_gradient_down(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen, "_has_bf16", lambda: False)
+    base = model(kind)
+    frozen.settle(base, CPU)
+    linears = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    assert len(linears) >= 5
+    for linear in linears.values():
+        weight = frozen.weight(linear, torch.bfloat16)
+        x = torch.randn(3, 5, weight.shape[1]).bfloat16().requires_grad_()
+        y = linear(x)
+        exact = x.double() @ weight.double().T
+        if linear.bias is not None:
+            exact = exact + linear.bias.double()
+        assert y.dtype == torch.bfloat16
+        # One rounding: half of bf16's last of 8 bits.
+        assert torch.allclose(y.double(), exact, rtol=2.0**-8, atol=1e-6)
+        gradient = torch.randn_like(y)
+        y.backward(gradient)
+        assert x.grad is not None
+        assert torch.allclose(x.grad.double(), gradient.double() @ weight.double(), rtol=2.0**-8, atol=1e-6)
+        assert torch.equal(frozen.input_gradient(linear, gradient), x.grad)
+
+
+@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_where_there_is_nothing_to_widen_all_stays_as_it_is(
+    has_bf16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frozen, "_has_bf16", lambda: has_bf16)
+    base = model("llama").to(dtype)
+    frozen.settle(base, CPU)
+    linear = next(module for module in base.modules() if isinstance(module, nn.Linear))
+    x = torch.randn(2, 3, 32, dtype=dtype)
+    assert "forward" not in vars(linear)
+    assert torch.equal(linear(x), functional.linear(x, linear.weight))
+    assert torch.equal(frozen.input_gradient(linear, x), x @ linear.weight)
+
+
+def test_a_gpu_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "_has_bf16", lambda: False)
+    base = model("llama")
+    frozen.settle(base, torch.device("cuda"))
+    assert not any("forward" in vars(module) for module in base.modules() if isinstance(module, nn.Linear))
