@@ -146,8 +146,10 @@ def _verify(study: Study, checks: Sequence[folding.Check]) -> None:
 def _difference(study: Study, one: Cell, other: Cell, grade: folding.Grade) -> tuple[float, float]:
     """(largest relative difference of losses that the grade allows, the one found)."""
     folders = [study.trial_folder(cell.number) for cell in (one, other)]
-    slots = {(space.load_launched(folder) or {}).get("train", {}).get("slots") for folder in folders}
-    whole = grade.name == "bitwise" and len(slots) == 1  # another number of slots rounds differently
+    trained = [(space.load_launched(folder) or {}).get("train", {}) for folder in folders]
+    # Passes of other shapes round differently.
+    same_shapes = all(each.get("fixed_shapes") for each in trained) and trained[0]["slots"] == trained[1]["slots"]
+    whole = grade.name == "bitwise" and same_shapes
     keys = ("train/loss", "eval/loss") if whole else ("train/loss",)
     curves = [[row.get(key) for row in read_rows(folder) for key in keys] for folder in folders]
     if not whole:

@@ -35,7 +35,8 @@ def _own_cache() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(2, threads))
+    # Two workers of pytest-xdist share the two cores.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, threads))
     yield
     torch.set_num_threads(threads)
 

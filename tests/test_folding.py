@@ -253,6 +253,7 @@ def whole(seed: int, steps: int, *axes: str) -> Sweep:
         *SCALED, *axes, "optimizer.weight_decay=0.5", f"train.max_grad_norm={BITING}", "method.dropout=0.1",
         f"train.seed={seed}", f"train.max_steps={steps}", f"train.eval_every={steps}", "train.schedule=cosine",
         "train.warmup_steps=3", "train.batch_size=2", "train.eval_batch_size=4",
+        "train.fixed_shapes=true", "train.slots=1",
     )  # fmt: skip
 
 

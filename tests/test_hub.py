@@ -365,6 +365,7 @@ def test_offline_an_empty_cache_is_one_line(
     assert Said(int(stopped.value.code or 0), out, err.splitlines()) == Said(2, "", [told])
 
 
+@pytest.mark.slow  # the clients' own waiting
 def test_a_hub_that_does_not_answer_is_one_line_each(unreachable: "subprocess.Popen[str]") -> None:
     model, data = said(unreachable)
     told = "is not in the hub's cache, and the hub cannot be reached"

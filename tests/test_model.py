@@ -1,15 +1,11 @@
 """Bases are found, checked without their weights, loaded frozen; adapters are PEFT's own, and never pickles."""
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -93,49 +89,6 @@ def test_offline_a_hub_id_that_is_not_in_the_cache_is_one_clear_fault() -> None:
     with pytest.raises(ConfigError) as caught:
         model_room.load(model_config(path="nobody/nothing-of-this-name"), CPU)
     assert str(caught.value) == told
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Answers as the hub does: one gated repository, and nothing else."""
-
-    def answer(self) -> None:
-        gated = self.path.startswith("/meta-llama/")
-        self.send_response(403 if gated else 404)
-        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-        self.send_header("X-Error-Message", "Access to model is restricted." if gated else "Repository not found")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_GET = do_HEAD = answer
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-def test_a_gated_and_an_unknown_repository_are_told_in_one_line_each(tmp_path: Path) -> None:
-    """The hub's own client against a hub on this machine."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = (
-        "import sys\nfrom lora_sweep import model, space\n"
-        "for name in sys.argv[1:]:\n"
-        "    config = space.read(None, [f'model=hub', f'model.path={name}'])[0].base().model\n"
-        "    print(*model.check(config, 'all-linear'), sep='\\n')\n"
-    )
-    own = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    try:
-        command = [sys.executable, "-c", code, "meta-llama/Gated", "nobody/nothing"]
-        done = subprocess.run(
-            command, cwd=Path(__file__).parents[1], env=os.environ | own, capture_output=True, text=True, check=True
-        )
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert done.stdout.splitlines() == [
-        "model.path: is gated on the hub: accept its terms there, then log in, got 'meta-llama/Gated' (hf auth login)",
-        "model.path: no such model on the hub, or none that you may see, got 'nobody/nothing' "
-        "(look for a slip; if it is private: hf auth login)",
-    ]
 
 
 def test_a_file_in_an_installed_package_is_found_without_running_the_package(

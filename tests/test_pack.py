@@ -1,5 +1,6 @@
 """The pack against its oracles: PEFT with torch's AdamW, the same trial alone, and PEFT's loader."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -101,9 +102,18 @@ def peft_losses(model: Any, data: Data, trial: Trial) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings(IGNORED)
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("ratio", [1.0, 16.0])
-@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize(
+    ("use_rslora", "ratio", "accumulation"),
+    [
+        (False, 1.0, 1),
+        (True, 16.0, 4),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in itertools.product([False, True], [1.0, 16.0], [1, 4])
+            if each not in ((False, 1.0, 1), (True, 16.0, 4))
+        ),
+    ],
+)
 def test_one_slot_gives_the_losses_of_peft_and_torch(
     base: LoadedBase, style: Data, trial: MakeTrial, use_rslora: bool, ratio: float, accumulation: int
 ) -> None:
@@ -146,7 +156,7 @@ def test_each_of_eight_slots_gives_what_it_gives_alone(base: LoadedBase, style: 
 
 @pytest.mark.parametrize(
     ("checkpointing", "steps"),
-    [(True, 12), pytest.param(False, 50, marks=pytest.mark.slow), pytest.param(True, 50, marks=pytest.mark.slow)],
+    [(True, 6), pytest.param(False, 50, marks=pytest.mark.slow), pytest.param(True, 50, marks=pytest.mark.slow)],
 )
 def test_in_double_precision_packing_changes_nothing_even_with_dropout_and_checkpointing(
     base64: LoadedBase, style: Data, trial: MakeTrial, checkpointing: bool, steps: int
