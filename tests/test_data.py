@@ -728,15 +728,15 @@ def test_the_order_depends_on_the_seed_alone_not_on_how_it_is_asked() -> None:
 # -- a file that does not fit -------------------------------------------------------------------------------------
 
 PREPARED = """
-import resource, sys, time
+import sys, time, torch
 from tests_words import tokenizer
 from lora_sweep import data, space
+from lora_sweep.pack.memory import Peak
 config = space.read(None, ["data=files", "data.path=" + sys.argv[1], "data.max_length=128"])[0].base().data
 words = tokenizer()
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-start, began = peak(), time.monotonic()
+held, began = Peak(torch.device("cpu")), time.monotonic()
 loaded = data.load(config, words)
-print(len(loaded.train), time.monotonic() - began, peak() - start)
+print(len(loaded.train), time.monotonic() - began, held.bytes / 2**20)
 """
 
 
