@@ -109,6 +109,17 @@ def read(folder: Path, allow_pickle: bool = False) -> Saved:
     return Saved(folder, config, factors, extras, size, notes + _ambiguous(config, factors))
 
 
+def lost(folder: Path, weights: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[str, ...]:
+    """Modules whose A (r, d_in) or B (d_out, r) in memory is not what the folder's file holds, bit for bit."""
+    saved = read(folder).factors
+    return tuple(
+        name
+        for name, (A, B) in weights.items()
+        if name not in saved
+        or not (torch.equal(saved[name].A, A.detach().cpu()) and torch.equal(saved[name].B, B.detach().cpu()))
+    )
+
+
 def _ambiguous(config: Any, modules: Iterable[str]) -> tuple[str, ...]:
     """PEFT takes the first pattern that matches, but saves them sorted: two that match may have changed places."""
     keys = list(config.alpha_pattern)

@@ -241,11 +241,20 @@ class HealthConfig:
     __pydantic_config__ = _FORBID
 
     min_gain_of_base: Share
-    """A gain over the base below this share of its loss is negligible..."""
+    """A gain over the base below this share of its loss is none..."""
     min_gain_standard_errors: NotNegative
-    """... and so is one below so many paired standard errors."""
+    """... and so is one below so many paired standard errors..."""
+    min_gain_of_best: Share
+    """... or below this share of the best gain in the study at equal steps."""
     min_delta_rel: NotNegative
-    """B hardly moved when s |BA|_F / |W|_F stays below this in the median group of modules."""
+    """An update of s |BA|_F / |W|_F below this is too small to matter."""
+    max_forgetting: NotNegative
+    """Nats per token on the retention text, adapter on minus off."""
+    look_every: Count
+    """Optimizer steps between looks at the adapters, beside the first ones and each evaluation."""
+    action: Literal["flag", "stop"]
+    """stop: a trial whose adapter cannot learn any more (not in the graph, A = B = 0, not stepped, underflow) ends once
+    that is sure and frees its slot."""
 
 
 @dataclass(frozen=True)
@@ -500,6 +509,19 @@ def build(config: DictConfig) -> Config:
     if faults:
         raise ConfigError(faults)
     return Config(**good)
+
+
+def section(group: str, known: Mapping[str, Any]) -> Any:
+    """The dataclass of one group from what is known of it, the rest at the values of conf/<group>/default.yaml.
+
+    Raises ConfigError.
+    """
+    defaults = OmegaConf.to_container(OmegaConf.load(shipped("conf") / group / "default.yaml"))
+    assert isinstance(defaults, dict)
+    try:
+        return _ADAPTERS[group].validate_python(defaults | dict(known))
+    except ValidationError as error:
+        raise ConfigError(_readable(group, error)) from error
 
 
 def cross_faults(good: Mapping[str, Any]) -> list[Fault]:

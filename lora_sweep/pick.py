@@ -34,7 +34,7 @@ def pick(folder: Path, form: Form | None = None) -> tuple[Row, Path]:
         raise NoSafeAnswer(f"{folder}: no cell is finished yet; `lora-sweep status` says how far the study is")
     healthy = [row for row in ranking if results.is_healthy(row) and row["eval_loss"] < row["base_loss"]]
     if not healthy:
-        flags = sorted({flag for row in ranking for flag in row["flags"]})
+        flags = sorted({flag for row in ranking for flag in row["faults"]})
         why = f"flags: {', '.join(flags)}" if flags else "none is better than its base"
         raise NoSafeAnswer(
             f"{folder}: none of {len(ranking)} finished cells can be shipped ({why}); widen the learning rates"

@@ -19,6 +19,8 @@ from lora_sweep.worker import Outcome
 
 RANKED_SHOWN = 10
 CLASSES_SHOWN = 12
+TRAPPED = ("zero_trapped", "partially_trapped")
+"""Flags that have a cause."""
 
 
 def short(params: Mapping[str, Any]) -> str:
@@ -195,9 +197,15 @@ def ranking(table: Sequence[Row], ranked: Sequence[Row]) -> Table:
         numbers = [f"{row['eval_loss']:.4f}", share, f"{row['gap']:+.4f}"]
         beside: list[str | Text] = [same[place - 1]] if any(same) else []
         if flagged:
-            beside.append(Text(", ".join(row["flags"]), style="red"))
+            beside.append(Text(flags(row), style="red" if row["faults"] else "yellow"))
         drawn.add_row(str(place), f"{row['number']:04d}", *params, *numbers, *beside)
     return drawn
+
+
+def flags(row: Row) -> str:
+    """`zero_trapped (lr_too_small), A_frozen`."""
+    said = [f"{flag} ({row['cause']})" if flag in TRAPPED else flag for flag in row["flags"]]
+    return ", ".join(said)
 
 
 def _some(numbers: Sequence[int], most: int = 3) -> str:
@@ -227,7 +235,7 @@ def flag_lines(table: Sequence[Row]) -> list[str]:
     """One line per flag or reason of failure: how many cells, and which."""
     named: dict[str, list[int]] = {}
     for row in table:
-        for flag in row["flags"] or ([row["reason"]] if row["reason"] else []):
+        for flag in flags(row).split(", ") if row["flags"] else filter(None, [row["reason"]]):
             named.setdefault(flag, []).append(row["number"])
     lines = []
     for flag, numbers in sorted(named.items()):

@@ -1,7 +1,8 @@
 """What passes between rooms: frozen, plain, no behaviour beyond its own words."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -73,12 +74,71 @@ class Measurement:
     absmax_B: float
     exact_zero_B: float
     """Fraction of elements of B that are exactly 0."""
+    moved_A: float
+    """Fraction of elements of A whose bits the last step has changed."""
+    moved_B: float
+    v_over_eps_B: float
+    """Median sqrt(v) / eps of the group's median module, bias corrected; nan without Adam's second moment."""
+    stable_rank: float
+    """|BA|_F^2 over its largest singular value squared, of the group's median module; nan where BA = 0."""
     delta_rel: float
     """s |BA|_F / |W|_F over the group's modules (root of summed squares each)."""
     rho: float
     """rms(B) / sqrt(sum of lr_B^2 over the steps taken); 0 before the first step."""
     histogram: Histogram
     """B in units of sqrt(sum of lr_B^2)."""
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over the optimizer steps that an adapter has taken."""
+
+    stepped: int = 0
+    """Steps with a learning rate of B above 0."""
+    lr_A: float = 0.0
+    lr_B: float = 0.0
+    lr_B_squared: float = 0.0
+    kappa_B: float = 0.0
+    """Sum of lr_B x weight decay of B, decoupled."""
+    kept_B: float = 0.0
+    """Sum of lr_B, each by what decay has left of it since: over `lr_B` it tells how much of B's way decay took."""
+    least_ratio: float = math.inf
+    """Of lr_B over lr_A as stepped."""
+    largest_ratio: float = 0.0
+
+    def after(self, lr_A: float, lr_B: float, shrink_B: float) -> "Tally":
+        """One step later; `shrink_B` = 1 - lr_B x weight decay."""
+        ratio = lr_B / lr_A if lr_A else None
+        return Tally(
+            self.stepped + (lr_B > 0),
+            self.lr_A + lr_A,
+            self.lr_B + lr_B,
+            self.lr_B_squared + lr_B**2,
+            self.kappa_B + 1 - shrink_B,
+            self.kept_B * shrink_B + lr_B,
+            self.least_ratio if ratio is None else min(self.least_ratio, ratio),
+            self.largest_ratio if ratio is None else max(self.largest_ratio, ratio),
+        )
+
+    def plain(self) -> list[float]:
+        return [*astuple(self)]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """All that was seen of one adapter until now, in plain numbers."""
+
+    modules: tuple[str, ...]
+    window: int
+    """Steps with a learning rate above 0 that the early rules are about."""
+    steps: tuple[int, ...]
+    """After which it was looked at: L of them."""
+    tallies: tuple[Tally, ...]
+    """(L,) sums up to each."""
+    values: Mapping[str, NDArray[np.float64]]
+    """Metric (health.look.METRICS) -> (L, modules)."""
+    tally: Tally
+    """Sums up to now."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +163,9 @@ class Evaluation:
     grad_norm_B_over_s: float
     """|g_B| / s over all modules at the last step, before clipping."""
     measurements: tuple[Measurement, ...]
+    reading: Reading
+    delta_rel: NDArray[np.float64]
+    """(modules,) s |BA|_F / |W|_F of each module of `reading`."""
     steps: tuple[Step, ...]
     """Every step since the last evaluation."""
     seconds: float
@@ -136,6 +199,42 @@ class Base:
 
 
 @dataclass(frozen=True)
+class Cause:
+    """Why some modules of an adapter learned nothing, or may not have learned what they could."""
+
+    name: str
+    """Of the rule, e.g. `not_in_graph`."""
+    modules: tuple[str, ...]
+    share: float
+    """Of all adapted modules."""
+    evidence: Mapping[str, float]
+    """Numbers, of the median module, and the thresholds they were held against."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What one trial shows by itself, before it is compared with its study."""
+
+    gain: float | None
+    """Over the base, nats per token; None where it is not known."""
+    noise: float
+    """A gain below this could be chance, or is too small to count."""
+    causes: tuple[Cause, ...]
+    """Each module under the first rule that it meets whether the adapter gained or not."""
+    causes_without_gain: tuple[Cause, ...]
+    """The same, with the rules that mean something only where the adapter gained nothing."""
+
+    @classmethod
+    def of_plain(cls, plain: Mapping[str, Any]) -> "Diagnosis":
+        """Inverse of dataclasses.asdict, by way of JSON."""
+        causes, without = (
+            tuple(Cause(**{**each, "modules": tuple(each["modules"])}) for each in plain[key])
+            for key in ("causes", "causes_without_gain")
+        )
+        return cls(plain["gain"], plain["noise"], causes, without)
+
+
+@dataclass(frozen=True)
 class Finding:
     """Something about an adapter that its user must know."""
 
@@ -145,6 +244,10 @@ class Finding:
     """Numbers and the thresholds they were held against."""
     sentence: str
     """What it means and what to do."""
+    cause: str | None = None
+    """Of `zero_trapped` and `partially_trapped`: the rule that most modules meet."""
+    is_fault: bool = True
+    """Whether the trial must not be shipped; else a warning."""
 
 
 @dataclass(frozen=True)

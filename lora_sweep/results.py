@@ -1,20 +1,25 @@
 """A study as rows: one line a cell, derived from the ledger and the trials' own results."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, get_args
 
-from lora_sweep.records import State
+from lora_sweep import health, space
+from lora_sweep.config import HealthConfig
+from lora_sweep.records import Diagnosis, State
 from lora_sweep.study import CellStatus, StudyView
 from lora_sweep.tracking import read_result, read_rows, write_whole
+
+BestGains = dict[float, dict[int, float]]
+"""Loss of the base -> step -> best gain, nats per token."""
 
 Row = dict[str, Any]
 """A line of trials.jsonl; its keys are kept stable and told in the README."""
 
 _FROM_RESULT = (
-    "eval_loss", "base_loss", "train_loss", "gap", "forgetting", "steps", "seconds", "flags", "effective", "wandb_id",
+    "eval_loss", "base_loss", "train_loss", "gap", "forgetting", "steps", "seconds", "effective", "wandb_id",
 )  # fmt: skip
 
 
@@ -24,7 +29,16 @@ def rows(view: StudyView) -> list[Row]:
     A folded cell has all from the cell that is run for it, which `same_run_as` names, but its own number and params.
     """
     folded = view.folded()
-    run = {status.cell.number: _row(view.trial_folder(status.cell.number), status) for status in view.statuses()}
+    statuses = view.statuses()
+    ended = {status.cell.number: read_result(view.trial_folder(status.cell.number)) for status in statuses}
+    best_gains = health.best_gains(filter(None, ended.values()))
+    rules = space.health_rules(view.folder)
+    run = {}
+    for status in statuses:
+        number, result = status.cell.number, ended[status.cell.number]
+        run[number] = _row(view.trial_folder(number), status, result)
+        if result is not None and status.state in ("COMPLETE", "PRUNED", "FAIL"):
+            run[number] |= _flags(result, best_gains, rules)
     table = list(run.values())
     for cell, runs in folded.values():
         if runs in run:
@@ -32,11 +46,25 @@ def rows(view: StudyView) -> list[Row]:
     return sorted(table, key=itemgetter("number"))
 
 
-def _row(trial: Path, status: CellStatus) -> Row:
+def _flags(result: Mapping[str, Any], best_gains: BestGains, rules: HealthConfig) -> dict[str, Any]:
+    """The verdict, which compares with the study as it is now, before the trial's own findings."""
+    # What older versions wrote has neither causes nor warnings.
+    found = [(each["flag"], each.get("is_fault", True), each.get("cause")) for each in result["findings"]]
+    if result.get("diagnosis") is not None:
+        best = best_gains.get(result["base_loss"], {}).get(result["steps"])
+        verdict = health.verdict(Diagnosis.of_plain(result["diagnosis"]), best, rules)
+        found = [(each.flag, each.is_fault, each.cause) for each in verdict] + found
+    return {
+        "flags": [flag for flag, _, _ in found],
+        "faults": [flag for flag, is_fault, _ in found if is_fault],
+        "cause": next((cause for _, _, cause in found if cause is not None), None),
+    }
+
+
+def _row(trial: Path, status: CellStatus, result: dict[str, Any] | None) -> Row:
     row: Row = {"number": status.cell.number, "state": status.state, "params": dict(status.cell.params)}
     row |= dict.fromkeys(_FROM_RESULT)
-    row |= {"flags": [], "reason": status.reason, "same_run_as": None}
-    result = read_result(trial)
+    row |= {"flags": [], "faults": [], "cause": None, "reason": status.reason, "same_run_as": None}
     if status.state in ("COMPLETE", "PRUNED", "FAIL") and result is not None:
         row |= {key: result.get(key) for key in _FROM_RESULT}
     elif status.state == "RUNNING":
@@ -77,7 +105,8 @@ def same_run(table: Sequence[Row]) -> dict[int, list[int]]:
 
 
 def is_healthy(row: Row) -> bool:
-    return row["state"] == "COMPLETE" and not row["flags"]
+    """Whether it is finished without a fault; warnings are told, but keep nothing from being shipped."""
+    return row["state"] == "COMPLETE" and not row["faults"]
 
 
 def summary(view: StudyView, table: Sequence[Row], slots: int | None) -> dict[str, Any]:
@@ -95,7 +124,7 @@ def summary(view: StudyView, table: Sequence[Row], slots: int | None) -> dict[st
         "cells": view.size,
         "distinct_runs": view.size - len(view.folded()),
         **{state: states.count(state) + (not_drawn if state == "WAITING" else 0) for state in get_args(State)},
-        "best": best and {key: best[key] for key in ("number", "params", "eval_loss", "base_loss", "flags")},
+        "best": best and {key: best[key] for key in ("number", "params", "eval_loss", "base_loss", "flags", "cause")},
         "eta_seconds": _eta_seconds(statuses, left, slots or max(1, states.count("RUNNING"))),
         "slots": slots,
     }

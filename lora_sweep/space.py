@@ -24,7 +24,7 @@ from lora_sweep import config as schema
 from lora_sweep import folding, samplers
 from lora_sweep.asha import Asha
 from lora_sweep.axis import Axis, inside, of_override, parse, written
-from lora_sweep.config import Config
+from lora_sweep.config import Config, HealthConfig
 from lora_sweep.errors import ConfigError
 from lora_sweep.records import Cell, Fault
 
@@ -181,6 +181,15 @@ def of_launched(plain: Mapping[str, Any]) -> Config:
     whole = OmegaConf.merge(schema.compose([]), OmegaConf.create(dict(plain)))
     assert isinstance(whole, DictConfig)
     return schema.build(whole)
+
+
+def health_rules(folder: Path) -> HealthConfig:
+    """By which a study's trials are judged: those of its config.yaml, younger ones at their defaults.
+
+    Raises ConfigError.
+    """
+    health: HealthConfig = schema.section("health", (load_launched(folder) or {}).get("health", {}))
+    return health
 
 
 def find(path: str) -> Path:

@@ -37,7 +37,7 @@ from lora_sweep.errors import StudyError
 from lora_sweep.journal import Journal, disk_errors, hold
 from lora_sweep.records import Cell, State
 
-Reason = Literal["diverged", "memory", "error", "lost"]
+Reason = Literal["diverged", "memory", "trapped", "error", "lost"]
 """Why an attempt failed; after `lost` the cell is tried again, the others are final."""
 
 JOURNAL = "study.journal"

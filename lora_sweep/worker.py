@@ -4,10 +4,11 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -20,13 +21,15 @@ from lora_sweep.data import Data, Report
 from lora_sweep.errors import StudyError, UserError
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Capacity, Exhausted, Pack, Settings, Trial
-from lora_sweep.records import Base, Cell, Evaluation, Fault, Finding
+from lora_sweep.records import Base, Cell, Diagnosis, Evaluation, Fault, Finding
 from lora_sweep.space import Sweep
 from lora_sweep.study import Lease, Reason, Study
 from lora_sweep.tracking import Record, Tracker, read_result, read_rows, write_whole
 
 Outcome = Literal["COMPLETE", "PRUNED", "FAIL"]
 Stop = Callable[[], bool]
+
+NONE_KNOWN: Mapping[int, float] = MappingProxyType({})
 
 
 class Watcher(Protocol):
@@ -146,10 +149,15 @@ class Run:
         self._record = Record.open(
             folder, cell=cell, config=asdict(config), base=base, tracker=tracker, resume_step=resume_step
         )
-        self.before = {row["step"]: row["eval/loss"] for row in read_rows(folder) if row.get("eval/loss") is not None}
+        self._rows = read_rows(folder)
+        self.before = _curve(self._rows)
         """Step -> evaluation loss of what an earlier attempt recorded up to the checkpoint."""
         self.best_loss: float = min(self.before.values(), default=math.inf)
+        self._best: Evaluation | None = None
+        """Of this attempt."""
         self._last: Evaluation | None = None
+        self._lost_on_save: tuple[str, ...] = ()
+        """Modules whose file does not hold what memory does."""
 
     @property
     def _checkpoint(self) -> Path:
@@ -159,6 +167,8 @@ class Run:
         """Records the evaluation; the adapter of the best one lies in adapter/."""
         self._record.log(evaluation)
         self.step, self._last = evaluation.step, evaluation
+        if self._best is None or evaluation.eval_loss < self._best.eval_loss:
+            self._best = evaluation
         if not evaluation.diverged and evaluation.eval_loss < self.best_loss:
             self.best_loss = evaluation.eval_loss
             self._export()
@@ -167,7 +177,7 @@ class Run:
         """Whole or not at all: a reader never sees half an adapter."""
         aside, adapter = self.folder / ".adapter", self.folder / "adapter"
         shutil.rmtree(aside, ignore_errors=True)
-        self._pack.export(self.slot, aside)
+        self._lost_on_save = self._pack.export(self.slot, aside)
         shutil.rmtree(adapter, ignore_errors=True)
         aside.rename(adapter)
 
@@ -175,12 +185,28 @@ class Run:
         """What a kill after this moment costs nothing of."""
         self._pack.checkpoint(self.slot, self._checkpoint)
 
-    def finish(self, state: Outcome, reason: Reason | None = None) -> tuple[float | None, tuple[str, ...]]:
-        """Writes the result and frees the slot; returns (best evaluation loss or None, flags)."""
+    @property
+    def failed(self) -> Reason | None:
+        """Why the trial need not go on after its last evaluation; None: it may."""
+        if self._last is None or self._last.diverged:
+            return None if self._last is None else "diverged"
+        stops = self._config.health.action == "stop"
+        asked = Trial.of(self.cell, self._config).asked
+        return "trapped" if stops and health.cannot_learn(self._last.reading, asked) else None
+
+    def finish(
+        self, state: Outcome, reason: Reason | None = None, best_gains: Mapping[int, float] = NONE_KNOWN
+    ) -> tuple[float | None, tuple[str, ...]]:
+        """Writes the result and frees the slot; returns (best evaluation loss or None, flags).
+
+        `best_gains`: step -> best gain of the study so far, which the run's verdict in W&B is given by.
+        """
         last, value = self._last, self.best_loss if math.isfinite(self.best_loss) else None
-        findings: tuple[Finding, ...] = ()
-        if last is not None and state != "PRUNED":
-            findings = health.findings(self._base, last, self._config.health)
+        self._rows = read_rows(self.folder)
+        diagnosis, own = (None, ()) if last is None else self._diagnosed(last)
+        verdict: tuple[Finding, ...] = ()
+        if diagnosis is not None and last is not None and not last.diverged:
+            verdict = health.verdict(diagnosis, best_gains.get(last.step), self._config.health)
         result = {
             "params": dict(self.cell.params),
             "eval_loss": value,
@@ -196,13 +222,30 @@ class Run:
             "tokens": last and last.tokens,
             "seconds": last and last.seconds,
             "last_finite_step": last and last.last_finite_step,
+            # Step -> evaluation loss: by it trials are compared at equal steps.
+            "curve": _curve(self._rows),
+            "diagnosis": diagnosis and asdict(diagnosis),
         }
-        self._record.finish(state, result, findings, reason)
+        self._record.finish(state, result, own, verdict, reason)
         self._pack.evict(self.slot)
-        return value, tuple(finding.flag for finding in findings)
+        return value, tuple(finding.flag for finding in (*verdict, *own))
+
+    def _diagnosed(self, last: Evaluation) -> tuple[Diagnosis | None, tuple[Finding, ...]]:
+        """What the trial shows by itself."""
+        rules = self._config.health
+        losses = [row["train/loss"] for row in self._rows if row.get("train/loss") is not None]
+        how = health.Course(self._base, losses, self._config.train.warmup_steps, self._best or last, last)
+        seen = health.seen(last, Trial.of(self.cell, self._config).asked, rules, self._lost_on_save)
+        diagnosis = None if last.diverged else health.diagnose(self._base, last, seen, rules)
+        return diagnosis, health.own_findings(seen, how, rules)
 
     def abandon(self) -> None:
         self._record.abandon()
+
+
+def _curve(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
+    """Step -> evaluation loss."""
+    return {row["step"]: row["eval/loss"] for row in rows if row.get("eval/loss") is not None}
 
 
 def train(config: Config, folder: Path, tracker: Tracker, device: torch.device, watcher: Watcher, stop: Stop) -> bool:
@@ -218,9 +261,10 @@ def train(config: Config, folder: Path, tracker: Tracker, device: torch.device, 
                 return False
             run.take(evaluations[0])
             watcher.evaluated(cell, evaluations[0], base)
-            if evaluations[0].diverged or run.step >= config.train.max_steps:
-                state: Outcome = "FAIL" if evaluations[0].diverged else "COMPLETE"
-                value, flags = run.finish(state, "diverged" if evaluations[0].diverged else None)
+            failed = run.failed
+            if failed is not None or run.step >= config.train.max_steps:
+                state: Outcome = "COMPLETE" if failed is None else "FAIL"
+                value, flags = run.finish(state, failed)
                 _drop_checkpoint(folder)
                 watcher.ended(cell, state, value, flags)
                 return True
@@ -259,6 +303,11 @@ class _Shift:
         self._config, self._tracker, self._watcher = config, tracker, watcher
         self._runs: dict[Lease, Run] = {}
         self._told = False
+        finished = (read_result(study.trial_folder(status.cell.number)) for status in study.statuses())
+        self._best_gains = health.best_gains(result for result in finished if result is not None).get(
+            base.eval_loss, {}
+        )
+        """Step -> best gain on this base and data."""
 
     def run(self, first: Lease, stop: Stop) -> bool:
         """Five verbs: lease, advance, record, report, tell. False when `stop` ended it early."""
@@ -321,8 +370,12 @@ class _Shift:
         for lease, evaluation in due.items():
             self._runs[lease].take(evaluation)
             self._watcher.evaluated(lease.cell, evaluation, self._base)
-            if evaluation.diverged:
-                self._end(lease, "FAIL", "diverged")
+            if not evaluation.diverged:
+                gain = self._base.eval_loss - evaluation.eval_loss
+                self._best_gains[evaluation.step] = max(gain, self._best_gains.get(evaluation.step, gain))
+        for lease in due:
+            if (failed := self._runs[lease].failed) is not None:
+                self._end(lease, "FAIL", failed)
         alive = {lease: evaluation for lease, evaluation in due.items() if lease in self._runs}
         for step in sorted({evaluation.step for evaluation in alive.values()}):
             rung = {lease: each.eval_loss for lease, each in alive.items() if each.step == step}
@@ -337,7 +390,7 @@ class _Shift:
 
     def _end(self, lease: Lease, state: Outcome, reason: Reason | None = None) -> None:
         run = self._runs.pop(lease)
-        value, flags = run.finish(state, reason)
+        value, flags = run.finish(state, reason, self._best_gains)
         self._study.tell(lease, state, None if state == "FAIL" else value, reason)
         _drop_checkpoint(run.folder)
         _keep_best(self._study, self._config.study)

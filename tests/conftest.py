@@ -73,7 +73,7 @@ def trial() -> Callable[..., Trial]:
             names = set(section.__dataclass_fields__)
             parts.append(replace(section, **{key: knobs.pop(key) for key in names & knobs.keys()}))
         assert not knobs, f"no such knobs: {knobs}"
-        return Trial(Cell(number), *parts)
+        return Trial(Cell(number), *parts, config.health)
 
     return make
 

@@ -159,7 +159,11 @@ KNOBS: dict[str, tuple[list[Any], list[Any]]] = {
     "launcher.threads": COUNT_OR_NULL,
     "health.min_gain_of_base": SHARE,
     "health.min_gain_standard_errors": NOT_NEGATIVE,
+    "health.min_gain_of_best": SHARE,
     "health.min_delta_rel": NOT_NEGATIVE,
+    "health.max_forgetting": NOT_NEGATIVE,
+    "health.look_every": COUNT,
+    "health.action": (["flag", "stop"], ["prune", None]),
     "study.name": NAME,
     "study.root": (["outputs", "~/x", "../x"], [5, None]),
     # YAML's `off` is false.

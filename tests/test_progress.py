@@ -8,13 +8,18 @@ import pytest
 from rich.console import Console
 
 from lora_sweep import progress
-from lora_sweep.records import Base, Cell, Evaluation
+from lora_sweep.records import Base, Cell, Evaluation, Reading, Tally
 
 BASE = Base(4.0, 4.0, np.array([4.0, 4.0]))
 
+READING = Reading((), 20, (), (), {}, Tally())
+NO_SIZES = np.empty(0)
+
 
 def evaluation(cell: int, step: int, loss: float) -> Evaluation:
-    return Evaluation(cell, step, 100, loss, loss, loss, np.array([loss, loss]), 1.0, 1.0, (), (), 1.0, 10.0)
+    return Evaluation(
+        cell, step, 100, loss, loss, loss, np.array([loss, loss]), 1.0, 1.0, (), READING, NO_SIZES, (), 1.0, 10.0
+    )
 
 
 def watch(console: Console) -> None:
@@ -75,7 +80,7 @@ def test_the_ranking_keeps_its_values_whole_on_eighty_columns() -> None:
     keys = ("method.rank", "method.alpha", "method.use_rslora", "optimizer.ratio", "optimizer.base_lr")
     values = (16, 32, True, 16, 0.0005)
     row = {"number": 34, "params": dict(zip(keys, values, strict=True)), "eval_loss": 0.7416, "base_loss": 6.3234}
-    row |= {"gap": 0.1336, "flags": [], "reason": None, "same_run_as": None}
+    row |= {"gap": 0.1336, "flags": [], "faults": [], "reason": None, "same_run_as": None}
     out = io.StringIO()
     Console(file=out, width=80).print(progress.ranking([row], [row]))
     line = next(line for line in out.getvalue().splitlines() if "0034" in line)
@@ -99,12 +104,16 @@ def test_cells_that_were_not_run_stand_beside_the_one_that_was() -> None:
 
 
 def test_flags_and_reasons_are_counted_with_their_cells() -> None:
-    rows = [{"number": number, "flags": ["zero_trapped"], "reason": None} for number in range(10)]
-    rows.append({"number": 11, "flags": [], "reason": "memory"})
+    row = {"flags": ["zero_trapped"], "cause": "lr_too_small", "reason": None}
+    rows: list[dict[str, Any]] = [row | {"number": number} for number in range(10)]
+    rows.append({"number": 11, "flags": [], "cause": None, "reason": "memory"})
+    rows.append({"number": 12, "flags": ["zero_trapped", "spiking"], "cause": "no_signal", "reason": None})
     lines = progress.flag_lines(rows)
     assert lines == [
         "memory: 1 cells (0011)",
-        "zero_trapped: 10 cells (0000, 0001, 0002, 0003, 0004, 0005, 0006, 0007, ...)",
+        "spiking: 1 cells (0012)",
+        "zero_trapped (lr_too_small): 10 cells (0000, 0001, 0002, 0003, 0004, 0005, 0006, 0007, ...)",
+        "zero_trapped (no_signal): 1 cells (0012)",
     ]
 
 

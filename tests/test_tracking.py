@@ -24,7 +24,7 @@ import pytest
 from wandb_server import API_KEY, ServerRun, WandbServer
 
 from lora_sweep.errors import OutOfRoom
-from lora_sweep.records import Base, Cell, Evaluation, Finding, Histogram, Measurement, Step
+from lora_sweep.records import Base, Cell, Evaluation, Finding, Histogram, Measurement, Reading, Step, Tally
 from lora_sweep.tracking import (
     RESULT,
     Record,
@@ -47,7 +47,8 @@ CONFIG = {
     "optimizer": {"ratio": 4.0, "base_lr": 5e-5, "weight_decay_B": None},
     "data": {"name": "facts"},
 }
-TRAPPED = Finding("zero_trapped", {"rho": 0.1, "rho_min": 0.3}, "B hardly moved; raise the learning rate.")
+TRAPPED = Finding("zero_trapped", {"rho": 0.1, "rho_min": 0.3}, "B hardly moved; raise the rate.", "lr_too_small")
+OVERFIT = Finding("overfit", {"rise": 0.1, "allowed": 0.05}, "The evaluation loss rose; train for fewer steps.")
 
 
 def a_cell(number: int) -> Cell:
@@ -64,18 +65,32 @@ def an_evaluation(cell: int, step: int) -> Evaluation:
 
     measurements = tuple(
         Measurement(
-            group, number(), number(), number(), number(), number(), number(), Histogram(random.integers(0, 99, 10))
+            group,
+            number(),
+            number(),
+            number(),
+            number(),
+            number(),
+            number(),
+            number(),
+            number(),
+            number(),
+            number(),
+            Histogram(random.integers(0, 99, 10)),
         )
         for group in GROUPS
     )
+    modules = tuple(f"layers.{layer}.{group}" for layer in range(2) for group in GROUPS)
+    looked = {name: random.uniform(0, 1, (1, len(modules))) for name in ("rms_A", "rms_B", "moved_B")}
+    reading = Reading(modules, 20, (step,), (Tally(),), looked, Tally())
     steps = tuple(
         Step(s, math.nan if s == NAN_STEP else 3 / (s + cell + 1), 1e-4 / s, 1e-3 / s)
         for s in range(max(step - EVERY, 0) + 1, step + 1)
     )
     losses = random.uniform(1, 2, 7)
     return Evaluation(
-        cell, step, step * 64, number(), 2.5 - 0.01 * step, number(), losses, number(), number(), measurements, steps,
-        float(step), number(),
+        cell, step, step * 64, number(), 2.5 - 0.01 * step, number(), losses, number(), number(), measurements,
+        reading, random.uniform(0, 1, len(modules)), steps, float(step), number(),
     )  # fmt: skip
 
 
@@ -97,12 +112,15 @@ def a_record(root: Path, cell: int, tracker: Tracker | None = None, resume_step:
 
 def finish(record: Record) -> None:
     record.finish(
-        "COMPLETE", {"eval_loss": 2.1, "gain": 0.4, "gap": math.inf, "params": {"method.rank": 16}}, [TRAPPED]
+        "COMPLETE",
+        {"eval_loss": 2.1, "gain": 0.4, "gap": math.inf, "params": {"method.rank": 16}},
+        [OVERFIT],
+        [TRAPPED],
     )
 
 
 def diverge(record: Record) -> None:
-    record.finish("FAIL", {"last_finite_step": 39}, [], "diverged")
+    record.finish("FAIL", {"last_finite_step": 39}, reason="diverged")
 
 
 def diverge_or_finish(record: Record) -> None:
@@ -237,7 +255,7 @@ def assert_arrived(run: ServerRun, folder: Path) -> None:
     assert run.config == {**CONFIG, "cell": cell.number, "swept": labels}
     assert (run.project, run.group, run.job_type) == ("lora-sweep", "ladder", "trial")
     assert run.name == f"{cell.folder} rank=16 use_rslora=true base_lr={labels['base_lr']:.4g} data=facts"
-    assert run.tags == ["nightly", "zero_trapped"]
+    assert run.tags == ["nightly", "zero_trapped", "overfit", "lr_too_small"]
     assert run.exit_code == 0
     told = {key: value for key, value in run.summary.items() if not key.startswith("_")}
     best = {key: min(row[key] for row in rows if row.get(key) is not None) for key in ("eval/loss", "probe/loss")}
@@ -246,7 +264,8 @@ def assert_arrived(run: ServerRun, folder: Path) -> None:
     assert told["eval/gap"] == pytest.approx(rows[-1]["eval/gap"])
     assert told["lora_B/q_proj/rms"] == pytest.approx(rows[-1]["lora_B/q_proj/rms"])
     assert not [key for key in told if key.startswith("lora_B_histogram/")]
-    expected = {"eval_loss": 2.1, "gain": 0.4, "base_loss": 2.5, "state": "COMPLETE", "flags": ["zero_trapped"]}
+    expected = {"eval_loss": 2.1, "gain": 0.4, "base_loss": 2.5, "state": "COMPLETE", "cause": "lr_too_small"}
+    assert told["flags"] == ["zero_trapped", "overfit"]
     assert {key: told.get(key) for key in (*expected, "gap", "reason")} == {**expected, "gap": None, "reason": None}
     assert told["evidence/zero_trapped/rho"] == 0.1
 
@@ -298,7 +317,7 @@ def test_a_diverged_trial_leaves_valid_json_without_made_up_numbers(tmp_path: Pa
     record = a_record(tmp_path, 0)
     hot = replace(an_evaluation(0, 10), eval_loss=math.nan, grad_norm_A=math.inf, last_finite_step=7)
     record.log(hot)
-    record.finish("FAIL", {"eval_loss": np.float64("nan"), "steps": np.int64(10)}, [], "diverged")
+    record.finish("FAIL", {"eval_loss": np.float64("nan"), "steps": np.int64(10)}, reason="diverged")
     row = strict((record.folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["eval/loss"] is row["eval/gap"] is row["grad_norm/A"] is None
     assert row["probe/loss"] == hot.probe_loss
@@ -330,8 +349,14 @@ def test_the_result_appears_whole_at_the_end_and_never_before(tmp_path: Path, mo
     assert result is not None
     assert (result["cell"], result["state"], result["eval_loss"]) == (3, "COMPLETE", 2.1)
     assert result["findings"] == [
-        {"flag": "zero_trapped", "evidence": {"rho": 0.1, "rho_min": 0.3}, "sentence": TRAPPED.sentence}
-    ]
+        {
+            "flag": "overfit",
+            "evidence": {"rise": 0.1, "allowed": 0.05},
+            "sentence": OVERFIT.sentence,
+            "cause": None,
+            "is_fault": True,
+        }
+    ], "the verdict compares with the study, so it is no part of a trial's result"
     assert not list(again.folder.rglob("*.tmp"))
 
 

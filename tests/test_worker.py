@@ -91,7 +91,7 @@ def test_a_grid_runs_every_cell_once_and_leaves_what_the_readme_promises(in_fold
         assert row["steps"] == 6
         trial = in_folder / "outputs/ask/trials" / f"{row['number']:04d}"
         assert sorted(file.name for file in trial.iterdir()) == [
-            "adapter", "config.yaml", "evaluations", "metrics.jsonl", "result.json",
+            "adapter", "config.yaml", "evaluations", "heat_map.png", "metrics.jsonl", "result.json",
         ]  # fmt: skip
         steps = [json.loads(line)["step"] for line in (trial / "metrics.jsonl").read_text().splitlines()]
         assert steps == [1, 2, 3, 4, 5, 6]
@@ -163,8 +163,11 @@ def test_a_diverged_cell_is_a_failure_with_its_last_finite_step_and_no_made_up_l
 def test_an_adapter_that_learned_nothing_is_flagged_and_never_picked(in_folder: Path) -> None:
     _, _, table = run(write_sweep(in_folder, {"optimizer.base_lr": "choice(1e-9, 1e-8)"}))
     assert [row["flags"] for row in table] == [["zero_trapped"]] * 2
-    finding = json.loads((in_folder / "outputs/ask/trials/0000/result.json").read_text())["findings"][0]
-    assert finding["evidence"]["delta_rel"] < finding["evidence"]["delta_rel_needed"]
+    assert [row["cause"] for row in table] == ["lr_too_small"] * 2
+    result = json.loads((in_folder / "outputs/ask/trials/0000/result.json").read_text())
+    assert result["flags"] == [], "what compares with the study is no finding of the trial's own"
+    (cause,) = result["diagnosis"]["causes_without_gain"]
+    assert cause["evidence"]["delta_rel"] < cause["evidence"]["delta_rel_needed"]
     with pytest.raises(NoSafeAnswer, match="zero_trapped"):
         pick(Path("outputs/ask"))
 

@@ -107,7 +107,7 @@ def _train_packed(
         trial = Trial.of(Cell(number), config)
         method = replace(trial.method, rank=rank, alpha=2.0 * rank)
         optimizer, train = replace(trial.optimizer, base_lr=lr), replace(trial.train, seed=seed)
-        trials.append(Trial(trial.cell, method, optimizer, train))
+        trials.append(Trial(trial.cell, method, optimizer, train, trial.health))
     settings = Settings.of(trials[0])
     assert settings.slots is not None
     for first in range(0, len(trials), settings.slots):

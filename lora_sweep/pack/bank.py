@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lora_sweep.pack.slot import Slot
 
-Side = Literal["A", "B"]
+Which = Literal["A", "B"]
 
 Shapes = Mapping[str, tuple[int, int]]
 """Module name -> (d_in, d_out)."""
@@ -40,7 +40,7 @@ class Layout:
         """Module name -> (..., rank, d_out) views of `rows` (..., size)."""
         return self.side("B", rows[..., self.size_A :])
 
-    def side(self, side: Side, part: Tensor) -> dict[str, Tensor]:
+    def side(self, side: Which, part: Tensor) -> dict[str, Tensor]:
         """Module name -> (..., rank, d) views of all A or all B of some rows."""
         views, begin = {}, 0
         for name, (d_in, d_out) in self.shapes.items():

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora_sweep import health, quant
+from lora_sweep import adapters, health, quant
 from lora_sweep.blueprint import Blueprint, peft_config
 from lora_sweep.data import Data
 from lora_sweep.errors import UserError
@@ -141,11 +141,12 @@ class Pack:
         self._at(index).load(folder)
         return index
 
-    def export(self, slot: int, folder: Path) -> None:
-        """Writes the slot's adapter as a PEFT folder."""
+    def export(self, slot: int, folder: Path) -> tuple[str, ...]:
+        """Writes the slot's adapter as a PEFT folder; returns the modules that the file, read again, does not hold."""
         at = self._at(slot)
         weights = {name: (at.A[name], at.B[name].T) for name in self._linears}
         self._blueprint.write(folder, self._peft_config(at.trial), weights)
+        return adapters.lost(folder, weights)
 
     def close(self) -> None:
         """Unwraps the base."""
@@ -193,18 +194,28 @@ class Pack:
         peak = memory.Peak(self._device) if measures else None
         steps = [each for slots in _split(live, width) for each in self._within_memory(self._passes.train, slots)]
         peak_bytes = None if peak is None else peak.bytes
+        looked_at = [slot for slot in live if slot is not None and slot.is_looked_at_next]
+        before = health.snapshot([each for slot in looked_at for each in slot.factors()])
         tokens = 0
         for slots, means, counts in steps:
             for slot, mean, count in zip(slots, means.unbind(), counts, strict=True):
                 if slot is not None:
                     slot.update(mean, count)
                     tokens += count
+        self._look(looked_at, before)
         if measures:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             capacity.took(width, len(live), time.monotonic() - began, peak_bytes)
         self._trained_tokens += tokens
         self._trained_seconds += time.monotonic() - began
+
+    def _look(self, slots: Sequence[Slot], before: health.Snapshot) -> None:
+        """Health looks at these slots at once, on the device."""
+        if slots:
+            rows = health.look([module for slot in slots for module in slot.adapted_modules()], before)
+            for slot, each in zip(slots, rows.chunk(len(slots)), strict=True):
+                slot.chart.take(slot.step, each)
 
     def _evaluate(self) -> list[Evaluation]:
         due = [slot for slot in self._passes.order(self._live()) if slot is None or slot.is_due]
@@ -241,10 +252,8 @@ class Pack:
         return [each for part in (slots[:half], slots[half:]) for each in self._within_memory(work, part)]
 
     def _report(self, slot: Slot, eval_loss: float, probe_loss: float, each: Any, speed: float) -> Evaluation:
-        modules = {
-            name: health.AdaptedModule(slot.A[name], slot.B[name], self._base_norms[name]) for name in self._linears
-        }
-        steps = slot.take_steps()
+        steps, reading = slot.take_steps(), slot.chart.reading()
+        factors = dict(zip(slot.A, slot.factors(), strict=True))
         finite = [step.step for step in steps if math.isfinite(step.train_loss)]
         all_finite = len(finite) == len(steps) and math.isfinite(eval_loss)
         first_broken = next((step.step for step in steps if not math.isfinite(step.train_loss)), slot.step + 1)
@@ -259,7 +268,9 @@ class Pack:
             eval_losses=each,
             grad_norm_A=float(grad_A),
             grad_norm_B_over_s=float(grad_B) / slot.trial.scaling,
-            measurements=health.measure(modules, slot.trial.scaling, slot.lr_B_squared),
+            measurements=health.measurements(reading, factors, slot.trial.scaling, self._base_norms),
+            reading=reading,
+            delta_rel=health.delta_rel(reading, slot.trial.scaling, self._base_norms),
             steps=steps,
             seconds=slot.seconds,
             tokens_per_second=speed,

@@ -14,8 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from lora_sweep import health
+from lora_sweep.health import AdaptedModule, Chart, Side, Stepped
 from lora_sweep.pack import optimizers
-from lora_sweep.pack.bank import Bank, Banks, Side
+from lora_sweep.pack.bank import Bank, Banks, Which
 from lora_sweep.pack.trial import Trial
 from lora_sweep.records import Step
 
@@ -66,7 +68,10 @@ class Slot:
         )
         self.step = 0
         self.tokens = 0
-        self.lr_B_squared = 0.0
+        self.chart = Chart(tuple(self.A), trial.train.max_steps, trial.health.look_every)
+        self._is_hopeless: bool | None = None
+        self._rates = (0.0, 0.0)
+        """lr of A and of B as last stepped."""
         self.pending: list[tuple[int, Tensor, float, float]] = []
         """(step, mean loss, lr_A, lr_B) since the last evaluation; losses stay on the device."""
         self.grad_norms: tuple[Tensor, Tensor] | None = None
@@ -97,7 +102,7 @@ class Slot:
                 self._parameters[name] = nn.Parameter(value)
             self._parameters[name].grad = gradient
 
-    def group(self, side: Side) -> list[nn.Parameter]:
+    def group(self, side: Which) -> list[nn.Parameter]:
         """The parameters of all A ("A") or of all B ("B")."""
         return [parameter for name, parameter in self._parameters.items() if name[0] == side]
 
@@ -110,14 +115,31 @@ class Slot:
         return self.step >= self.trial.train.max_steps
 
     @property
+    def is_given_up(self) -> bool:
+        """Under health.action=stop, once the window is over: it cannot learn any more. Waits for the device."""
+        if self.trial.health.action != "stop" or not self.chart.window_is_over:
+            return False
+        if self._is_hopeless is None:
+            self._is_hopeless = health.cannot_learn(self.chart.reading(), self.trial.asked)
+        return self._is_hopeless
+
+    @property
     def is_due(self) -> bool:
         """At an evaluation boundary with steps not yet reported."""
-        return bool(self.pending) and (self.step % self.trial.train.eval_every == 0 or self.is_finished)
+        return bool(self.pending) and (self._is_evaluated_after(self.step) or self.is_given_up)
+
+    def _is_evaluated_after(self, step: int) -> bool:
+        return step % self.trial.train.eval_every == 0 or step == self.trial.train.max_steps
+
+    @property
+    def is_looked_at_next(self) -> bool:
+        """Whether health looks at the adapter after the next step."""
+        return self.chart.is_due(self.step + 1, self._is_evaluated_after(self.step + 1))
 
     def update(self, loss: Tensor, tokens: int) -> None:
         """Steps on the gradients that lie in the bank; `loss` () is the step's mean loss."""
         next_step = self.step + 1
-        if next_step % self.trial.train.eval_every == 0 or next_step == self.trial.train.max_steps:
+        if self._is_evaluated_after(next_step):
             norms = [
                 torch.nn.utils.get_total_norm([p.grad for p in self.group(side) if p.grad is not None])
                 for side in ("A", "B")
@@ -130,8 +152,48 @@ class Slot:
         self.schedule.step()
         self.step = next_step
         self.tokens += tokens
-        self.lr_B_squared += lr_B**2
+        self._rates = (lr_A, lr_B)
+        self.chart.stepped(lr_A, lr_B, self._shrink("B"))
         self.pending.append((self.step, loss, lr_A, lr_B))
+
+    def _shrink(self, side: Which) -> float:
+        """What decoupled decay has multiplied A or B by in the last step."""
+        group = self.optimizer.param_groups["AB".index(side)]
+        return 1 - self._rates["AB".index(side)] * float(group["weight_decay"]) if self.trial.decays_apart else 1.0
+
+    def factors(self) -> list[tuple[Tensor, Tensor]]:
+        """(A, B) of each module."""
+        return list(zip(self.A.values(), self.B.values(), strict=True))
+
+    def adapted_modules(self) -> list[AdaptedModule]:
+        """Each module as the last step left it, for a look."""
+        A, B = self._sides("A", self.A), self._sides("B", self.B)
+        return [AdaptedModule(a, b) for a, b in zip(A, B, strict=True)]
+
+    def _sides(self, which: Which, values: Mapping[str, Tensor]) -> list[Side]:
+        bank, row = self.home
+        rank, size_A = self.trial.method.rank, bank.layout.size_A
+        part = slice(0, size_A) if which == "A" else slice(size_A, None)
+        gradients = bank.layout.side(which, bank.gradients[row][part])
+        moments = self._moments(which)
+        group = self.optimizer.param_groups["AB".index(which)]
+        betas = self.trial.optimizer.beta1, self.trial.optimizer.beta2
+        stepped = Stepped(self._shrink(which), float(group.get("eps", 0.0)), betas, self.step)
+        unknown = None, None
+        both = {name: moments.get(name, unknown) for name in values}
+        return [
+            Side(value, gradients[name][:rank], both[name][0], both[name][1], stepped) for name, value in values.items()
+        ]
+
+    def _moments(self, which: Which) -> dict[str, tuple[Tensor, Tensor]]:
+        """Module -> Adam's first and second moment (r, d), where they are kept in full precision."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, path, value in self._state():
+            side, _, module = path.partition("/")
+            place = optimizers.MOMENTS.get(key)
+            if side == which and place and isinstance(value, Tensor) and value.dtype.itemsize >= 4:
+                found.setdefault(module, {})[place] = value
+        return {name: (each["m"], each["v"]) for name, each in found.items() if len(each) == 2}
 
     def _clip(self, max_norm: float) -> None:
         """Scales all gradients by max_norm / norm where the norm of (g_A, g_B / clip_scale_B) is above it."""
@@ -163,7 +225,9 @@ class Slot:
                 tensors[f"{key}/{name}"] = value
             else:
                 numbers[f"{key}/{name}"] = value
-        counters = {"step": self.step, "tokens": self.tokens, "lr_B_squared": self.lr_B_squared}
+        chart, looks = self.chart.state()
+        tensors["chart"] = looks
+        counters = {"step": self.step, "tokens": self.tokens, "chart": chart}
         metadata = {
             "counters": json.dumps(counters | {"seconds": self.seconds}),
             "numbers": json.dumps(numbers),
@@ -188,12 +252,12 @@ class Slot:
                 if name in ("A", "B") and isinstance(value, Tensor) and value.shape == parameter.shape:
                     yield from (
                         (key, f"{name}/{module}", view)
-                        for module, view in self._modules(cast(Side, name), value).items()
+                        for module, view in self._modules(cast(Which, name), value).items()
                     )
                 else:
                     yield key, name, value
 
-    def _modules(self, side: Side, flat: Tensor) -> dict[str, Tensor]:
+    def _modules(self, side: Which, flat: Tensor) -> dict[str, Tensor]:
         """Module name -> (r, d) views of what has the form of all A or all B."""
         bank, _ = self.home
         rank = self.trial.method.rank
@@ -207,13 +271,15 @@ class Slot:
                 raise ValueError(f"{folder}: the checkpoint is of a trial with other settings")
             keys: list[str] = file.keys()
             tensors = {key: file.get_tensor(key) for key in keys}
+        looks = tensors.pop("chart")
         for side, views in (("A", self.A), ("B", self.B)):
             for name, view in views.items():
                 view.copy_(tensors.pop(f"{side}/{name}"))
         self._load_state(tensors | json.loads(metadata["numbers"]))
         counters = json.loads(metadata["counters"])
         self.step, self.tokens = counters["step"], counters["tokens"]
-        self.lr_B_squared, self._seconds_before = counters["lr_B_squared"], counters["seconds"]
+        self.chart.restore(counters["chart"], looks)
+        self._seconds_before = counters["seconds"]
         self.schedule.last_epoch = self.step
         lambdas = zip(self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
         for group, base_lr, factor in lambdas:
@@ -232,11 +298,13 @@ class Slot:
             state = self.optimizer.state[parameter]
             if key not in state:
                 state[key] = torch.zeros_like(parameter)
-            self._modules(cast(Side, side), state[key])[module].copy_(placed)
+            self._modules(cast(Which, side), state[key])[module].copy_(placed)
 
 
 def _identity(trial: Trial) -> str:
     whole: dict[str, Any] = asdict(trial) | {"cell": trial.cell.number}
     # How many share the pack changes no trial.
     whole["train"].pop("slots")
+    # Nor does looking at it.
+    whole.pop("health")
     return json.dumps(whole, sort_keys=True)

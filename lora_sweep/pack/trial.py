@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from lora_sweep.config import Config, MethodConfig, OptimizerConfig, TrainConfig
+from lora_sweep.config import Config, HealthConfig, MethodConfig, OptimizerConfig, TrainConfig
+from lora_sweep.health import Asked
 from lora_sweep.records import Cell
 
 
@@ -14,10 +15,11 @@ class Trial:
     method: MethodConfig
     optimizer: OptimizerConfig
     train: TrainConfig
+    health: HealthConfig
 
     @classmethod
     def of(cls, cell: Cell, config: Config) -> "Trial":
-        return cls(cell, config.method, config.optimizer, config.train)
+        return cls(cell, config.method, config.optimizer, config.train, config.health)
 
     @property
     def scaling(self) -> float:
@@ -42,6 +44,16 @@ class Trial:
     @property
     def eps_B(self) -> float:
         return self.optimizer.eps * self.scaling if self.optimizer.eps_rule == "scaled" else self.optimizer.eps
+
+    @property
+    def asked(self) -> Asked:
+        """What health must know of it; adapters and their gradients are never below fp32 here."""
+        return Asked(self.optimizer.ratio, coupled_decay=0.0 if self.decays_apart else self.weight_decay_B)
+
+    @property
+    def decays_apart(self) -> bool:
+        """Whether weight decay is decoupled from the gradient, as AdamW has it."""
+        return self.optimizer.optim != "sgd"
 
     @property
     def clip_scale_B(self) -> float:

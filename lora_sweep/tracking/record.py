@@ -4,7 +4,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
@@ -12,11 +14,15 @@ from numpy.typing import NDArray
 
 from lora_sweep.errors import OutOfRoom
 from lora_sweep.records import Base, Cell, Evaluation, Finding
+from lora_sweep.tracking import heat_map
 from lora_sweep.tracking.wandb_run import Histograms, Row, Run, Tracker, plain
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations"
 RESULT = "result.json"
+HEAT_MAP = "heat_map.png"
+
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class Record:
@@ -28,6 +34,8 @@ class Record:
         self._cell = cell.number
         self._last = last
         self._run = run
+        self._table: dict[str, float] | None = None
+        """Module -> s |BA|_F / |W|_F at the last evaluation."""
         self._metrics: BinaryIO = (folder / METRICS).open("ab")
 
     @classmethod
@@ -65,12 +73,15 @@ class Record:
         Raises OutOfRoom where they can't be written; what was recorded before stays safe.
         """
         histograms = {m.group: m.histogram.counts for m in evaluation.measurements}
+        self._table = dict(zip(evaluation.reading.modules, evaluation.delta_rel.tolist(), strict=True))
         rows = [row for row in _rows(evaluation) if row["step"] > self._last]
         if not rows:
             return
         with _disk(self.folder):
             # The arrays first: a row with an evaluation promises its file.
-            _write_evaluation(_npz(self.folder, evaluation.step), evaluation.eval_losses, histograms)
+            last = {f"module/{metric}": values[-1] for metric, values in evaluation.reading.values.items()}
+            last |= {"module/name": np.array(evaluation.reading.modules), "module/delta_rel": evaluation.delta_rel}
+            _write_evaluation(_npz(self.folder, evaluation.step), evaluation.eval_losses, histograms, last)
             self._metrics.write(b"".join(_json(row) + b"\n" for row in rows))
             _flush(self._metrics)
         self._last = rows[-1]["step"]
@@ -83,27 +94,32 @@ class Record:
         state: Literal["COMPLETE", "PRUNED", "FAIL"],
         result: Mapping[str, Any],
         findings: Sequence[Finding] = (),
+        verdict: Sequence[Finding] = (),
         reason: str | None = None,
     ) -> None:
         """Ends the trial: `result` (plain values, nested or not) goes into result.json and into the run's summary.
 
-        result.json holds `cell`, `state`, `reason`, `flags`, `findings`, `wandb_id` and the keys of `result`. `reason`
-        is of a FAIL. Raises OutOfRoom where it can't be written.
+        result.json holds `cell`, `state`, `reason`, `flags`, `findings` (the trial's own), `wandb_id` and the keys of
+        `result`. `verdict`, which compares with what the study knows today, goes into the W&B run alone. `reason` is of
+        a FAIL. Raises OutOfRoom where it can't be written.
         """
-        whole = {
-            "cell": self._cell,
-            **result,
-            "state": state,
-            "reason": reason,
-            "flags": [finding.flag for finding in findings],
-            "findings": [{"flag": f.flag, "evidence": f.evidence, "sentence": f.sentence} for f in findings],
-            "wandb_id": self.wandb_id,
-        }
+        whole = {"cell": self._cell, **result, "state": state, "reason": reason, **_told(findings)}
+        whole["wandb_id"] = self.wandb_id
+        picture = heat_map.draw(self._table, self._causes(result)) if self._table is not None else None
         if self._run is not None:
-            self._run.finish(whole)
+            cause = next((finding.cause for finding in verdict), None)
+            self._run.finish(whole | _told([*verdict, *findings]) | {"cause": cause}, picture)
         with _disk(self.folder):
             self._metrics.close()
+            if picture is not None:
+                _replace(self.folder / HEAT_MAP, picture)
             _replace(self.folder / RESULT, _json(whole, indent=2) + b"\n")
+
+    @staticmethod
+    def _causes(result: Mapping[str, Any]) -> dict[str, str]:
+        """Module -> the rule that traps it."""
+        found = (result.get("diagnosis") or {}).get("causes", ())
+        return {module: cause["name"] for cause in found for module in cause["modules"]}
 
     def abandon(self) -> None:
         """Closes files and run without a result: the trial was interrupted and can be resumed."""
@@ -176,7 +192,11 @@ def _rows(evaluation: Evaluation) -> list[Row]:
             f"lora_B/{m.group}/exact_zero": m.exact_zero_B,
             f"lora_B/{m.group}/delta_rel": m.delta_rel,
             f"lora_B/{m.group}/rho": m.rho,
+            f"lora_B/{m.group}/moved": m.moved_B,
+            f"lora_B/{m.group}/v_over_eps": m.v_over_eps_B,
+            f"lora_B/{m.group}/stable_rank": m.stable_rank,
             f"lora_A/{m.group}/rms": m.rms_A,
+            f"lora_A/{m.group}/moved": m.moved_A,
         }
     return [plain(rows[step]) for step in sorted(rows)]
 
@@ -189,11 +209,21 @@ def _npz(folder: Path, step: int | Literal["base"]) -> Path:
     return folder / EVALUATIONS / ("base.npz" if step == "base" else f"{step:06d}.npz")
 
 
-def _write_evaluation(path: Path, losses: NDArray[np.float64], histograms: Histograms) -> None:
+def _told(findings: Sequence[Finding]) -> dict[str, Any]:
+    return {
+        "flags": [finding.flag for finding in findings],
+        "findings": [asdict(finding) for finding in findings],
+    }
+
+
+def _write_evaluation(
+    path: Path, losses: NDArray[np.float64], histograms: Histograms, modules: Mapping[str, Any] = NONE
+) -> None:
+    """`modules`: `module/name` and each `module/<metric>` of health.look, (modules,)."""
     counts: dict[str, Any] = {f"lora_B/{group}": np.asarray(count, np.int64) for group, count in histograms.items()}
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
-        np.savez(file, losses=np.asarray(losses, np.float64), **counts)
+        np.savez(file, losses=np.asarray(losses, np.float64), **counts, **modules)
         _flush(file)
     temporary.replace(path)
 
@@ -201,7 +231,8 @@ def _write_evaluation(path: Path, losses: NDArray[np.float64], histograms: Histo
 def _read_npz(path: Path) -> tuple[NDArray[np.float64], dict[str, NDArray[np.int64]]]:
     with np.load(path, allow_pickle=False) as arrays:
         losses = arrays["losses"]
-        return losses, {name.removeprefix("lora_B/"): arrays[name] for name in arrays.files if name != "losses"}
+        groups = [name for name in arrays.files if name.startswith("lora_B/")]
+        return losses, {name.removeprefix("lora_B/"): arrays[name] for name in groups}
 
 
 def _scan(folder: Path) -> Iterator[tuple[Row, int]]:
@@ -235,6 +266,8 @@ def _cut(folder: Path, step: int) -> list[Row]:
     with (folder / METRICS).open("ab") as file:
         file.truncate(end)
         _flush(file)
+    for left in folder.glob("*.tmp"):
+        left.unlink()
     for path in (folder / EVALUATIONS).iterdir():
         if path.suffix == ".tmp" or (path.stem.isdecimal() and int(path.stem) > step):
             path.unlink()

@@ -1,5 +1,6 @@
 """One W&B run a trial, offline or online, several live in one process; it cannot stop the training."""
 
+import io
 import logging
 import math
 import os
@@ -26,11 +27,13 @@ _SUMMARIES = {"eval/loss": "min", "probe/loss": "min", "train/loss": "min,last",
 """Metric -> what W&B's tables and parallel coordinates show of its series; of all others (eval/gap, lora_B/<group>/rms)
 they show the last value under the metric's own name, which is W&B's default."""
 _BEST = tuple(name for name, summary in _SUMMARIES.items() if "min" in summary)
-_NO_SUMMARY = ("cell", "params", "findings", "wandb_id")
+_NO_SUMMARY = ("cell", "params", "findings", "wandb_id", "curve", "diagnosis")
 """Keys of result.json that the run has as configuration, id and evidence."""
+_ALERTED = ("zero_trapped", "partially_trapped")
 _TAG_LENGTH = 64
 _NAME_LENGTH = 128
 _TRY_AGAIN_SECONDS = 300.0
+_RETRIES = 6
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +74,14 @@ class Tracker:
         run = Run(self)
         run.start(cell, config, base)
         return run
+
+    def alerts_now(self) -> bool:
+        """True once in the life of the study."""
+        try:
+            (self.folder / "wandb" / "alerted").open("x").close()
+        except FileExistsError:
+            return False
+        return True
 
     def close(self) -> None:
         """Waits until the runs that are being finished are uploaded, at most `patience_seconds`."""
@@ -121,9 +132,12 @@ class Run:
     def log(self, row: Row, histograms: Histograms) -> None:
         self._try("logging", lambda: self._log(row, histograms))
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """Ends the run with the content of result.json: numbers into the summary, flags into the tags as well."""
-        self._try("writing the summary", lambda: self._conclude(result))
+    def finish(self, result: Mapping[str, Any], heat_map: bytes | None = None) -> None:
+        """Ends the run with the content of result.json: numbers into the summary, flags and cause into tags as well.
+
+        `heat_map`: a PNG, into the summary. The first trapped adapter of a study raises its one alert.
+        """
+        self._try("writing the summary", lambda: self._conclude(result, heat_map))
         self.end(failed=result["state"] == "FAIL")
 
     def end(self, *, failed: bool) -> None:
@@ -184,6 +198,9 @@ class Run:
                 init_timeout=tracker.patience_seconds,
                 finish_timeout=tracker.patience_seconds,
                 finish_timeout_raises=True,
+                # Else an alert that finds no server holds the end of the process up for minutes.
+                x_graphql_retry_max=_RETRIES,
+                x_graphql_retry_wait_max_seconds=max(1.0, tracker.patience_seconds / _RETRIES),
             ),
         )
         for name, summary in _SUMMARIES.items():
@@ -205,16 +222,29 @@ class Run:
         self._run.log(values, step=step, commit=True)
         self._next = step + 1
 
-    def _conclude(self, result: Mapping[str, Any]) -> None:
+    def _conclude(self, result: Mapping[str, Any], heat_map: bytes | None) -> None:
         summary = {key: value for key, value in result.items() if key not in _NO_SUMMARY}
         summary["evidence"] = {finding["flag"]: finding["evidence"] for finding in result["findings"]}
         self._run.summary.update(dict(_flat(plain(summary))))
         if self._run.resumed:  # W&B forgets the minima of before
             for name, best in self._best.items():
                 self._run.summary[name] = {**dict(self._run.summary.get(name) or {}), "min": best}
-        flags = [flag[:_TAG_LENGTH] for flag in result["flags"]]
+        if heat_map is not None:
+            self._run.summary["heat_map"] = self._wandb.Image(_picture(heat_map))
+        trapped = next((each for each in result["findings"] if each["flag"] in _ALERTED), None)
+        if trapped is not None and self._tracker.alerts_now():
+            title = f"{self._tracker.study}: {trapped['flag']} ({trapped['cause']})"
+            self._run.alert(title=title, text=f"cell {result['cell']}: {trapped['sentence']}")
+        words = [*result["flags"], *filter(None, [result["cause"]])]
+        flags = [flag[:_TAG_LENGTH] for flag in words]
         if flags:
             self._run.tags = tuple(dict.fromkeys((*(self._run.tags or ()), *flags)))
+
+
+def _picture(png: bytes) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(png))
 
 
 def _import_wandb() -> Any:

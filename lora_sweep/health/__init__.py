@@ -1,0 +1,40 @@
+"""Measurements of an adapter -> findings with a cause. Knows neither study nor pack: tensors and numbers in, words out.
+
+`look` measures tensors, `Chart` keeps what was seen of one adapter, `rules` names the cause of each module's trouble,
+`course` reads the losses, `verdict` says it all. A trial stores what it shows by itself (`diagnose`, `own_findings`);
+`verdict` compares it with its study whenever that is shown.
+"""
+
+from lora_sweep.health.chart import Chart
+from lora_sweep.health.course import Course, forgetting, paired_gain
+from lora_sweep.health.group import delta_rel, measurements
+from lora_sweep.health.histogram import BIN_EDGES
+from lora_sweep.health.look import AdaptedModule, Side, Snapshot, Stepped, look, snapshot
+from lora_sweep.health.rules import CAUSES, Asked, Seen, causes
+from lora_sweep.health.verdict import best_gains, cannot_learn, diagnose, own_findings, seen, verdict
+
+__all__ = [
+    "BIN_EDGES",
+    "CAUSES",
+    "AdaptedModule",
+    "Asked",
+    "Chart",
+    "Course",
+    "Seen",
+    "Side",
+    "Snapshot",
+    "Stepped",
+    "best_gains",
+    "cannot_learn",
+    "causes",
+    "delta_rel",
+    "diagnose",
+    "forgetting",
+    "look",
+    "measurements",
+    "own_findings",
+    "paired_gain",
+    "seen",
+    "snapshot",
+    "verdict",
+]

@@ -1,0 +1,95 @@
+"""What was seen of one adapter over its training: a look now and then, and sums over every step."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_sweep.health.look import METRICS
+from lora_sweep.records import Reading, Tally
+
+FIRST_LOOKS = (1, 2, 3, 10)
+"""Steps after which an adapter is looked at, beside the end of the window, every `every` steps and each evaluation."""
+
+WINDOW_STEPS, WINDOW_SHARE = 20, 0.05
+"""The window is the first max(20, 5 %) steps whose learning rate was above 0."""
+
+
+def window(max_steps: int) -> int:
+    """Steps with a learning rate above 0 that the early rules are about."""
+    return min(max_steps, max(WINDOW_STEPS, math.ceil(WINDOW_SHARE * max_steps)))
+
+
+@dataclass
+class Chart:
+    """The looks and the sums of one adapter. Waits for the device only in `reading` and `state`."""
+
+    modules: tuple[str, ...]
+    max_steps: int
+    every: int
+    _tally: Tally = field(default_factory=Tally)
+    _seen: list[tuple[int, Tally, Tensor]] = field(default_factory=list)
+    """(step, sums up to it, (modules, METRICS))."""
+
+    def is_due(self, step: int, at_evaluation: bool) -> bool:
+        """Whether to look after this step, the next one."""
+        first = step in FIRST_LOOKS or step % self.every == 0
+        return at_evaluation or first or self._tally.stepped + 1 == window(self.max_steps)
+
+    def stepped(self, lr_A: float, lr_B: float, shrink_B: float) -> None:
+        """Adds a step to the sums; `shrink_B` = 1 - lr_B x weight decay of B where decay is decoupled."""
+        self._tally = self._tally.after(lr_A, lr_B, shrink_B)
+
+    def take(self, step: int, rows: Tensor) -> None:
+        """A look (modules, METRICS), after `stepped`. Kept where it lies until somebody reads."""
+        self._seen.append((step, self._tally, rows))
+
+    @property
+    def tally(self) -> Tally:
+        return self._tally
+
+    @property
+    def window_is_over(self) -> bool:
+        return self._tally.stepped >= window(self.max_steps)
+
+    @property
+    def ends_window(self) -> bool:
+        """Whether the last step was the window's last."""
+        return self._tally.stepped == window(self.max_steps)
+
+    def reading(self) -> Reading:
+        """All of it in plain numbers."""
+        found = self._on_host()
+        return Reading(
+            modules=self.modules,
+            window=window(self.max_steps),
+            steps=tuple(step for step, _, _ in self._seen),
+            tallies=tuple(tally for _, tally, _ in self._seen),
+            values={name: found[:, :, column] for column, name in enumerate(METRICS)},
+            tally=self._tally,
+        )
+
+    def _on_host(self) -> Any:
+        if not self._seen:
+            return np.empty((0, len(self.modules), len(METRICS)))
+        together = torch.stack([rows for _, _, rows in self._seen]).cpu()
+        self._seen = [(step, tally, rows) for (step, tally, _), rows in zip(self._seen, together, strict=True)]
+        return together.numpy()
+
+    # -- a checkpoint --------------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Any], Tensor]:
+        """(plain values, (looks, modules, METRICS)) that `restore` takes."""
+        plain = {
+            "tally": self._tally.plain(),
+            "seen": [[step, tally.plain()] for step, tally, _ in self._seen],
+        }
+        return plain, torch.from_numpy(self._on_host()).clone()
+
+    def restore(self, plain: Mapping[str, Any], rows: Sequence[Tensor] | Tensor) -> None:
+        self._tally = Tally(*plain["tally"])
+        self._seen = [(step, Tally(*tally), each) for (step, tally), each in zip(plain["seen"], rows, strict=True)]

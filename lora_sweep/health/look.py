@@ -1,0 +1,197 @@
+"""One look at adapters as they stand after an optimizer step: tensors -> numbers, a row a module.
+
+Pure, and on the device: modules of one shape, of whatever adapter, are measured at once, and nothing waits for the
+device. |BA|_F^2 = tr((B'B)(AA')), so BA itself is never formed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+METRICS = (
+    "rms_A", "rms_B", "absmax_B", "zero_B", "product", "stable_rank",
+    "gradmax_A", "gradmax_B", "gradrms_B", "gradzero_B", "v_over_eps_B", "moved_A", "moved_B", "lr_A", "lr_B",
+)  # fmt: skip
+"""Columns of a look.
+
+rms, absmax: of all elements. zero_B: share of elements that are exactly 0. product: |BA|_F. stable_rank: |BA|_F^2 over
+its largest singular value squared; nan where BA = 0. gradmax, gradrms, gradzero: of the gradient that was stepped on;
+-1 where there is none. v_over_eps_B: median sqrt(v) / eps, bias corrected. moved: share of elements whose bits the step
+has changed. lr: the rate at which Adam has moved them, by what moved. The last five are of a sample; nan: not known.
+"""
+
+SAMPLE = 4096
+"""Elements of a tensor that are compared before and after a step, at most, evenly spread: +- .8 % at worst."""
+
+POWER_STEPS = 16
+"""Of the power iteration for the largest singular value, which they give from below."""
+
+CERTAIN_ULPS = 64.0
+"""A rate is measured on elements that move by so many spacings of their own floating-point numbers at least."""
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """How the optimizer has just stepped a parameter."""
+
+    shrink: float
+    """1 - lr x weight decay where decay is decoupled, else 1: what the step has multiplied the value by."""
+    eps: float
+    betas: tuple[float, float]
+    t: int
+    """Steps in the moments, for the bias correction."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A or B of a module with what its optimizer has of it; all tensors of one shape and layout."""
+
+    value: Tensor
+    """(r, d), the rank first: B comes transposed."""
+    gradient: Tensor | None
+    """As the optimizer saw it, clipped; None where backward left none."""
+    m: Tensor | None
+    """Adam's first moment; None of other optimizers, and of states in 8 bits."""
+    v: Tensor | None
+    stepped: Stepped
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """One adapted module of one adapter."""
+
+    A: Side
+    B: Side
+
+
+Snapshot = Sequence[tuple[Tensor, Tensor]]
+"""Samples of A and B of each module before a step."""
+
+
+def snapshot(values: Sequence[tuple[Tensor, Tensor]]) -> Snapshot:
+    """What `look` must know of (A, B) of each module as they were before the step."""
+    return [(_sample(A), _sample(B)) for A, B in values]
+
+
+def look(modules: Sequence[AdaptedModule], before: Snapshot) -> Tensor:
+    """(modules, METRICS) float64 on the device."""
+    if len(modules) != len(before):
+        raise ValueError(f"{len(modules)} modules, but {len(before)} of the snapshot")
+    alike: dict[object, list[int]] = {}
+    for place, module in enumerate(modules):
+        alike.setdefault(_kind(module), []).append(place)
+    device = modules[0].A.value.device
+    rows = torch.empty(len(modules), len(METRICS), dtype=torch.float64, device=device)
+    for places in alike.values():
+        found = _columns([modules[place] for place in places], [before[place] for place in places])
+        ordered = torch.stack([found[name].double() for name in METRICS], dim=1)
+        rows[torch.tensor(places, device=device)] = ordered
+    return rows
+
+
+def _kind(module: AdaptedModule) -> object:
+    """What modules must have in common to be stacked."""
+    sides = [
+        (
+            side.value.shape,
+            side.value.dtype,
+            side.gradient is None,
+            side.m is None or side.v is None,
+            side.stepped.betas,
+        )
+        for side in (module.A, module.B)
+    ]
+    return tuple(sides)
+
+
+def _columns(modules: Sequence[AdaptedModule], before: Snapshot) -> dict[str, Tensor]:
+    """Each (n,) of n modules of one kind."""
+    A, B = (torch.stack([_wide(getattr(module, side).value) for module in modules]) for side in ("A", "B"))
+    product = torch.bmm(B, B.transpose(1, 2)), torch.bmm(A, A.transpose(1, 2))
+    squared = (product[0] * product[1]).sum((1, 2)).clamp(min=0)
+    none = torch.full((len(modules),), torch.nan, device=A.device)
+    found = {
+        "rms_A": A.square().mean((1, 2)).sqrt(),
+        "rms_B": B.square().mean((1, 2)).sqrt(),
+        "absmax_B": B.abs().amax((1, 2)),
+        "zero_B": (B == 0).float().mean((1, 2)),
+        "product": squared.sqrt(),
+        "stable_rank": squared / _largest_squared(torch.bmm(*product)),
+        "gradmax_A": _gradients(modules, "A", lambda g: g.abs().amax(1)),
+        "gradmax_B": _gradients(modules, "B", lambda g: g.abs().amax(1)),
+        "gradrms_B": _gradients(modules, "B", lambda g: g.square().mean(1).sqrt()),
+        "gradzero_B": _gradients(modules, "B", lambda g: (g == 0).float().mean(1)),
+        "v_over_eps_B": none,
+    }
+    for name, place in (("A", 0), ("B", 1)):
+        sides: list[Side] = [getattr(module, name) for module in modules]
+        was = torch.stack([each[place] for each in before])
+        now = torch.stack([_sample(side.value) for side in sides])
+        found[f"moved_{name}"] = (now != was).float().mean(1)
+        found[f"lr_{name}"], ratio = _rates(sides, was, now, none)
+        if name == "B":
+            found["v_over_eps_B"] = ratio
+    return found
+
+
+def _gradients(modules: Sequence[AdaptedModule], side: str, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    found = [getattr(module, side).gradient for module in modules]
+    if found[0] is None:
+        return torch.full((len(modules),), -1.0, device=getattr(modules[0], side).value.device)
+    return reduce(torch.stack([_wide(each).flatten() for each in found]))
+
+
+def _rates(sides: Sequence[Side], was: Tensor, now: Tensor, none: Tensor) -> tuple[Tensor, Tensor]:
+    """((n,) rate at which each was moved, (n,) median sqrt(v) / eps).
+
+    A step of AdamW is P <- shrink P - lr D with D = m' / (sqrt(v') + eps), m' and v' bias corrected. So (shrink P - P')
+    / D is the rate, of every element the same; the median is taken where the change is far above rounding.
+    """
+    if sides[0].m is None or sides[0].v is None:
+        return none, none
+    m = torch.stack([_sample(_given(side.m)) for side in sides]).double()
+    v = torch.stack([_sample(_given(side.v)) for side in sides]).double()
+    beta1, beta2 = sides[0].stepped.betas
+
+    def column(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=was.device).view(-1, 1)
+
+    m /= column([1 - beta1 ** max(side.stepped.t, 1) for side in sides])
+    root = v.div_(column([1 - beta2 ** max(side.stepped.t, 1) for side in sides])).sqrt_()
+    eps = column([side.stepped.eps for side in sides])
+    direction = m / (root + eps)
+    change = was.double() * column([side.stepped.shrink for side in sides]) - now.double()
+    spacing = torch.finfo(now.dtype).eps * torch.maximum(was.abs(), now.abs()).double()
+    known = (direction != 0) & (change.abs() > CERTAIN_ULPS * spacing)
+    rates = torch.where(known, change / direction, torch.nan).nanmedian(1).values
+    return rates, (root / eps).median(1).values
+
+
+def _largest_squared(gram: Tensor) -> Tensor:
+    """(n,) largest eigenvalue of (n, r, r), the product of two positive ones: largest singular value of BA squared."""
+    r = gram.shape[1]
+    vector = torch.linspace(1, 2, r, dtype=gram.dtype, device=gram.device).expand(len(gram), r).unsqueeze(2)
+    size = torch.ones(len(gram), dtype=gram.dtype, device=gram.device)
+    for _ in range(POWER_STEPS):
+        vector = torch.bmm(gram, vector)
+        size = torch.linalg.vector_norm(vector, dim=(1, 2))
+        vector = vector / size.view(-1, 1, 1)
+    return size
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """(<= SAMPLE,) elements in the order of the memory, so that a transposed view is not copied; not a view."""
+    flat = (tensor if tensor.is_contiguous() else tensor.T).detach().reshape(-1)
+    return flat[:: -(-flat.numel() // SAMPLE)].clone()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    detached = tensor.detach()
+    return detached if detached.dtype == torch.float64 else detached.float()
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor

@@ -1,0 +1,311 @@
+"""The rules by which a module's trouble is named: the first that it meets, in the order of CAUSES.
+
+Thresholds are of the table of causes that LoRA's mathematics gives; those that only measuring can set were measured on
+the embedded transformer by `lora-sweep bench diagnosis`.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_sweep.records import Cause, Reading
+
+Mask = NDArray[np.bool_]
+Numbers = NDArray[np.float64]
+
+DEAD_RMS = 1e-12
+STEPS_TO_MOVE = 3
+UNDERFLOWN = 0.5
+"""Share of exact zeros."""
+EPS_FAULT, EPS_WARNING = 0.1, 1.0
+"""Of median sqrt(v) / eps: below, eps and not the gradient's size decides how far an element moves."""
+DECAY_KAPPA, DECAY_KEPT, COUPLED = 3.0, 0.35, 0.5
+RATIO_OCTAVES = 0.1
+STALLED, NEARLY_STALLED = 0.75, 0.95
+"""Share of the elements of B that a step moves, in a precision below fp32."""
+MOVING = 1.0
+"""rho of a B that walks in one direction, after the window; at random it stays at 1 whatever the rate."""
+RANDOM_WALK = (0.5, 1.5)
+A_STILL, A_SLOW = 0.25, 10.0
+"""Share of elements that a step moves; A's own size over the sum of its rates."""
+IDLE = 0.3
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the trainer was told, as far as the rules must know."""
+
+    ratio: float | None
+    """lr of B over lr of A; None where nobody said."""
+    coupled_decay: float = 0.0
+    """Weight decay of B that is added to its gradient (L2), which decoupled decay is not."""
+    is_low_precision: bool = False
+    """Whether adapters are held in fewer than 32 bits."""
+    fp16_gradients: bool = False
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A reading with what the rules ask of it."""
+
+    reading: Reading
+    asked: Asked
+    delta_rel: Numbers
+    """(modules,) s |BA|_F / |W|_F; nan where |W| is not known."""
+    min_delta_rel: float
+    lost: Collection[str] = ()
+    """Modules whose file does not hold what memory does."""
+
+    @cached_property
+    def looks(self) -> list[int]:
+        """Looks after a step with a learning rate above 0."""
+        counts = [tally.stepped for tally in self.reading.tallies]
+        return [place for place, count in enumerate(counts) if count > (counts[place - 1] if place else 0)]
+
+    @cached_property
+    def early(self) -> int:
+        """The look that ended the window, or the last one before."""
+        over = [i for i in self.looks if self.reading.tallies[i].stepped >= self.reading.window]
+        return over[0] if over else self.looks[-1]
+
+    @cached_property
+    def early_looks(self) -> list[int]:
+        return [i for i in self.looks if i <= self.early]
+
+    @cached_property
+    def rho(self) -> Numbers:
+        """(modules,) rms(B) / sqrt(sum of lr_B^2) at the end of the window."""
+        found: Numbers = self.of("rms_B", [self.early])[0] / np.sqrt(self.reading.tallies[self.early].lr_B_squared)
+        return found
+
+    @cached_property
+    def late(self) -> list[int]:
+        """The last looks, after the window if there are any."""
+        return [i for i in self.looks if i >= self.early][-3:]
+
+    @cached_property
+    def ratios(self) -> Numbers:
+        """Ratio of the rates at which B and A were moved, at each look that tells it; else as the groups have it."""
+        with np.errstate(all="ignore"):
+            pairs = [(_median(self.of("lr_B", [i])[0]), _median(self.of("lr_A", [i])[0])) for i in self.looks]
+        found = [b / a for b, a in pairs if np.isfinite(b) and np.isfinite(a) and a > 0]
+        tally = self.reading.tally
+        return np.array(found or [each for each in (tally.least_ratio, tally.largest_ratio) if np.isfinite(each)])
+
+    def of(self, metric: str, looks: list[int]) -> Numbers:
+        """(looks, modules)."""
+        return self.reading.values[metric][looks]
+
+    def everywhere(self, value: bool) -> Mask:
+        return np.full(len(self.reading.modules), value)
+
+
+class Found(NamedTuple):
+    hit: Mask
+    """(modules,)."""
+    evidence: Mapping[str, Numbers | float]
+    """Name -> (modules,) numbers, or a threshold."""
+
+
+def _dead_product(seen: Seen) -> Found:
+    A, B = (seen.of(f"rms_{side}", [seen.looks[-1]])[0] for side in "AB")
+    return Found((A < DEAD_RMS) & (B < DEAD_RMS), {"rms_A": A, "rms_B": B, "rms_needed": DEAD_RMS})
+
+
+def _not_in_graph(seen: Seen) -> Found:
+    A, B = (seen.of(f"gradmax_{side}", seen.early_looks).max(0) for side in "AB")
+    # fp16 makes zeros of small gradients; that there is none at all it cannot make.
+    nothing = -1.0 if seen.asked.fp16_gradients else 0.0
+    return Found((nothing >= A) & (nothing >= B), {"largest_gradient_A": A, "largest_gradient_B": B})
+
+
+def _not_stepped(seen: Seen) -> Found:
+    gradient, moved = seen.of("gradmax_B", seen.looks).max(0), seen.of("moved_B", seen.looks).max(0)
+    sizes = seen.of("rms_B", seen.looks)
+    still = (moved == 0) & (sizes.max(0) == sizes.min(0))
+    steps = seen.reading.tallies[seen.looks[-1]].stepped
+    evidence = {"largest_gradient_B": gradient, "moved_B": moved, "steps": float(steps)}
+    return Found(still & (gradient > 0) & (steps >= STEPS_TO_MOVE), evidence)
+
+
+def _underflow(seen: Seen) -> Found:
+    zeros, gradient = seen.of("zero_B", [seen.early])[0], np.median(seen.of("gradzero_B", seen.early_looks), 0)
+    rounded_off = seen.asked.fp16_gradients | (gradient > UNDERFLOWN)
+    over = seen.reading.tallies[seen.early].stepped >= seen.reading.window
+    evidence = {"exact_zero_B": zeros, "exact_zero_gradient_B": gradient, "share_needed": UNDERFLOWN}
+    return Found((zeros > UNDERFLOWN) & rounded_off & over, evidence)
+
+
+def _eps_limited(seen: Seen) -> Found:
+    size = seen.of("v_over_eps_B", seen.late).max(0)
+    return Found(size < EPS_FAULT, {"v_over_eps_B": size, "needed": EPS_FAULT})
+
+
+def _decay_trapped(seen: Seen) -> Found:
+    tally = seen.reading.tally
+    if seen.asked.coupled_decay:
+        rms_B, gradient = (seen.of(name, [seen.looks[-1]])[0] for name in ("rms_B", "gradrms_B"))
+        with np.errstate(all="ignore"):
+            pull = seen.asked.coupled_decay * rms_B / gradient
+        return Found(pull > COUPLED, {"decay_over_gradient": pull, "needed": COUPLED})
+    kept = tally.kept_B / tally.lr_B
+    hit = tally.kappa_B > DECAY_KAPPA and kept < DECAY_KEPT
+    evidence: dict[str, Numbers | float] = {"kappa_B": tally.kappa_B, "kappa_needed": DECAY_KAPPA}
+    return Found(seen.everywhere(hit), evidence | {"kept": kept, "kept_needed": DECAY_KEPT})
+
+
+def _ratio_lost(seen: Seen) -> Found:
+    if seen.asked.ratio is None or not len(seen.ratios):
+        return Found(seen.everywhere(False), {})
+    octaves = np.log2(seen.ratios / seen.asked.ratio)
+    worst = int(np.abs(octaves).argmax())
+    evidence = {"ratio": float(seen.ratios[worst]), "asked": seen.asked.ratio, "octaves_allowed": RATIO_OCTAVES}
+    return Found(seen.everywhere(bool(abs(octaves[worst]) > RATIO_OCTAVES)), evidence)
+
+
+def _precision_stalled(seen: Seen) -> Found:
+    moved = seen.of("moved_B", seen.late).mean(0)
+    return Found((moved < STALLED) & seen.asked.is_low_precision, {"moved_B": moved, "needed": STALLED})
+
+
+def _lr_too_small(seen: Seen) -> Found:
+    hit = (seen.rho > MOVING) & (seen.delta_rel < seen.min_delta_rel)
+    return Found(hit, {"rho": seen.rho, "delta_rel": seen.delta_rel, "delta_rel_needed": seen.min_delta_rel})
+
+
+def _no_signal(seen: Seen) -> Found:
+    low, high = RANDOM_WALK
+    return Found((seen.rho >= low) & (seen.rho <= high), {"rho": seen.rho, "from": low, "to": high})
+
+
+def _lost_on_save(seen: Seen) -> Found:
+    return Found(np.isin(np.array(seen.reading.modules), list(seen.lost)), {})
+
+
+def _a_frozen(seen: Seen) -> Found:
+    # Before B has moved, A has no gradient.
+    later = [i for i in seen.looks if seen.reading.tallies[i].stepped > 1] or seen.looks
+    moved = seen.of("moved_A", later).mean(0)
+    with np.errstate(all="ignore"):
+        slow = seen.of("rms_A", seen.looks[:1])[0] / seen.reading.tally.lr_A
+    evidence = {"moved_A": moved, "moved_needed": A_STILL, "size_over_way": slow, "size_over_way_allowed": A_SLOW}
+    return Found((moved < A_STILL) | (slow > A_SLOW), evidence)
+
+
+def _generic(seen: Seen) -> Found:
+    return Found(seen.rho < IDLE, {"rho": seen.rho, "needed": IDLE})
+
+
+class Rule(NamedTuple):
+    find: Callable[[Seen], Found]
+    traps: bool
+    """Whether a module that meets it learns nothing, whatever the others do; else only a trial without gain tells."""
+    remedy: str
+
+
+CAUSES: Mapping[str, Rule] = {
+    "dead_product": Rule(_dead_product, True, "A and B are both zero, which no training leaves: start A at random."),
+    "not_in_graph": Rule(
+        _not_in_graph,
+        True,
+        "no gradient ever reached A or B: leave the modules out of target_modules, or see that the forward pass calls "
+        "them (under gradient checkpointing its input must require a gradient).",
+    ),
+    "not_stepped": Rule(
+        _not_stepped,
+        True,
+        "there is a gradient, but no bit of B moved: give the optimizer the parameters that the model has now.",
+    ),
+    "underflow": Rule(
+        _underflow, True, "gradients round to zero in fp16: train in bf16, or scale the loss (GradScaler)."
+    ),
+    "eps_limited": Rule(
+        _eps_limited, True, "eps swamps the gradients: lower optimizer.eps, or raise the scale of the loss."
+    ),
+    "decay_trapped": Rule(
+        _decay_trapped, False, "weight decay takes what training gives: lower optimizer.weight_decay_B."
+    ),
+    "ratio_lost": Rule(
+        _ratio_lost,
+        False,
+        "B and A were not stepped at the ratio that was asked: use a schedule that multiplies each group's own rate.",
+    ),
+    "precision_stalled": Rule(
+        _precision_stalled, False, "updates are smaller than the spacing of the numbers: hold the adapter in fp32."
+    ),
+    "lr_too_small": Rule(
+        _lr_too_small,
+        False,
+        "B moves as it should, but too slowly for this many steps: raise optimizer.base_lr, method.alpha or "
+        "train.max_steps.",
+    ),
+    "no_signal": Rule(
+        _no_signal, False, "B walks at random: look at the data, the labels may have nothing to do with the inputs."
+    ),
+    "lost_on_save": Rule(_lost_on_save, False, "the file does not hold what was trained: save the adapter again."),
+    "A_frozen": Rule(_a_frozen, False, "A hardly moves: raise optimizer.base_lr and lower the ratio, or use fp32."),
+    "generic": Rule(_generic, False, "B hardly moves, for none of the known reasons: please report this adapter."),
+}
+
+
+def causes(seen: Seen) -> tuple[tuple[Cause, ...], tuple[Cause, ...]]:
+    """(each module under the first rule that traps it, each under the first of all rules)."""
+    if not seen.looks:
+        return (), ()
+    with np.errstate(invalid="ignore"):
+        found = {name: rule.find(seen) for name, rule in CAUSES.items()}
+    trapping = {name: each for name, each in found.items() if CAUSES[name].traps}
+    return _first_hits(seen, trapping), _first_hits(seen, found)
+
+
+def alone(seen: Seen, name: str) -> Cause | None:
+    """The rule by itself, whatever else the modules meet; None where none does."""
+    if not seen.looks:
+        return None
+    with np.errstate(invalid="ignore"):
+        made = _first_hits(seen, {name: CAUSES[name].find(seen)})
+    return made[0] if made else None
+
+
+def near_precision(seen: Seen) -> Cause | None:
+    """Modules whose B moves at the edge of what eps or the precision lets through."""
+    if not seen.looks:
+        return None
+    with np.errstate(invalid="ignore"):
+        size, moved = seen.of("v_over_eps_B", seen.late).max(0), seen.of("moved_B", seen.late).mean(0)
+        small = (size >= EPS_FAULT) & (size < EPS_WARNING)
+        few = (moved >= STALLED) & (moved < NEARLY_STALLED) & seen.asked.is_low_precision
+    evidence = {
+        "v_over_eps_B": size,
+        "v_over_eps_needed": EPS_WARNING,
+        "moved_B": moved,
+        "moved_needed": NEARLY_STALLED,
+    }
+    made = _first_hits(seen, {"edge_of_precision": Found(small | few, evidence)})
+    return made[0] if made else None
+
+
+def _first_hits(seen: Seen, found: Mapping[str, Found]) -> tuple[Cause, ...]:
+    """The largest share first."""
+    free, made = seen.everywhere(True), []
+    for name, (hit, evidence) in found.items():
+        here = free & hit
+        free &= ~hit
+        if here.any():
+            names = tuple(module for module, is_hit in zip(seen.reading.modules, here, strict=True) if is_hit)
+            numbers = {key: _number(value, here) for key, value in evidence.items()}
+            made.append(Cause(name, names, float(here.mean()), numbers))
+    return tuple(sorted(made, key=lambda cause: -cause.share))
+
+
+def _number(value: Numbers | float, here: Mask) -> float:
+    return float(np.median(value[here])) if isinstance(value, np.ndarray) else float(value)
+
+
+def _median(values: Numbers) -> float:
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else float("nan")
