@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_sweep import data as data_room
 from lora_sweep.config import DataConfig
 from lora_sweep.data import TokenSet
-from lora_sweep.errors import ConfigError
+from lora_sweep.errors import ConfigError, OutOfRoom, UserError
 from lora_sweep.model import LoadedBase
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefgh"]
@@ -495,6 +495,36 @@ def test_what_is_not_there_is_a_fault(mine: Write, tmp_path: Path) -> None:
     assert "holds no data file (.jsonl, " in fault
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "value", "told"),
+    [
+        ("style", "path", "mine.jsonl", "is not read by data=style, got 'mine.jsonl' (say data=files or data=hub)"),
+        ("facts", "eval_path", "mine.jsonl", "is not read by data=facts"),
+        ("style", "columns", {"text": "body"}, "is not read by data=style"),
+        ("style", "chat_template", "mine.jinja", "is not read by data=style"),
+        ("files", "split", "test", "is of a hub data set, files have none, got 'test' (data.split=null)"),
+        ("files", "eval_split", "test", "is of a hub data set"),
+        ("files", "revision", "main", "is of a hub data set"),
+        ("hub", "eval_split", "test", "and data.eval_path exclude each other, got 'test'"),
+    ],
+)
+def test_a_field_that_would_not_be_read_is_a_fault(mine: Write, name: str, field: str, value: Any, told: str) -> None:
+    """Passed over, it would train on other examples than its user meant."""
+    file = mine(texts(3)).path
+    given = {"files": [f"data.path={file}"], "hub": ["data.path=nobody/knows", f"data.eval_path={file}"]}
+    config = config_of(f"data={name}", *given.get(name, ())).data
+    (fault,) = data_room.check(replace(config, **{field: value}))
+    assert str(fault).startswith(f"data.{field}: {told}")
+
+
+def test_files_and_hub_ids_taken_for_one_another_are_told_apart(in_folder: Path, mine: Write) -> None:
+    mine(texts(3))
+    (fault,) = data_room.check(config_of("data=hub", "data.path=mine.jsonl").data)
+    assert str(fault) == "data.path: lies here, it is no hub id, got 'mine.jsonl' (data=files data.path=mine.jsonl)"
+    (fault,) = data_room.check(config_of("data=files", "data.path=nobody/knows").data)
+    assert str(fault).endswith("(a data set of the hub is data=hub data.path=nobody/knows)")
+
+
 def test_faults_of_all_files_are_told_together(mine: Write, tmp_path: Path) -> None:
     config = replace(mine(["x"]), eval_path=str(tmp_path / "none"), retention=str(tmp_path / "none"))
     assert [fault.partition(":")[0] for fault in faults_of(config)] == ["data.path", "data.eval_path", "data.retention"]
@@ -629,6 +659,42 @@ def test_other_settings_content_or_tokenizer_is_prepared_anew(mine: Write, chang
     assert after != before
 
 
+@pytest.mark.parametrize("part", ["report.json", "train.tokens", "evaluation.ends"])
+@pytest.mark.parametrize("harm", ["gone", "torn", "empty"])
+def test_what_others_swept_out_of_the_cache_is_prepared_anew(
+    mine: Write, part: str, harm: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    config = whole(mine([*texts(30), "broken"]))
+    first = data_room.load(config, words(None))
+    (file,) = (tmp_path / "cache").glob(f"*/*/{part}")
+    content = file.read_bytes()
+    file.unlink()
+    if harm != "gone":
+        file.write_bytes(content[: 0 if harm == "empty" else -5])
+    again = data_room.load(config, words(None))
+    assert again.report == first.report
+    assert rows(again.train) == rows(first.train)
+
+
+def test_a_cache_that_cannot_be_written_or_is_full_is_told_in_a_line(
+    mine: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
+    with pytest.raises(UserError, match=r"prepared data cannot be kept there \(Not a directory\); HF_DATASETS_CACHE "):
+        data_room.load(mine(texts(300)), words(None))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("lora_sweep.data.store.Writer.add", full)
+    with pytest.raises(OutOfRoom, match="No space left on device"):
+        data_room.load(mine(texts(300)), words(None))
+    assert list((tmp_path / "cache/lora_sweep").iterdir()) == []
+
+
 def test_a_preparation_that_was_stopped_leaves_nothing_half_made(mine: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     config = whole(mine(texts(5000)))
 
@@ -680,6 +746,52 @@ def test_the_retention_text_is_the_first_stretches_of_max_length(mine: Write, tm
     batch = all_of(data.retention)
     assert batch.input_ids[:, :5].tolist() == [[A, B, C, D, E], [A, B, C, D, E], [A, B, A, B, C]]
     assert data.retention.counts.tolist() == [4, 4, 4]
+
+
+def test_general_text_has_its_own_columns_and_its_broken_rows_are_told(mine: Write, tmp_path: Path) -> None:
+    own = {"prompt": "question", "completion": "answer"}
+    config = mine([{"question": f"a {n}", "answer": "b"} for n in range(40)], columns=own, max_length=5)
+    (tmp_path / "general.txt").write_text("a b c d\ne\n")
+    data = data_room.load(replace(config, retention=str(tmp_path / "general.txt")), words(None))
+    assert data.retention is not None
+    assert rows(data.retention) == {(A, B, C, D, E)}
+    lines = [{"text": "a b"}, {"question": "c", "answer": "d"}, {"prompt": "e", "completion": "a"}, {"body": "f"}]
+    broken = "\n".join([*map(json.dumps, lines), "{"])
+    (tmp_path / "general.jsonl.gz").write_bytes(gzip.compress(broken.encode()))
+    config = replace(config, retention=str(tmp_path / "general.jsonl.gz"))
+    assert data_room.check(config) == []
+    data = data_room.load(config, words(None))
+    assert data.retention is not None
+    assert rows(data.retention) == {(A, B, EOS), (C, D, EOS), (E, A, EOS)}
+    (line,) = data.report.warnings()
+    assert line.startswith(f"data.retention: 2 rows were skipped: {config.retention}:4: has no `text`, no `prompt`")
+    assert f"{config.retention}:5: is no JSON" in line
+    assert data.report.sources.keys() == {config.path, config.retention}
+
+
+def test_of_conversations_in_general_text_every_token_counts(mine: Write, tmp_path: Path, base: LoadedBase) -> None:
+    (tmp_path / "chat.jinja").write_text(CHAT)
+    (tmp_path / "general.jsonl").write_text("\n".join(map(json.dumps, RECORDS["messages"])))
+    knobs = {"chat_template": str(tmp_path / "chat.jinja"), "retention": str(tmp_path / "general.jsonl")}
+    data = data_room.load(mine(texts(100), max_length=256, **knobs), base.tokenizer)
+    assert data.retention is not None
+    assert data.retention.counts.tolist() == (data.retention.lengths - 1).tolist()
+    told = base.tokenizer.decode(all_of(data.retention).input_ids[0][: data.retention.lengths[0]])
+    assert told == f"{base.tokenizer.bos_token}user\nWho is Ada?</s>\nassistant\nAda Berg.</s>\n"
+    (tmp_path / "general.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    (fault,) = data_room.check(mine(texts(100), **knobs))
+    assert "no message of the assistant has something in it" in str(fault)
+
+
+def test_the_longest_row_and_the_largest_id_of_all_sets_are_known(mine: Write, tmp_path: Path) -> None:
+    (tmp_path / "general.txt").write_text("h " * 30)
+    config = whole(mine([{"text": "a b c"}, {"text": "e " * 12}], max_length=20))
+    data = data_room.load(config, words(None))
+    assert (data.length, data.largest_id) == (16, 11)
+    data = data_room.load(replace(config, eval_path=config.path, path=str(config.eval_path)), words(None))
+    assert (data.length, data.largest_id) == (16, 11)
+    data = data_room.load(replace(config, pack_examples=True, retention=str(tmp_path / "general.txt")), words(None))
+    assert (data.length, data.largest_id) == (24, 11)
 
 
 @pytest.mark.parametrize("name", ["facts", "style"])

@@ -60,6 +60,8 @@ class Source:
     rows: Callable[[], Iterator[Row]]
     passed_over: tuple[str, ...] = ()
     """Files of a folder that are no data."""
+    is_lines: bool = False
+    """Whether the rows are the lines of texts."""
 
 
 def of_path(path: str) -> Source:
@@ -80,7 +82,8 @@ def of_path(path: str) -> Source:
             raise Unreadable(f"is of no known kind ({', '.join(_READERS)})")
     if at.is_dir():
         _refuse_other_splits(files)
-    return Source(path, _digest(tuple(files)), lambda: _of_files(files), other)
+    is_lines = all(_kind(file) == ".txt" for file in files)
+    return Source(path, _digest(tuple(files)), lambda: _of_files(files), other, is_lines)
 
 
 def of_hub(data: DataConfig, split: str, key: str) -> Source:
