@@ -119,6 +119,14 @@ def test_a_tokenizer_without_an_end_counts_what_there_is() -> None:
     assert lists(encoded) == ([BOS, A, B, C, D], [False] * 3 + [True] * 2)
 
 
+def test_a_tokenizer_without_a_padding_token_gives_the_same_batches(mine: Write) -> None:
+    config, bare = whole(mine([{"text": "a"}, {"prompt": "a b c", "completion": "d e"}])), words("<s> $A")
+    bare.pad_token = None
+    one, other = (all_of(data_room.load(config, each).train) for each in (bare, words("<s> $A")))
+    assert torch.equal(one.input_ids, other.input_ids)
+    assert torch.equal(one.counted, other.counted)
+
+
 def test_the_embedded_tokenizer_puts_each_special_token_once(base: LoadedBase) -> None:
     tokenizer = base.tokenizer
     encoded = data_room.encode([("Ada Berg", " was born in Oslo."), ("", "Ada Berg was born in Oslo.")], tokenizer)
@@ -369,6 +377,11 @@ def test_a_folder_with_train_and_test_files_is_not_trained_on_as_a_whole(tmp_pat
     (fault,) = faults_of(of_file(folder))
     assert "holds files of several splits; give data.path=" in fault
     assert "train-00.jsonl data.eval_path=" in fault
+    for name in ("deep/data/train/a.jsonl", "deep/data/train/b.jsonl", "deep/data/test/a.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    (fault,) = faults_of(of_file(tmp_path / "deep"))
+    assert f"give data.path={tmp_path}/deep/data/train data.eval_path={tmp_path}/deep/data/test)" in fault
 
 
 def test_a_byte_order_mark_is_no_fault(mine: Write) -> None:
@@ -390,6 +403,10 @@ def test_the_conversation_of_prompt_and_completion_counts_the_completion_only(
     data = data_room.load(config, base.tokenizer)
     batch = all_of(data.train)
     assert base.tokenizer.decode(batch.input_ids[batch.counted]) == "Oslo." + base.tokenizer.eos_token
+    # A study that is gone on with under another template would mix two data sets.
+    before = data.report.sources[str(config.chat_template)]
+    (tmp_path / "chat.jinja").write_text(CHAT.replace("assistant", "Assistant"))
+    assert data_room.load(config, base.tokenizer).report.sources[str(config.chat_template)] != before
 
 
 # -- faults -------------------------------------------------------------------------------------------------------
