@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import config_of
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
@@ -125,6 +125,39 @@ def test_a_tokenizer_without_a_padding_token_gives_the_same_batches(mine: Write)
     one, other = (all_of(data_room.load(config, each).train) for each in (bare, words("<s> $A")))
     assert torch.equal(one.input_ids, other.input_ids)
     assert torch.equal(one.counted, other.counted)
+
+
+def with_space_before() -> Any:
+    """Of Llama-2's and Mistral's kind: a space before whatever it is given, what it does not know as bytes."""
+    word, merges = "\u2581", []
+    for letter in "Oslo":
+        merges.append((word, letter))
+        word += letter
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"Osloabcd:"]
+    vocabulary += [left + right for left, right in merges]
+    places = {token: place for place, token in enumerate(dict.fromkeys(vocabulary))}
+    tokenizer = Tokenizer(models.BPE(places, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "told"),
+    [
+        ("a:", " Oslo", ["<s>", "\u2581", "a", ":", "\u2581Oslo", "</s>"]),
+        ("a: ", "Oslo", ["<s>", "\u2581", "a", ":", "\u2581", "O", "s", "l", "o", "</s>"]),
+        ("a:", "  b", ["<s>", "\u2581", "a", ":", "\u2581", "\u2581", "b", "</s>"]),
+        ("a:", "\nb", ["<s>", "\u2581", "a", ":", "<0x0A>", "b", "</s>"]),
+        ("", "Oslo", ["<s>", "\u2581Oslo", "</s>"]),
+    ],
+)
+def test_a_completion_has_the_spaces_that_are_in_it_and_no_other(prompt: str, completion: str, told: list[str]) -> None:
+    tokenizer = with_space_before()
+    ((ids, counted),) = data_room.encode([(prompt, completion)], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == told
+    before = len(tokenizer(prompt)["input_ids"]) if prompt else 1
+    assert counted.tolist() == [False] * before + [True] * (len(ids) - before)
 
 
 def test_the_embedded_tokenizer_puts_each_special_token_once(base: LoadedBase) -> None:
