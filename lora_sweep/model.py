@@ -21,7 +21,7 @@ from lora_sweep import frozen, quant
 from lora_sweep.config import ModelConfig
 from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.records import Fault
-from lora_sweep.source import EMBEDDED, UNREADABLE, Source, path_faults, source, unreadable
+from lora_sweep.source import EMBEDDED, UNREADABLE, Source, path_faults, source, unreadable, weight_faults
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -67,7 +67,7 @@ def check(model: ModelConfig, target_modules: Any) -> list[Fault]:
         return faults
     try:
         config = read_config(model)
-        faults = _quantisation_faults(model, config)
+        faults = _quantisation_faults(model, config) or weight_faults(source(model), model.path)
         if faults:
             return faults
         shape = skeleton(config, source(model))

@@ -1,6 +1,7 @@
 """Where a base lies: in the package, another package, a folder, a GGUF file or on the hub; why the hub gave nothing."""
 
 import importlib.util
+import json
 import re
 import struct
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from huggingface_hub.file_download import repo_folder_name
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from lora_sweep.config import ModelConfig
 from lora_sweep.records import Fault
@@ -126,6 +127,31 @@ def _folder_faults(folder: Path, asked: str) -> list[Fault]:
     if not any(folder.glob("*.safetensors")):
         return [Fault(key, "holds no safetensors; pickled weights can run code and are refused", asked)]
     return []
+
+
+def weight_faults(at: Source, asked: str | None) -> list[Fault]:
+    """Whether the weights of a folder are all there and whole, by their headers."""
+    folder = Path(at.name_or_path)
+    if at.gguf_file is not None or not folder.is_dir():
+        return []
+    index = folder / "model.safetensors.index.json"
+    try:
+        named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [Fault("model.path", f"{index.name} cannot be read: {_one_line(error)}", asked)]
+    absent = sorted(name for name in named if not (folder / name).is_file())
+    if absent:
+        rule = f"{len(absent)} of its {len(named)} files are missing, {absent[0]} among them"
+        return [Fault("model.path", rule, asked, "copy or download it again")]
+    faults = []
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            rule = f"{file.name} is torn: {_one_line(error)}"
+            faults.append(Fault("model.path", rule, asked, "copy or download it again"))
+    return faults
 
 
 def _package_fault(asked: str) -> Fault:

@@ -276,6 +276,29 @@ def test_weights_that_are_torn_are_the_users_to_mend(checkpoint: Checkpoint) -> 
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"model\.path: cannot be loaded"):
         model_room.load(model_config(path=str(folder)), CPU)
+    for content in (whole[: len(whole) // 2], b"", b"version https://git-lfs.github.com/spec/v1"):
+        (folder / "model.safetensors").write_bytes(content)
+        (fault,) = faults_of(path=str(folder))
+        assert fault.startswith("model.path: model.safetensors is torn: ")
+        assert fault.endswith("(copy or download it again)")
+
+
+def test_a_file_of_the_weights_that_is_missing_is_told_before_anything_is_loaded(
+    checkpoint: Checkpoint, base: LoadedBase
+) -> None:
+    folder = checkpoint()
+    (folder / "model.safetensors").unlink()
+    base.model.save_pretrained(folder, max_shard_size="1MB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert faults_of(path=str(folder)) == []
+    shards[1].unlink()
+    (fault,) = faults_of(path=str(folder))
+    told = f"model.path: 1 of its {len(shards)} files are missing, {shards[1].name} among them"
+    assert fault == f"{told}, got {str(folder)!r} (copy or download it again)"
+    (folder / "model.safetensors.index.json").write_text("[]")
+    (fault,) = faults_of(path=str(folder))
+    assert fault.startswith("model.path: model.safetensors.index.json cannot be read: ")
 
 
 def test_weights_that_are_missing_are_a_fault_and_never_drawn_at_random(checkpoint: Checkpoint) -> None:
