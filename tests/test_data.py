@@ -932,6 +932,7 @@ def test_two_gigabytes_are_prepared_in_little_memory_and_once(tmp_path: Path) ->
     assert max(first_mib, second_mib) < 1.5 * 2**10
     assert second_seconds * 10 < first_seconds
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+    (tmp_path / "big.jsonl").unlink()
 
 
 WORDS_TOKENIZER = """
