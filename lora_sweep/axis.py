@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from lora_sweep.records import Fault
 
 MOST_VALUES = 100_000
 """Of one range: more is a slip."""
+_CALL = re.compile(r"\s*[a-z]+\(")
+"""A function of the grammar: choice(..."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,18 @@ def parse(line: str, faults: list[Fault]) -> Override | None:
         return OverridesParser.create().parse_override(line)
     except HydraException as error:
         reason = str(error).splitlines()[0]
-        remedy = "put quotes around a value with ${...}" if "${" in line else "key=value"
-        faults.append(Fault(line, f"is not in Hydra's override grammar: {reason}", None, remedy))
+        faults.append(Fault(line, f"is not in Hydra's override grammar: {reason}", None, _quoted(line)))
     return None
+
+
+def _quoted(line: str) -> str:
+    """What the line may have meant: paths and regular expressions hold what the grammar reads as its own."""
+    key, _, value = line.partition("=")
+    if "${" in value:
+        return "put quotes around a value with ${...}"
+    if not value or _CALL.match(value) or '"' in value or "'" in value:
+        return "key=value"
+    return f"""in quotes, and those in the shell's: '{key}="{value}"'"""
 
 
 def of_override(parsed: Override, faults: list[Fault]) -> Axis | None:

@@ -398,12 +398,15 @@ def _prepared(variants: list[dict[str, Any]]) -> "list[Fault]":
             tokenizer = model.tokenizer(pair[0])
             try:
                 with progress.Preparing(console) as show:
-                    report = data.load(pair[1], tokenizer, show).report
+                    loaded = data.load(pair[1], tokenizer, show)
             except ConfigError as error:
                 faults += error.faults
-            else:
-                for line in report.warnings():
-                    _say(console, line)
+                continue
+            base = model.read_config(pair[0])
+            faults += model.input_faults(pair[0].path, base, loaded.length, loaded.largest_id)
+            beyond = model.beyond_training(base, loaded.length)
+            for line in [*loaded.report.warnings(), *([beyond] if beyond else [])]:
+                _say(console, line)
     return faults
 
 

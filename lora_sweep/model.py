@@ -21,7 +21,7 @@ from lora_sweep import frozen, quant
 from lora_sweep.config import ModelConfig
 from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.records import Fault
-from lora_sweep.source import EMBEDDED, UNREADABLE, Source, path_faults, source, unreadable
+from lora_sweep.source import EMBEDDED, UNREADABLE, Source, path_faults, source, unreadable, weight_faults
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -67,7 +67,7 @@ def check(model: ModelConfig, target_modules: Any) -> list[Fault]:
         return faults
     try:
         config = read_config(model)
-        faults = _quantisation_faults(model, config)
+        faults = _quantisation_faults(model, config) or weight_faults(source(model), model.path)
         if faults:
             return faults
         shape = skeleton(config, source(model))
@@ -119,6 +119,36 @@ def _own_dtype(config: Any, at: Source) -> torch.dtype:
     if own == torch.float16:
         return torch.bfloat16
     return next((known for known in DTYPES.values() if known == own), torch.float32)
+
+
+def input_faults(path: str | None, config: Any, length: int, largest_id: int) -> list[Fault]:
+    """Whether the base can read such data: rows of `length` tokens, ids up to `largest_id`.
+
+    On a GPU either would end the process in the middle of a pass. Rotary positions never end, `beyond_training` tells.
+    """
+    text, faults = config.get_text_config(), []
+    if largest_id >= text.vocab_size:
+        rule = f"its tokenizer gives the id {largest_id}, its embedding ends at {text.vocab_size - 1}"
+        remedy = "save the checkpoint after model.resize_token_embeddings(len(tokenizer))"
+        faults.append(Fault("model.path", rule, path, remedy))
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and length > positions and not _is_rotary(text):
+        rule = f"must be at most {positions // 8 * 8}: the base has {positions} positions, rows have up to {length}"
+        faults.append(Fault("data.max_length", rule))
+    return faults
+
+
+def beyond_training(config: Any, length: int) -> str:
+    """A line where rows are longer than the base has ever seen; empty where they are not."""
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is None or length <= positions or not _is_rotary(text):
+        return ""
+    return f"data.max_length: rows have up to {length} tokens, the base was made for {positions}"
+
+
+def _is_rotary(text: Any) -> bool:
+    return bool(getattr(text, "rope_parameters", None))
 
 
 def target_faults(shape: Any, target_modules: Any) -> list[Fault]:

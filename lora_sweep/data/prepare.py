@@ -3,34 +3,36 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lora_sweep import real_facts
 from lora_sweep.config import DataConfig
-from lora_sweep.data import chat, example, source, store, tokens
-from lora_sweep.data.chat import ChatFault, Conversation
+from lora_sweep.data import encoding, example, retention, source, store, tokens
+from lora_sweep.data.encoding import Placed
 from lora_sweep.data.example import Parsed
-from lora_sweep.data.report import Part, Report, Tally
+from lora_sweep.data.report import Report
 from lora_sweep.data.source import Source, Unreadable
-from lora_sweep.data.tokens import Encoded, TokenSet
+from lora_sweep.data.tokens import TokenSet
 from lora_sweep.errors import ConfigError
 from lora_sweep.records import Example, Fault
 from lora_sweep.tiny import world
 
 BROUGHT = ("files", "hub")
 """Of data.name: what the user brings, tokenised once and kept."""
+ONLY_BROUGHT = ("path", "eval_path", "columns", "chat_template")
+ONLY_HUB = ("subset", "split", "revision", "eval_split")
+"""Fields that mean nothing of other data: passed over, they would train on something else than was meant."""
+SETS = ("train", "evaluation")
 HEAD_ROWS = 100
 """Rows looked at before anything is prepared."""
 BATCH_EXAMPLES, BATCH_CHARACTERS = 2048, 2**21
 """Tokenised at a time: enough for the tokenizer's threads, little enough for memory."""
 MOST = 0.5
 """Where more rows than this share cannot be used, it is the wrong file."""
-EMBEDDED = "embedded:tiny"
 
 Progress = Callable[[str, float], None]
 """(what is read, share of it done)."""
@@ -53,6 +55,13 @@ class Data:
     bits: float = 0.0
     """Information content of the facts taught, where it is known."""
     report: Report = field(default_factory=Report)
+    largest_id: int = 0
+    """Of all its tokens."""
+
+    @property
+    def length(self) -> int:
+        """T of the longest row of any set."""
+        return max(each.length for each in (self.train, self.evaluation, self.probe, self.retention) if each)
 
 
 def check(data: DataConfig) -> list[Fault]:
@@ -62,6 +71,7 @@ def check(data: DataConfig) -> list[Fault]:
         for name in data.columns
         if name not in example.COLUMNS
     ]
+    faults += _unread(data)
     if faults:
         return faults
     if data.name not in BROUGHT:
@@ -73,10 +83,13 @@ def check(data: DataConfig) -> list[Fault]:
         remedy = "data.path=FILE.jsonl" if data.name == "files" else "data.path=ORGANISATION/NAME"
         faults.append(Fault("data.path", "is needed", None, remedy))
     elif data.name == "files":
-        faults += _head_faults("data.path", str(data.path), data)
-    for key, path in (("data.eval_path", data.eval_path), ("data.retention", data.retention)):
-        if path is not None and path != EMBEDDED:
-            faults += _head_faults(key, path, data)
+        faults += _head_faults("data.path", data.path, data.columns)
+    elif Path(data.path).expanduser().exists():
+        faults.append(Fault("data.path", "lies here, it is no hub id", data.path, f"data=files data.path={data.path}"))
+    if data.eval_path is not None:
+        faults += _head_faults("data.eval_path", data.eval_path, data.columns)
+    if data.retention is not None and data.retention != retention.EMBEDDED:
+        faults += _head_faults("data.retention", data.retention, data.columns, retention.parse)
     if data.chat_template is not None:
         try:
             _template_text(data)
@@ -85,19 +98,39 @@ def check(data: DataConfig) -> list[Fault]:
     return faults
 
 
-def _head_faults(key: str, path: str, data: DataConfig) -> list[Fault]:
+def _unread(data: DataConfig) -> list[Fault]:
+    """Fields that are given and would not be read."""
+    is_own, is_hub = data.name in BROUGHT, data.name == "hub"
+    given = [key for key in (*ONLY_BROUGHT, *ONLY_HUB) if getattr(data, key) not in (None, {})]
+    faults = []
+    for key in given:
+        got = getattr(data, key)
+        if not is_own:
+            faults.append(Fault(f"data.{key}", f"is not read by data={data.name}", got, "say data=files or data=hub"))
+        elif key in ONLY_HUB and not is_hub:
+            faults.append(Fault(f"data.{key}", "is of a hub data set, files have none", got, f"data.{key}=null"))
+    if is_hub and data.eval_path is not None and data.eval_split is not None:
+        faults.append(Fault("data.eval_split", "and data.eval_path exclude each other", data.eval_split))
+    return faults
+
+
+def _head_faults(
+    key: str, path: str, columns: Mapping[str, str], parse: Callable[[Any, Mapping[str, str]], Any] = example.parse
+) -> list[Fault]:
     """Of a file: unreadable, empty, or not one usable example among its first rows."""
     try:
-        found = [example.parse(row.record, data.columns) if not row.broken else row.broken for row in _head(path)]
+        found = [row.broken or parse(row.record, columns) for row in _head(path)]
     except Unreadable as error:
-        return [Fault(key, f"cannot be read ({error})", path)]
+        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).expanduser().exists()
+        remedy = f"a data set of the hub is data=hub data.path={path}" if is_id and not Path(path).suffix else ""
+        return [Fault(key, f"cannot be read ({error})", path, remedy if key == "data.path" else "")]
     reasons = [each for each in found if isinstance(each, str)]
     if not found:
         return [Fault(key, "holds no example", path)]
     if len(reasons) == len(found):
         where = next(iter(_head(path))).where
         many = f"none of the first {len(found)} rows" if len(found) > 1 else "its only row"
-        asks_names = not data.columns and reasons[0].startswith("has no ")
+        asks_names = not columns and reasons[0].startswith("has no ")
         remedy = "name them: data.columns='{prompt: question, completion: answer}'" if asks_names else ""
         return [Fault(key, f"{many} can be used; {where} {reasons[0]}", path, remedy)]
     return []
@@ -114,14 +147,20 @@ def load(data: DataConfig, tokenizer: Any, progress: Progress = silent) -> Data:
         bits = 0.0
     else:
         train, evaluation, report, bits = _embedded(data, tokenizer)
+    largest_id = max(report.train.largest_id, report.evaluation.largest_id)
     if data.eval_size is not None:
         evaluation = evaluation.take(tokens.sample(len(evaluation), data.eval_size, data.seed))
     probe = train.take(tokens.sample(len(train), data.probe_size, data.seed))
     sets = [train, evaluation, probe]
     if data.pack_examples:
         sets = [each.packed(data.max_length) for each in sets]
-    retention = None if data.retention is None else _retention(data, tokenizer)
-    return Data(sets[0], sets[1], sets[2], retention, bits, report)
+    general = None
+    if data.retention is not None:
+        kept = retention.load(data, tokenizer, _template_text(data))
+        general, largest_id = kept.tokens, max(largest_id, kept.largest_id)
+        report.unretained = kept.broken
+        report.sources |= {} if kept.source is None else {kept.source.name: kept.source.digest}
+    return Data(sets[0], sets[1], sets[2], general, bits, report, largest_id)
 
 
 # -- tasks in the package -----------------------------------------------------------------------------------------
@@ -149,7 +188,7 @@ def _embedded(data: DataConfig, tokenizer: Any) -> tuple[TokenSet, TokenSet, Rep
     sets = []
     for part, examples in ((report.train, task.train), (report.evaluation, task.eval)):
         batch = [(f"{data.name}, example {place}", each) for place, each in enumerate(examples, start=1)]
-        sets.append(TokenSet.of(list(_encoded(batch, tokenizer, None, data.max_length, part, report.broken))))
+        sets.append(TokenSet.of(list(encoding.encoded(batch, tokenizer, None, data.max_length, part, report.broken))))
     _refuse_nothing(data, report)
     return sets[0], sets[1], report, task.bits
 
@@ -169,11 +208,13 @@ def _brought(data: DataConfig, tokenizer: Any, progress: Progress) -> tuple[Toke
         "tokenizer": _tokenizer_digest(tokenizer),
     }
     folder = store.folder_of(settings)
-    plain = store.report(folder)
+    plain = store.report(folder, SETS)
     if plain is None:
         work = _Preparation(data, tokenizer, template, progress)
         plain = store.write(folder, lambda aside: work.write(aside, train, evaluation))
     sources = {each.name: each.digest for each in (train, evaluation) if each is not None}
+    if template is not None:
+        sources[str(data.chat_template)] = hashlib.sha256(template.encode()).hexdigest()
     report = Report.of({**plain, "sources": sources})
     return store.read(folder, "train"), store.read(folder, "evaluation"), report
 
@@ -226,10 +267,6 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     rest = (type(tokenizer).__name__, tokenizer.eos_token_id, tokenizer.chat_template)
     return hashlib.sha256(f"{content}\0{rest}".encode()).hexdigest()
-
-
-Placed = tuple[str, Parsed]
-"""(where it stands, the example)."""
 
 
 class _Preparation:
@@ -299,48 +336,10 @@ class _Preparation:
         report = self._report
         for name, part in (("train", report.train), ("evaluation", report.evaluation)):
             batch, self._waiting[name] = self._waiting[name], []
-            for one in _encoded(batch, self._tokenizer, self._template, self._data.max_length, part, report.broken):
+            limits = self._tokenizer, self._template, self._data.max_length
+            for one in encoding.encoded(batch, *limits, part, report.broken):
                 self._writers[name].add(one)
         self._characters = 0
-
-
-def _encoded(
-    batch: Sequence[Placed], tokenizer: Any, template: str | None, max_length: int, part: Part, broken: Tally
-) -> Iterator[Encoded]:
-    """The batch tokenised and cut, in its order; what becomes of each example is entered in `part` and `broken`."""
-    plain = [(one.prompt, one.completion) for _, one in batch if isinstance(one, Example)]
-    talks = [one for _, one in batch if isinstance(one, Conversation)]
-    pairs = iter(tokens.encode(plain, tokenizer))
-    turns = iter(_turns(talks, tokenizer, template))
-    for place, one in batch:
-        found = next(pairs) if isinstance(one, Example) else next(turns)
-        if isinstance(found, ChatFault):
-            broken.add(f"{place}: {found}")
-            continue
-        ids, counted = found
-        if len(ids) > max_length:
-            part.cut.add(place)
-            part.cut_tokens += len(ids) - max_length
-            ids, counted = ids[:max_length], counted[:max_length]
-        if not counted.any():
-            part.emptied.add(place)
-            continue
-        part.examples += 1
-        part.tokens += len(ids)
-        part.counted += int(counted.sum())
-        yield ids, counted
-
-
-def _turns(talks: Sequence[Conversation], tokenizer: Any, template: str | None) -> Sequence[Encoded | ChatFault]:
-    """Raises ConfigError where the template itself is of no use."""
-    try:
-        found = chat.encode(talks, tokenizer, template) if talks else []
-    except ChatFault as fault:
-        raise ConfigError([Fault("data.chat_template", str(fault))]) from fault
-    return [
-        each if isinstance(each, ChatFault) else (np.array(each[0], np.int32), np.array(each[1], np.bool_))
-        for each in found
-    ]
 
 
 def _refuse_nothing(data: DataConfig, report: Report) -> None:
@@ -365,42 +364,3 @@ def _refuse_nothing(data: DataConfig, report: Report) -> None:
             faults.append(Fault(key, "holds no evaluation example", data.eval_path or data.eval_split))
     if faults:
         raise ConfigError(faults)
-
-
-# -- what must not be forgotten -----------------------------------------------------------------------------------
-
-
-def _retention(data: DataConfig, tokenizer: Any) -> TokenSet:
-    """The first `retention_size` stretches of the text, each at most max_length tokens long; every token counts."""
-    size, limit = data.retention_size, data.max_length
-    stretches: list[Encoded] = []
-    try:
-        for text in _retained_texts(data):
-            ids, _ = tokens.encode([("", text)], tokenizer)[0]
-            cuts = [ids[first : first + limit] for first in range(0, len(ids), limit)]
-            stretches += [(cut, np.arange(len(cut)) > 0) for cut in cuts if len(cut) > 1]
-            if len(stretches) >= size:
-                break
-    except Unreadable as error:
-        raise ConfigError([Fault("data.retention", f"cannot be read ({error})", data.retention)]) from error
-    if not stretches:
-        raise ConfigError([Fault("data.retention", "holds no text", data.retention)])
-    return TokenSet.of(stretches[:size])
-
-
-def _retained_texts(data: DataConfig) -> Iterator[str]:
-    if data.retention == EMBEDDED:
-        yield from world.plain()
-        return
-    path = str(data.retention)
-    rows = source.of_path(path).rows()
-    if Path(path).suffix in (".txt", ".gz") and Path(path).is_file():
-        # A text is a whole: lines are joined again, some at a time.
-        lines = (row.record["text"] for row in rows if not row.broken and "text" in row.record)
-        while chunk := list(itertools.islice(lines, 256)):
-            yield "\n".join(chunk)
-        return
-    for row in rows:
-        parsed = None if row.broken else example.parse(row.record, data.columns)
-        if isinstance(parsed, Example):
-            yield parsed.prompt + parsed.completion

@@ -33,6 +33,8 @@ class Part:
     tokens: int = 0
     counted: int = 0
     """Tokens whose loss counts."""
+    largest_id: int = 0
+    """Of its tokens."""
     cut: Tally = field(default_factory=Tally)
     """Examples longer than data.max_length."""
     cut_tokens: int = 0
@@ -46,7 +48,7 @@ class Report:
     """Of one preparation."""
 
     sources: dict[str, str] = field(default_factory=dict)
-    """Name -> digest of its content; empty for an embedded task."""
+    """Name -> digest of its content, of all that the user gave."""
     rows: int = 0
     train: Part = field(default_factory=Part)
     evaluation: Part = field(default_factory=Part)
@@ -54,6 +56,8 @@ class Report:
     """Rows that are no example, skipped."""
     duplicates: Tally = field(default_factory=Tally)
     """Training examples that stand in the evaluation set too, removed from training."""
+    unretained: Tally = field(default_factory=Tally)
+    """Rows of the retention text that could not be read."""
     passed_over: list[str] = field(default_factory=list)
     """Files of a folder that are no data."""
 
@@ -64,7 +68,7 @@ class Report:
     def of(cls, plain: Mapping[str, Any]) -> "Report":
         """The inverse of `plain`."""
         parts = {name: _part(plain[name]) for name in ("train", "evaluation")}
-        tallies = {name: Tally(**plain[name]) for name in ("broken", "duplicates")}
+        tallies = {name: Tally(**plain[name]) for name in ("broken", "duplicates", "unretained")}
         return cls(**{**plain, **parts, **tallies})
 
     def warnings(self) -> list[str]:
@@ -78,6 +82,8 @@ class Report:
         if self.duplicates.count:
             what = "training examples stand in the evaluation set too and were removed from training"
             lines.append(f"data: {self.duplicates.count:,} {what}: {self.duplicates.told()}")
+        if self.unretained.count:
+            lines.append(f"data.retention: {self.unretained.count:,} rows were skipped: {self.unretained.told()}")
         for name, part in (("training", self.train), ("evaluation", self.evaluation)):
             all_examples = part.examples + part.emptied.count
             if part.cut.count:

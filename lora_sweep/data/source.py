@@ -29,7 +29,7 @@ MAX_LINE_BYTES = 2**26
 MAX_ARRAY_BYTES = 2**29
 """Of a JSON array, which is parsed as a whole."""
 
-_SPLIT = re.compile(r"(?:^|[-_.])(train|test|eval|evaluation|valid|validation|dev)(?:[-_.]|$)")
+_SPLIT = re.compile(r"(?:^|[-_./])(train|test|eval|evaluation|valid|validation|dev)(?:[-_./]|$)")
 
 
 class Unreadable(Exception):
@@ -60,6 +60,8 @@ class Source:
     rows: Callable[[], Iterator[Row]]
     passed_over: tuple[str, ...] = ()
     """Files of a folder that are no data."""
+    is_lines: bool = False
+    """Whether the rows are the lines of texts."""
 
 
 def of_path(path: str) -> Source:
@@ -79,8 +81,9 @@ def of_path(path: str) -> Source:
         if _kind(file) is None:
             raise Unreadable(f"is of no known kind ({', '.join(_READERS)})")
     if at.is_dir():
-        _refuse_other_splits(files)
-    return Source(path, _digest(tuple(files)), lambda: _of_files(files), other)
+        _refuse_other_splits(at, files)
+    is_lines = all(_kind(file) == ".txt" for file in files)
+    return Source(path, _digest(tuple(files)), lambda: _of_files(files), other, is_lines)
 
 
 def of_hub(data: DataConfig, split: str, key: str) -> Source:
@@ -160,9 +163,15 @@ def _is_hidden(path: Path, folder: Path) -> bool:
     return any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
 
 
-def _refuse_other_splits(files: list[Path]) -> None:
+def _refuse_other_splits(folder: Path, files: list[Path]) -> None:
     """A folder with train and test files, read whole, would train on its own test."""
-    found = {match[1]: file for file in files if (match := _SPLIT.search(file.name.lower()))}
+    found: dict[str, Path] = {}
+    for file in files:
+        inside = file.relative_to(folder)
+        if match := _SPLIT.search(inside.as_posix().lower()):
+            # The folder of a split, where it has one of its own.
+            depth = inside.as_posix()[: match.end()].count("/")
+            found.setdefault(match[1], folder.joinpath(*inside.parts[: depth or None]))
     if "train" in found and len(found) > 1:
         other = next(file for split, file in found.items() if split != "train")
         raise Unreadable(f"holds files of several splits; give data.path={found['train']} data.eval_path={other}")

@@ -3,6 +3,7 @@
 Flat arrays of tokens, as training corpora are kept, since a padded or pickled set would have to fit in memory.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,8 @@ import shutil
 import tempfile
 import time
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -19,9 +21,13 @@ import datasets
 import numpy as np
 
 from lora_sweep.data.tokens import Encoded, TokenSet
+from lora_sweep.errors import OutOfRoom, UserError
 
-VERSION = 1
+VERSION = 2
 """Of everything that decides which tokens come out: raised when the code makes others."""
+
+REPORT = "report.json"
+PARTS = ("tokens", "counted", "ends")
 
 _STALE_SECONDS = 24 * 3600.0
 
@@ -58,21 +64,36 @@ class Writer:
 
 
 def write(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Lets `make` fill a folder and returns its report; the folder appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep_out(folder.parent)
-    aside = Path(tempfile.mkdtemp(prefix=".aside-", dir=folder.parent))
-    try:
-        report = make(aside)
-        (aside / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    """Lets `make` fill a folder and returns its report; the folder appears whole or not at all.
+
+    Raises UserError where the cache cannot be written, OutOfRoom where it is full.
+    """
+    with _cache_errors(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _sweep_out(folder.parent)
+        aside = Path(tempfile.mkdtemp(prefix=".aside-", dir=folder.parent))
         try:
-            aside.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # another process was faster with the same content
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            report = make(aside)
+            (aside / REPORT).write_text(json.dumps(report), encoding="utf-8")
+            try:
+                aside.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # another process was faster with the same content
+                    raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     return report
+
+
+@contextmanager
+def _cache_errors(cache: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        told = f"{cache}: prepared data cannot be kept there ({error.strerror or error})"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutOfRoom(told) from error
+        raise UserError(f"{told}; HF_DATASETS_CACHE names another folder") from error
 
 
 def _sweep_out(cache: Path) -> None:
@@ -82,13 +103,25 @@ def _sweep_out(cache: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def report(folder: Path) -> dict[str, Any] | None:
-    """What was told when the sets were made; None where there are none."""
+def report(folder: Path, names: Sequence[str]) -> dict[str, Any] | None:
+    """What was told when the sets of these names were made; None where they are not there, whole.
+
+    A cache is swept by others: of a folder some files may be gone.
+    """
     try:
-        found: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return found
+        found: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        if all(_is_whole(folder, name) for name in names):
+            return found
+    except (OSError, ValueError):
+        pass
+    shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def _is_whole(folder: Path, name: str) -> bool:
+    sizes = {part: (folder / f"{name}.{part}").stat().st_size for part in PARTS}
+    last = np.fromfile(folder / f"{name}.ends", dtype=np.int64, offset=max(sizes["ends"] - 8, 0))
+    return len(last) == 1 and (sizes["tokens"], sizes["counted"]) == (4 * last[0], last[0])
 
 
 def read(folder: Path, name: str) -> TokenSet:
@@ -98,5 +131,6 @@ def read(folder: Path, name: str) -> TokenSet:
         return TokenSet.of([])
     tokens = np.memmap(folder / f"{name}.tokens", dtype=np.int32, mode="r")
     counted = np.memmap(folder / f"{name}.counted", dtype=np.bool_, mode="r")
-    os.utime(folder)  # whoever clears the cache by age sees what is in use
+    with suppress(OSError):  # it may be another's
+        os.utime(folder)  # whoever clears the cache by age sees what is in use
     return TokenSet(tokens, counted, offsets, np.arange(len(offsets) - 1))

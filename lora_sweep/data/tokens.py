@@ -201,9 +201,8 @@ def encode(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> list[Encoded]:
     if not pairs:
         return []
     ends = tokenizer.eos_token_id
-    ids_alone = {"return_attention_mask": False, "return_token_type_ids": False}
-    prompts = tokenizer([prompt for prompt, _ in pairs], **ids_alone)["input_ids"]
-    bare = tokenizer([completion for _, completion in pairs], add_special_tokens=False, **ids_alone)["input_ids"]
+    prompts = _ids([prompt for prompt, _ in pairs], tokenizer, special=True)
+    bare = _following([completion for _, completion in pairs], tokenizer)
     encoded = []
     for (prompt, completion), before, after in zip(pairs, prompts, bare, strict=True):
         if not prompt:
@@ -217,3 +216,25 @@ def encode(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> list[Encoded]:
         first = max(len(before), 1)
         encoded.append((np.array(ids, dtype=np.int32), np.arange(len(ids)) >= first))
     return encoded
+
+
+def _ids(texts: Sequence[str], tokenizer: Any, special: bool) -> list[list[int]]:
+    ids_alone = {"return_attention_mask": False, "return_token_type_ids": False}
+    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, **ids_alone)["input_ids"]
+    return found
+
+
+def _following(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Ids of texts that stand behind others.
+
+    Tokenizers of Llama-2's and Mistral's kind put a space before whatever they are given: a completion by itself would
+    begin with a space that is not in it. There each text is tokenised behind a line break, whose ids are taken off.
+    """
+    plain = _ids(texts, tokenizer, special=False)
+    (probe,), (anchor,) = (_ids([text], tokenizer, special=False) for text in ("a", "\n"))
+    if not probe or not str(tokenizer.convert_ids_to_tokens(probe[0])).startswith("\u2581"):
+        return plain
+    behind = _ids([f"\n{text}" for text in texts], tokenizer, special=False)
+    return [
+        ids[len(anchor) :] if ids[: len(anchor)] == anchor else alone for ids, alone in zip(behind, plain, strict=True)
+    ]

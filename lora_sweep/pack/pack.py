@@ -22,8 +22,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lora_sweep import adapters, health, quant
 from lora_sweep.blueprint import Blueprint, peft_config
 from lora_sweep.data import Data
-from lora_sweep.errors import UserError
-from lora_sweep.model import LoadedBase
+from lora_sweep.errors import ConfigError, UserError
+from lora_sweep.model import LoadedBase, input_faults
 from lora_sweep.pack import memory
 from lora_sweep.pack.bank import Banks
 from lora_sweep.pack.capacity import MOST_SLOTS, Capacity
@@ -58,6 +58,8 @@ class Pack:
 
         `too_wide`: so many slots a pass are known not to fit into memory.
         """
+        if faults := input_faults(base.name_or_path, base.model.config, data.length, data.largest_id):
+            raise ConfigError(faults)
         self.settings = settings
         self.bank_rank = bank_rank
         self._model = base.model

@@ -1,0 +1,59 @@
+"""Examples -> token ids and what counts of them, with an account of each: cut, emptied, broken."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_sweep.data import chat, tokens
+from lora_sweep.data.chat import ChatFault, Conversation
+from lora_sweep.data.example import Parsed
+from lora_sweep.data.report import Part, Tally
+from lora_sweep.data.tokens import Encoded
+from lora_sweep.errors import ConfigError
+from lora_sweep.records import Example, Fault
+
+Placed = tuple[str, Parsed]
+"""(where it stands, the example)."""
+
+
+def encoded(
+    batch: Sequence[Placed], tokenizer: Any, template: str | None, max_length: int | None, part: Part, broken: Tally
+) -> Iterator[Encoded]:
+    """The batch tokenised and cut (None: whole), in its order; each example's fate is entered in `part` and `broken`.
+
+    Raises ConfigError where the chat template itself is of no use.
+    """
+    plain = [(one.prompt, one.completion) for _, one in batch if isinstance(one, Example)]
+    talks = [one for _, one in batch if isinstance(one, Conversation)]
+    pairs = iter(tokens.encode(plain, tokenizer))
+    turns = iter(_turns(talks, tokenizer, template))
+    for place, one in batch:
+        found = next(pairs) if isinstance(one, Example) else next(turns)
+        if isinstance(found, ChatFault):
+            broken.add(f"{place}: {found}")
+            continue
+        ids, counted = found
+        if max_length is not None and len(ids) > max_length:
+            part.cut.add(place)
+            part.cut_tokens += len(ids) - max_length
+            ids, counted = ids[:max_length], counted[:max_length]
+        if not counted.any():
+            part.emptied.add(place)
+            continue
+        part.examples += 1
+        part.tokens += len(ids)
+        part.counted += int(counted.sum())
+        part.largest_id = max(part.largest_id, int(ids.max()))
+        yield ids, counted
+
+
+def _turns(talks: Sequence[Conversation], tokenizer: Any, template: str | None) -> Sequence[Encoded | ChatFault]:
+    try:
+        found = chat.encode(talks, tokenizer, template) if talks else []
+    except ChatFault as fault:
+        raise ConfigError([Fault("data.chat_template", str(fault))]) from fault
+    return [
+        each if isinstance(each, ChatFault) else (np.array(each[0], np.int32), np.array(each[1], np.bool_))
+        for each in found
+    ]
