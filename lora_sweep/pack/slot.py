@@ -41,6 +41,8 @@ class Slot:
         """Module name -> (r, d_out) view."""
         self.home: tuple[Bank, int]
         """The bank and the row in it."""
+        self._gradients: dict[str, dict[str, Tensor]]
+        """"A" or "B" -> module name -> view like that of the value."""
         self._parameters: dict[str, nn.Parameter] = {}
         """What the optimizer steps: "A" and "B", or "A/<module>" and "B/<module>"."""
         banks.place(self)
@@ -86,15 +88,21 @@ class Slot:
         rank, size_A = self.trial.method.rank, layout.size_A
         self.A = {name: view[:rank] for name, view in layout.A(values).items()}
         self.B = {name: view[:rank] for name, view in layout.B(values).items()}
+        self._gradients = {
+            "A": {name: view[:rank] for name, view in layout.A(gradients).items()},
+            "B": {name: view[:rank] for name, view in layout.B(gradients).items()},
+        }
         if optimizers.is_elementwise(self.trial.optimizer):
             pieces = {
                 "A": (values[:size_A], gradients[:size_A]),
                 "B": (values[size_A:], gradients[size_A:]),
             }
         else:
-            of_A, of_B = layout.A(gradients), layout.B(gradients)
-            pieces = {f"A/{name}": (view, of_A[name][:rank]) for name, view in self.A.items()}
-            pieces |= {f"B/{name}": (view, of_B[name][:rank]) for name, view in self.B.items()}
+            pieces = {
+                f"{side}/{name}": (view, self._gradients[side][name])
+                for side, views in (("A", self.A), ("B", self.B))
+                for name, view in views.items()
+            }
         for name, (value, gradient) in pieces.items():
             if name in self._parameters:
                 self._parameters[name].data = value
@@ -171,10 +179,6 @@ class Slot:
         return [AdaptedModule(a, b) for a, b in zip(A, B, strict=True)]
 
     def _sides(self, which: Which, values: Mapping[str, Tensor]) -> list[Side]:
-        bank, row = self.home
-        rank, size_A = self.trial.method.rank, bank.layout.size_A
-        part = slice(0, size_A) if which == "A" else slice(size_A, None)
-        gradients = bank.layout.side(which, bank.gradients[row][part])
         moments = self._moments(which)
         group = self.optimizer.param_groups["AB".index(which)]
         betas = self.trial.optimizer.beta1, self.trial.optimizer.beta2
@@ -182,7 +186,8 @@ class Slot:
         unknown = None, None
         both = {name: moments.get(name, unknown) for name in values}
         return [
-            Side(value, gradients[name][:rank], both[name][0], both[name][1], stepped) for name, value in values.items()
+            Side(value, self._gradients[which][name], both[name][0], both[name][1], stepped)
+            for name, value in values.items()
         ]
 
     def _moments(self, which: Which) -> dict[str, tuple[Tensor, Tensor]]:

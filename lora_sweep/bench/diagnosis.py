@@ -1,0 +1,224 @@
+"""Is an adapter that learned nothing named with the right cause, and a healthy one left alone?
+
+Each cause is provoked in real trainings of the embedded base, several seeds each: by transformers' Trainer with
+HealthCallback looking on, and, where a sweep's own settings can provoke it, packed and judged as a study is. What is
+true of a training is the fault that was injected and, apart from it, its gain against its twin's without the fault:
+never the tool's own gate. Healthy trials are ordinary packed sweeps of both tasks, and the twins.
+"""
+
+import logging
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_sweep import data as data_room
+from lora_sweep import health, space
+from lora_sweep import model as model_room
+from lora_sweep.bench import faults
+from lora_sweep.bench.faults import FAULTS, PACKED, Fault, Outcome, Training
+from lora_sweep.data import Data
+from lora_sweep.health.rules import Seen
+from lora_sweep.model import LoadedBase
+from lora_sweep.pack import Pack, Settings, Trial
+from lora_sweep.records import Base, Cell, Evaluation, Finding
+
+Say = Callable[[str], None]
+
+SEEDS = tuple(range(5))
+LEARNED = 0.05
+"""Of its twin's gain: a training below it has learned nothing."""
+HEALTHY = 0.2
+"""Of the best gain of its sweep: a trial above it has learned, whatever is said of it."""
+STYLE = (("method.rank", (2, 8, 32)), ("optimizer.base_lr", (3e-4, 1e-3, 2e-3)), ("optimizer.ratio", (1, 4)))
+FACTS = (("method.rank", (2, 8, 32)), ("optimizer.base_lr", (1e-3, 3e-3)), ("optimizer.ratio", (1, 2)))
+DECAYS = (0.0, 0.1)
+COURSE = ("diverged", "spiking", "overfit", "forgetting")
+"""What the losses show, and B does not."""
+
+
+def diagnosis(say: Say, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
+    """Recall, share of right causes and false alarms, by fault and in all; 15 minutes on two CPU cores."""
+    base = model_room.load(space.read(None, ["model=tiny"])[0].base().model, torch.device("cpu"))
+    logging.getLogger("lora_sweep").setLevel(logging.ERROR)
+    rows, twins = [], _Twins(base)
+    for fault in FAULTS:
+        say(f"{fault.name}, by transformers' Trainer")
+        pairs = [(twins.of(fault, seed), _trained(base, fault.inject(Training(seed)))) for seed in seeds]
+        rows.append(_row(fault, "Trainer", pairs))
+    packed: dict[str, list[tuple[Outcome, Outcome]]] = {fault.name: [] for fault in PACKED}
+    rho: list[float] = []
+    for seed in seeds:
+        say(f"faults of a sweep's own settings, packed, seed {seed}")
+        for name, pair in _packed_faults(base, seed).items():
+            packed[name].append(pair)
+    rows += [_row(fault, "packed", packed[fault.name]) for fault in PACKED]
+    healthy = [_named(outcome) for outcome in twins.outcomes]
+    trials = 0
+    for seed in seeds[:2]:
+        say(f"ordinary sweeps, seed {seed}")
+        for words, shown in _ordinary(base, seed):
+            trials += 1
+            healthy.append(words)
+            rho.append(shown)
+    alarmed = [words for words in healthy if set(words) - set(COURSE)]
+    injected, flagged, right = (sum(row[key] for row in rows) for key in ("injected", "flagged", "right"))
+    return {
+        "faults": rows,
+        "injected": injected,
+        "recall": flagged / injected,
+        "cause_right": right / injected,
+        "healthy": len(healthy),
+        "healthy_packed": trials,
+        "false_alarms": len(alarmed) / len(healthy),
+        "alarms": [list(words) for words in alarmed],
+        "decay_blamed": sum("decay_trapped" in words for words in healthy),
+        "rho_healthy": [min(rho), statistics.median(rho), max(rho)],
+    }
+
+
+def lines(made: dict[str, Any]) -> Iterator[str]:
+    """What `diagnosis` returned, as a Markdown table and its sums."""
+    yield "| fault | in | should be named | gain of the twin's | learned nothing | flagged | cause right |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
+    for row in made["faults"]:
+        yield (
+            f"| {row['fault']} | {row['trainer']} | {row['cause']} | {row['share_of_gain']:.0%} | "
+            f"{row['learned_nothing']} of {row['injected']} | {row['flagged']} | {row['right']} |"
+        )
+    yield ""
+    yield (
+        f"{made['injected']} faults: recall {made['recall']:.3f}, cause right {made['cause_right']:.3f}. "
+        f"{made['healthy']} healthy trainings: false alarms {made['false_alarms']:.3f}, decay blamed in "
+        f"{made['decay_blamed']}."
+    )
+    low, middle, high = made["rho_healthy"]
+    yield f"rho after the window in the healthy packed trials: {low:.2f} to {high:.2f}, median {middle:.2f}."
+
+
+def _row(fault: Fault, trainer: str, pairs: Sequence[tuple[Outcome, Outcome]]) -> dict[str, Any]:
+    shares = [made.gain / twin.gain for twin, made in pairs]
+    return {
+        "fault": fault.name,
+        "trainer": trainer,
+        "cause": fault.cause,
+        "injected": len(pairs),
+        "share_of_gain": statistics.median(shares),
+        "learned_nothing": sum(share < LEARNED for share in shares),
+        "flagged": sum(bool(set(_named(made)) - set(COURSE)) for _, made in pairs),
+        "right": sum(fault.cause in made.named for _, made in pairs),
+        "named": [list(made.named) for _, made in pairs],
+    }
+
+
+def _named(outcome: Outcome) -> tuple[str, ...]:
+    return outcome.named
+
+
+def _trained(base: LoadedBase, training: Training) -> Outcome:
+    with tempfile.TemporaryDirectory() as folder:
+        return faults.train(base, training, Path(folder))
+
+
+class _Twins:
+    """Trainings without a fault, each run once."""
+
+    def __init__(self, base: LoadedBase) -> None:
+        self._base = base
+        self._known: dict[Training, Outcome] = {}
+
+    def of(self, fault: Fault, seed: int) -> Outcome:
+        training = fault.twin(Training(seed))
+        if training not in self._known:
+            self._known[training] = _trained(self._base, training)
+        return self._known[training]
+
+    @property
+    def outcomes(self) -> list[Outcome]:
+        return list(self._known.values())
+
+
+# -- packed ------------------------------------------------------------------------------------------------------------
+
+
+def _packed_faults(base: LoadedBase, seed: int) -> dict[str, tuple[Outcome, Outcome]]:
+    """Fault -> (twin, what became of it), all of them cells of one study."""
+    asked = [each(Training(seed)) for fault in PACKED for each in (fault.twin, fault.inject)]
+    told = _told(base, [_overrides(training) for training in asked], f"data.seed={seed}", f"train.seed={seed}")
+    outcomes = [Outcome(gain, words) for gain, words, _ in told]
+    return {fault.name: (outcomes[2 * place], outcomes[2 * place + 1]) for place, fault in enumerate(PACKED)}
+
+
+def _overrides(training: Training) -> list[str]:
+    return [
+        "data=style",
+        f"train.max_steps={training.steps}",
+        f"method.rank={training.rank}",
+        f"method.alpha={training.alpha}",
+        f"optimizer.base_lr={training.lr_A}",
+        f"optimizer.ratio={training.ratio}",
+        f"optimizer.eps={training.eps}",
+        f"optimizer.weight_decay_B={training.weight_decay_B}",
+    ]
+
+
+def _ordinary(base: LoadedBase, seed: int) -> Iterator[tuple[tuple[str, ...], float]]:
+    """(what was said, median rho after the window) of each trial of ordinary sweeps that learned."""
+    for task, axes in (
+        (("data=style", "train.max_steps=60", "train.batch_size=4"), STYLE),
+        (("data=facts", "data.subjects=48", "train.max_steps=120", "train.batch_size=8"), FACTS),
+    ):
+        cells = [[*task]]
+        for key, values in (*axes, ("optimizer.weight_decay", DECAYS)):
+            cells = [[*cell, f"{key}={value}"] for cell in cells for value in values]
+        told = list(_told(base, cells, f"data.seed={seed}", f"train.seed={seed}"))
+        best = max(gain for gain, _, _ in told)
+        yield from ((words, rho) for gain, words, rho in told if gain > HEALTHY * best)
+
+
+def _told(base: LoadedBase, cells: Sequence[Sequence[str]], *shared: str) -> list[tuple[float, tuple[str, ...], float]]:
+    """(gain at the end, what is said of it, median rho after the window) of each cell, judged as one study."""
+    configs = [space.read(None, [*cell, *shared, "train.slots=8", "train.eval_every=20"])[0].base() for cell in cells]
+    data = data_room.load(configs[0].data, base.tokenizer)
+    trials = [Trial.of(Cell(number), config) for number, config in enumerate(configs)]
+    alone, records = _run(base, data, trials)
+    curves = [{"base_loss": alone.eval_loss, "curve": {each.step: each.eval_loss for each in seen}} for seen in records]
+    best = health.best_gains(curves)[alone.eval_loss]
+    found = []
+    for trial, config, seen in zip(trials, configs, records, strict=True):
+        last, losses = seen[-1], [step.train_loss for each in seen for step in each.steps]
+        what = health.seen(last, trial.asked, config.health)
+        how = health.Course(alone, losses, 0, min(seen, key=lambda each: each.eval_loss), last)
+        said: tuple[Finding, ...] = health.own_findings(what, how, config.health)
+        if not last.diverged:
+            made = health.diagnose(alone, last, what, config.health)
+            said = (*health.verdict(made, best.get(last.step), config.health), *said)
+        words = tuple(word for finding in said for word in (finding.flag, finding.cause) if word is not None)
+        found.append((alone.eval_loss - last.eval_loss, words, _median_rho(what)))
+    return found
+
+
+def _median_rho(what: Seen) -> float:
+    return float(statistics.median(what.rho.tolist()))
+
+
+def _run(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> tuple[Base, list[list[Evaluation]]]:
+    """(the base alone, each trial's evaluations)."""
+    records: dict[int, list[Evaluation]] = {trial.cell.number: [] for trial in trials}
+    pack = Pack(base, data, Settings.of(trials[0]), max(trial.method.rank for trial in trials))
+    waiting = list(trials)
+    try:
+        alone = pack.evaluate_base()
+        while waiting or pack.live:
+            while waiting and pack.has_room:
+                pack.admit(waiting.pop(0))
+            for evaluation in pack.advance():
+                records[evaluation.cell].append(evaluation)
+            for slot in [slot for slot in pack.live if pack.step(slot) >= pack.settings.max_steps]:
+                pack.evict(slot)
+    finally:
+        pack.close()
+    return alone, [records[number] for number in sorted(records)]

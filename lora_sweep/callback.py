@@ -1,0 +1,251 @@
+"""The same looks and findings inside training that is not ours: transformers' Trainer, TRL, or a loop that calls it.
+
+from lora_sweep import HealthCallback
+trainer = Trainer(..., callbacks=[HealthCallback(ratio=16)])
+"""
+
+import json
+import logging
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from lora_sweep import adapters, config, health, quant
+from lora_sweep.errors import UserError
+from lora_sweep.health import AdaptedModule, Asked, Chart, Side, Snapshot, Stepped
+from lora_sweep.records import Diagnosis, Finding
+
+HEALTH = "health.json"
+_MOMENTS = (("exp_avg", "exp_avg_sq"), ("state1", "state2"))
+"""torch's and bitsandbytes' names of Adam's moments."""
+_START, _END = 1, 3
+"""Logged losses that stand for the base and for the trained adapter, where nothing was evaluated at step 0."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Lora:
+    """One adapted linear of a PEFT model; its tensors are asked for anew at each look, as they may be replaced."""
+
+    name: str
+    layer: Any
+    """peft's LoraLayer."""
+    adapter: str
+    base_norm: float
+
+    @property
+    def A(self) -> Tensor:
+        """(r, d_in)."""
+        found: Tensor = self.layer.lora_A[self.adapter].weight
+        return found
+
+    @property
+    def B(self) -> Tensor:
+        """(d_out, r)."""
+        found: Tensor = self.layer.lora_B[self.adapter].weight
+        return found
+
+    @property
+    def scaling(self) -> float:
+        return float(self.layer.scaling[self.adapter])
+
+
+class HealthCallback(TrainerCallback):
+    """Looks at the LoRA of a PEFT model while it trains, and names what keeps it from learning.
+
+    `ratio`: LoRA+'s lr of B over lr of A that was asked for; None: as the optimizer's groups have it before the first
+    step, which a scheduler may have flattened by then. `action`: `stop` ends a training whose adapter cannot learn any
+    more. `rules`: keys of conf/health/default.yaml. Findings are warned of by `logging`, and lie in `findings` and in
+    health.json in the output folder. Raises ConfigError for a rule that is none.
+    """
+
+    def __init__(self, ratio: float | None = None, action: str = "flag", **rules: Any) -> None:
+        self.findings: tuple[Finding, ...] = ()
+        self._rules = config.section("health", {"action": action, **rules})
+        self._ratio = ratio
+        self._modules: list[_Lora] = []
+        self._chart: Chart | None = None
+        self._asked = Asked(ratio)
+        self._before: Snapshot | None = None
+        self._lost: tuple[str, ...] = ()
+        self._base_loss: float | None = None
+        self._eval_loss: float | None = None
+        self._logged: list[float] = []
+        self._warned: set[str] = set()
+
+    # -- transformers' events ----------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+        model, optimizer = told["model"], told["optimizer"]
+        self._modules = list(_loras(model))
+        if not self._modules:
+            _log.warning("HealthCallback: the model has no LoRA of PEFT's in any linear, nothing is looked at")
+            return
+        self._chart = Chart(tuple(each.name for each in self._modules), state.max_steps, self._rules.look_every)
+        self._asked = Asked(
+            ratio=self._asked_ratio(optimizer),
+            coupled_decay=max((_coupled(group) for group in self._groups(optimizer, "B")), default=0.0),
+            is_low_precision=any(each.B.dtype.itemsize < 4 for each in self._modules),
+            fp16_gradients=bool(args.fp16) or any(each.B.dtype == torch.float16 for each in self._modules),
+        )
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+        step = state.global_step + 1
+        if self._chart is not None and self._chart.is_due(step, step == state.max_steps):
+            self._before = health.snapshot([(each.A, each.B.T) for each in self._modules])
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+        if self._chart is None:
+            return
+        optimizer = told["optimizer"]
+        A, B = (next(self._groups(optimizer, side), None) for side in "AB")
+        lr_A, lr_B = (float((group or optimizer.param_groups[0])["lr"]) for group in (A, B))
+        self._chart.stepped(lr_A, lr_B, 1.0 if B is None else _shrink(B))
+        if self._before is None:
+            return
+        groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+        looked_at = [AdaptedModule(*(_side(optimizer, groups, each, side) for side in "AB")) for each in self._modules]
+        self._chart.take(state.global_step + 1, health.look(looked_at, self._before))
+        self._before = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **told: Any) -> Any:
+        chart = self._chart
+        if chart is None or not chart.ends_window or state.global_step == state.max_steps:
+            return control
+        self._conclude()
+        if self._rules.action == "stop" and health.cannot_learn(chart.reading(), self._asked):
+            control.should_training_stop = True
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+        if "loss" in (told.get("logs") or {}):
+            self._logged.append(float(told["logs"]["loss"]))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+        loss = (told.get("metrics") or {}).get("eval_loss")
+        if loss is not None and state.global_step == 0:
+            self._base_loss = float(loss)
+        elif loss is not None:
+            self._eval_loss = float(loss)
+
+    def on_save(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._modules and state.is_world_process_zero and (folder / adapters.CONFIG).is_file():
+            self._lost = self._lost_in(folder)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+        if self._chart is None:
+            return
+        self._conclude()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            made = {"findings": [asdict(each) for each in self.findings], "diagnosis": asdict(self.diagnosis())}
+            (folder / HEALTH).write_text(json.dumps(made, indent=2) + "\n")
+
+    # -- what it says ------------------------------------------------------------------------------------------------
+
+    def diagnosis(self) -> Diagnosis:
+        """What was seen until now. Raises ValueError before a training has begun."""
+        gain, noise = self._gain()
+        return Diagnosis(gain, noise, *health.causes(self._seen()))
+
+    def _conclude(self) -> None:
+        self.findings = (
+            *health.verdict(self.diagnosis(), None, self._rules),
+            *health.own_findings(self._seen(), None, self._rules),
+        )
+        for finding in self.findings:
+            if finding.flag not in self._warned:
+                self._warned.add(finding.flag)
+                _log.warning("%s: %s", finding.flag, finding.sentence)
+
+    def _seen(self) -> health.Seen:
+        if self._chart is None:
+            raise ValueError("no training of a LoRA has begun")
+        reading = self._chart.reading()
+        weights = np.array([each.base_norm / each.scaling if each.scaling else np.inf for each in self._modules])
+        last = reading.values["product"][-1] if len(reading.steps) else np.full(len(self._modules), np.nan)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return health.Seen(reading, self._asked, last / weights, self._rules.min_delta_rel, self._lost)
+
+    def _gain(self) -> tuple[float | None, float]:
+        """(gain over the base, what could be chance): of evaluations if one came first, else of logged losses."""
+        if len(self._logged) < _START + _END:
+            return None, 0.0
+        end = self._logged[-_END:]
+        start, stop = statistics.mean(self._logged[:_START]), statistics.mean(end)
+        if self._base_loss is not None and self._eval_loss is not None:
+            start, stop = self._base_loss, self._eval_loss
+        # How far the loss wanders from one log to the next; no errors by example are to be had here.
+        chance = self._rules.min_gain_standard_errors * statistics.stdev(end)
+        return start - stop, max(self._rules.min_gain_of_base * start, chance)
+
+    def _lost_in(self, folder: Path) -> tuple[str, ...]:
+        try:
+            return adapters.lost(folder, {each.name: (each.A, each.B) for each in self._modules})
+        except UserError as error:
+            _log.warning("HealthCallback: %s", error)
+            return tuple(each.name for each in self._modules)
+
+    # -- the optimizer -----------------------------------------------------------------------------------------------
+
+    def _groups(self, optimizer: Any, side: str) -> Iterator[dict[str, Any]]:
+        """The groups that hold any A, or any B."""
+        held = {id(getattr(each, side)) for each in self._modules}
+        return (group for group in optimizer.param_groups if any(id(p) in held for p in group["params"]))
+
+    def _asked_ratio(self, optimizer: Any) -> float | None:
+        if self._ratio is not None:
+            return self._ratio
+        A, B = (next(self._groups(optimizer, side), None) for side in "AB")
+        rates = [float(group.get("initial_lr", group["lr"])) for group in (A, B) if group is not None]
+        return rates[1] / rates[0] if len(rates) == 2 and rates[0] > 0 else None
+
+
+def _loras(model: Any) -> Iterator[_Lora]:
+    """Every linear with an active LoRA."""
+    for path, layer in getattr(model, "module", model).named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear):
+                weight = quant.dequantised(layer.get_base_layer())
+                norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
+                yield _Lora(path.removeprefix("base_model.model."), layer, adapter, norm)
+
+
+def _side(optimizer: Any, groups: Mapping[int, dict[str, Any]], module: _Lora, which: str) -> Side:
+    """B transposed, so that the rank comes first."""
+    parameter = module.A if which == "A" else module.B
+    group = groups.get(id(parameter), {})
+    state = optimizer.state.get(parameter, {})
+    found = [parameter, parameter.grad]
+    pair = next(((state[m], state[v]) for m, v in _MOMENTS if m in state and v in state), (None, None))
+    # In 8 bits a moment means nothing without its scales.
+    found += pair if pair[0] is not None and pair[0].dtype.is_floating_point else (None, None)
+    value, gradient, m, v = (each if each is None or which == "A" else each.T for each in found)
+    betas = group.get("betas", (0.0, 0.0))
+    stepped = Stepped(_shrink(group), float(group.get("eps", 0.0)), tuple(betas), int(state.get("step", 0)))
+    assert value is not None
+    return Side(value, gradient, m, v, stepped)
+
+
+def _coupled(group: Mapping[str, Any]) -> float:
+    """Weight decay that is added to the gradient, as Adam and SGD of torch have it; 0 where decay is decoupled."""
+    decoupled = group.get("decoupled_weight_decay", "momentum" not in group)
+    return 0.0 if decoupled else float(group.get("weight_decay", 0.0))
+
+
+def _shrink(group: Mapping[str, Any]) -> float:
+    apart = not _coupled(group)
+    return 1 - float(group.get("lr", 0.0)) * float(group.get("weight_decay", 0.0)) if apart else 1.0

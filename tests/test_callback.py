@@ -1,0 +1,110 @@
+"""Faults in real runs of transformers' Trainer and of TRL are named, and healthy trainings left alone."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PrinterCallback, TrainerCallback
+
+from lora_sweep import HealthCallback
+from lora_sweep.bench.faults import FAULTS, Outcome, Training, train
+from lora_sweep.errors import ConfigError
+from lora_sweep.model import LoadedBase
+from lora_sweep.tiny import world
+
+SHORT = Training(seed=0, steps=25)
+
+
+@pytest.mark.parametrize(
+    "cause", ["ratio_lost", "not_stepped", "underflow", "not_in_graph", "dead_product", "lost_on_save"]
+)
+def test_a_fault_is_named_with_its_cause(base: LoadedBase, tmp_path: Path, cause: str) -> None:
+    fault = next(each for each in FAULTS if each.cause == cause)
+    assert cause in train(base, fault.inject(SHORT), tmp_path).named
+    written = json.loads((tmp_path / "health.json").read_text())
+    found = [each for each in written["findings"] if cause in (each["flag"], each["cause"])]
+    assert found
+    assert found[0]["sentence"].endswith(".")
+
+
+def test_a_healthy_training_is_left_alone(base: LoadedBase, tmp_path: Path) -> None:
+    made = train(base, SHORT, tmp_path)
+    assert made == Outcome(pytest.approx(made.gain), ())
+    assert made.gain > 2
+
+
+def test_the_base_is_left_as_it_was(base: LoadedBase, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+    train(base, replace(SHORT, steps=5), tmp_path)
+    after = base.model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not base.model.training
+
+
+def test_a_rule_that_is_none_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"health\.min_gain_of_bas: unknown key \(did you mean min_gain_of_base\?\)"):
+        HealthCallback(min_gain_of_bas=0.1)
+    with pytest.raises(ConfigError, match=r"health\.action"):
+        HealthCallback(action="shout")
+
+
+class _Stale(TrainerCallback):
+    """Replaces the parameters once the optimizer is built, as a reload in the middle does."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+        for name, module in told["model"].named_modules():
+            if name.endswith(("lora_A.default", "lora_B.default")):
+                module.weight = torch.nn.Parameter(module.weight.data.clone())
+
+
+def sft(base: LoadedBase, folder: Path, callbacks: list[TrainerCallback], **settings: Any) -> Any:
+    """TRL's trainer on prompts and completions, with its own optimizer."""
+    from trl import SFTConfig, SFTTrainer
+
+    examples = world.style(seed=0).train
+    rows = [{"prompt": each.prompt, "completion": each.completion} for each in examples]
+    config = SFTConfig(
+        output_dir=str(folder), max_steps=24, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=4,
+        report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True, bf16=False, max_length=64,
+        gradient_checkpointing=False, **settings,
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        base.model,
+        config,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=base.tokenizer,
+        peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train()
+    finally:
+        trainer.model.unload()
+        base.model.eval()
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_in_trl_a_healthy_training_is_left_alone_and_faults_are_named(
+    base: LoadedBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    healthy, stale, asked = HealthCallback(), HealthCallback(action="stop"), HealthCallback(ratio=16)
+    with caplog.at_level(logging.WARNING, logger="lora_sweep"):
+        sft(base, tmp_path / "healthy", [healthy])
+        assert healthy.findings == ()
+        assert "lora_sweep" not in {record.name.partition(".")[0] for record in caplog.records}
+        trainer = sft(base, tmp_path / "stale", [_Stale(), stale])
+        assert [(each.flag, each.cause) for each in stale.findings][:1] == [("zero_trapped", "not_stepped")]
+        assert trainer.state.global_step == 20, "stop: at the end of the window, not of the training"
+        # TRL's optimizer has one rate for A and B: whoever wanted LoRA+ did not get it.
+        sft(base, tmp_path / "ratio", [asked])
+        assert [each.flag for each in asked.findings] == ["ratio_lost"]
+    assert sum("not_stepped" in record.message for record in caplog.records) == 1, "said once"

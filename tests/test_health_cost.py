@@ -1,0 +1,99 @@
+"""What looking costs: at the default cadence at most 2 % of a training, histograms and heat map included."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import config_of
+
+from lora_sweep import data as data_room
+from lora_sweep import health
+from lora_sweep import model as model_room
+from lora_sweep.data import Data
+from lora_sweep.health import Chart, Course
+from lora_sweep.model import LoadedBase
+from lora_sweep.pack import Pack, Settings, Trial
+from lora_sweep.records import Cell
+from lora_sweep.tracking import heat_map
+
+ALLOWED = 0.02
+
+
+@pytest.fixture
+def spent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Seconds of each call that health costs a pack."""
+    found: list[float] = []
+
+    def timed(owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+
+        def around(*given: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            made = call(*given, **named)
+            found.append(time.perf_counter() - began)
+            return made
+
+        monkeypatch.setattr(owner, name, around)
+
+    for name in ("snapshot", "measurements", "delta_rel"):
+        timed(health, name)
+    timed(Pack, "_look")
+    timed(Chart, "reading")
+    yield found
+
+
+def share(base: LoadedBase, data: Data, trials: list[Trial], spent: list[float]) -> float:
+    """Of the wall time of training, evaluating and diagnosing these trials."""
+    pack = Pack(base, data, Settings.of(trials[0]), max(trial.method.rank for trial in trials))
+    began = time.perf_counter()
+    try:
+        alone = pack.evaluate_base()
+        for trial in trials:
+            pack.admit(trial)
+        while any(pack.step(slot) < trials[0].train.max_steps for slot in pack.live):
+            evaluations = pack.advance()
+    finally:
+        pack.close()
+    for trial, last in zip(trials, evaluations, strict=True):
+        before = time.perf_counter()
+        rules = config_of().health
+        what = health.seen(last, trial.asked, rules)
+        made = health.diagnose(alone, last, what, rules)
+        health.verdict(made, None, rules)
+        health.own_findings(what, Course(alone, [1.0] * trial.train.max_steps, 0, last, last), rules)
+        heat_map.draw(dict(zip(last.reading.modules, last.delta_rel.tolist(), strict=True)), {})
+        spent.append(time.perf_counter() - before)
+    return sum(spent) / (time.perf_counter() - began)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_looking_costs_at_most_two_percent_of_the_embedded_base(base: LoadedBase, spent: list[float]) -> None:
+    """500 steps of 4 x 32 tokens, evaluated every 50."""
+    config = config_of("data=style", "train.max_steps=500", "train.slots=8", "optimizer.ratio=4")
+    data = data_room.load(config.data, base.tokenizer)
+    trial = Trial.of(Cell(0), config)
+    trials = [replace(trial, cell=Cell(n), method=replace(trial.method, rank=r)) for n, r in enumerate((4, 4, 8, 16))]
+    found = share(base, data, trials, spent)
+    print(f"health took {found:.2%} of the training")
+    assert found <= ALLOWED
+
+
+@pytest.mark.real
+@pytest.mark.timeout(2700)
+def test_looking_costs_at_most_two_percent_of_smollm2(spent: list[float]) -> None:
+    """60 steps of two examples, evaluated every 20."""
+    config = config_of(
+        "model=smollm2_gguf", "model.dtype=bf16", "data=real_facts", "data.subjects=200", "data.eval_size=16",
+        "data.probe_size=8", "train.max_steps=60", "train.eval_every=20", "train.batch_size=2", "train.slots=4",
+    )  # fmt: skip
+    base = model_room.load(config.model, torch.device("cpu"))
+    data = data_room.load(config.data, base.tokenizer)
+    trial = Trial.of(Cell(0), config)
+    trials = [replace(trial, cell=Cell(n), method=replace(trial.method, rank=r)) for n, r in enumerate((4, 16))]
+    found = share(base, data, trials, spent)
+    print(f"health took {found:.2%} of the training")
+    assert found <= ALLOWED
