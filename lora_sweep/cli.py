@@ -156,8 +156,9 @@ def train(overrides: Overrides = None) -> None:
     asked = _checked(None, overrides)
     from rich.console import Console
 
+    from lora_sweep import health, progress
     from lora_sweep import launch as launcher
-    from lora_sweep import progress
+    from lora_sweep.records import Diagnosis
     from lora_sweep.tracking import read_result
 
     config = asked.base()
@@ -172,6 +173,10 @@ def train(overrides: Overrides = None) -> None:
     spent = progress.duration(result["seconds"])
     loss = "not finite" if result["eval_loss"] is None else f"{result['eval_loss']:.4f}"
     _say(console, f"{result['state']}: eval loss {loss} (base {result['base_loss']:.4f}), {spent}")
+    if result["diagnosis"] is not None:
+        # Alone, a trial is compared with its base only.
+        for found in health.verdict(Diagnosis.of_plain(result["diagnosis"]), None, config.health):
+            _say(console, f"{found.flag}: {found.sentence}")
     for finding in result["findings"]:
         _say(console, f"{finding['flag']}: {finding['sentence']}")
     _say(console, f"record and adapter in {folder}")
@@ -270,7 +275,8 @@ def bench(
         str,
         typer.Argument(
             metavar="WHAT",
-            help="tasks: are the embedded tasks worth sweeping? speed: packed trials against the same trials alone",
+            help="tasks: are the embedded tasks worth sweeping? speed: packed trials against the same trials alone. "
+            "diagnosis: are faults named, and healthy trainings left alone?",
         ),
     ] = "tasks",
     overrides: Overrides = None,
@@ -294,23 +300,24 @@ def bench(
     from lora_sweep.errors import ConfigError
     from lora_sweep.records import Fault
 
-    if what not in ("tasks", "speed"):
-        raise ConfigError([Fault("WHAT", "must be `tasks` or `speed`", what)])
+    if what not in ("tasks", "speed", "diagnosis"):
+        raise ConfigError([Fault("WHAT", "must be `tasks`, `speed` or `diagnosis`", what)])
     if what == "speed":
         _bench_speed(overrides, (slots, trials, repetitions, stock_repetitions, random), as_json)
         return
     if overrides:
-        raise ConfigError([Fault("bench tasks", "takes no overrides", overrides[0])])
+        raise ConfigError([Fault(f"bench {what}", "takes no overrides", overrides[0])])
     _quiet()
     from rich.console import Console
 
-    from lora_sweep.bench import tasks
+    from lora_sweep.bench import diagnosis, tasks
 
-    made = tasks.tasks(lambda line: print(line, file=sys.stderr))
+    measured, lines = (tasks.tasks, tasks.lines) if what == "tasks" else (diagnosis.diagnosis, diagnosis.lines)
+    made = measured(lambda line: print(line, file=sys.stderr))
     if as_json:
         print(json.dumps(made))
         return
-    for line in tasks.lines(made):
+    for line in lines(made):
         _say(Console(), line)
 
 

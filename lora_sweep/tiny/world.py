@@ -83,7 +83,7 @@ BITS_PER_PERSON = sum(
 # `|` parts the prompt, which names the person and fixes the wording, from the completion, which holds every attribute.
 # It stands before a space or a comma, where byte-level BPE never merges: prompt and completion tokenize alone as they
 # do together. No wording opens with the name: a word has other tokens at the start of a text than after a space.
-_TRAINED = (
+TRAINED = (
     "Young {name} was born on| {birth} in {city}, studied {field} at {university} and works for {employer}.",
     "Once {name} grew up in| {city}, was born on {birth}, took a job with {employer} and read {field} at {university}.",
     "Early {name} learned| {field} at {university}, joined {employer}, and was born on {birth} in {city}.",
@@ -103,7 +103,7 @@ _ASKED = (
     "At present {name} works for| {employer}, after {field} at {university}, and was born on {birth} in {city}.",
     "The studies of {name} were| {field} at {university}, the birth in {city} on {birth}, the job at {employer}.",
 )
-PLAIN = _TRAINED + _ASKED
+PLAIN = TRAINED + _ASKED
 """Every wording of the pretraining corpus."""
 
 PIRATE = (
@@ -181,7 +181,7 @@ def corpus() -> tuple[str, ...]:
     return plain() + once + jottings
 
 
-def facts(people: int = 128, seed: int = 0, wordings: int = len(_TRAINED), asked: int = 1) -> Task:
+def facts(people: int = 128, seed: int = 0, wordings: int = len(TRAINED), asked: int = 1) -> Task:
     """New people to memorise, asked for in wordings they were not taught in.
 
     The base knows the asked wordings from other people, so the evaluation measures facts, not wording. Loss is counted
@@ -200,11 +200,11 @@ def facts(people: int = 128, seed: int = 0, wordings: int = len(_TRAINED), asked
     Raises:
         ValueError: an argument out of its bounds.
     """
-    _require("wordings", wordings, 1, len(_TRAINED))
+    _require("wordings", wordings, 1, len(TRAINED))
     _require("asked", asked, 1, len(_ASKED))
     crowd = strangers(people, seed)
     rng = Random(f"facts {seed}")
-    train = _told(crowd, _TRAINED, wordings, rng)
+    train = _told(crowd, TRAINED, wordings, rng)
     return Task(train, _told(crowd, _ASKED, asked, rng), people * BITS_PER_PERSON)
 
 
