@@ -562,6 +562,19 @@ def test_an_abandoned_run_is_closed_and_goes_on_when_its_trial_does(tmp_path: Pa
     assert_arrived(server.runs["ladder-x7-0000"], tmp_path / "trials" / "0000")
 
 
+def test_a_study_raises_one_alert_and_each_trial_uploads_its_heat_map(tmp_path: Path) -> None:
+    with WandbServer() as server:
+        said = Child(tmp_path, "online", [0, 1], server.url).end()
+        assert said == ""
+        (alert,) = server.alerts
+        assert alert["title"] == "ladder: zero_trapped (lr_too_small)"
+        assert TRAPPED.sentence in alert["text"]
+        for run in server.runs.values():
+            picture = run.summary["heat_map"]
+            assert (picture["_type"], picture["format"]) == ("image-file", "png")
+            assert any(name == picture["path"] for name in run.files)
+
+
 def test_a_server_that_dies_costs_one_warning_and_no_record(tmp_path: Path) -> None:
     with WandbServer() as server:
         child = Child(tmp_path, "online", [0, 1], server.url, patience_seconds=3.0)

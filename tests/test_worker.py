@@ -19,6 +19,7 @@ from test_pack import IGNORED, mean_loss
 
 from lora_sweep import data as data_room
 from lora_sweep import launch, results, space
+from lora_sweep.blueprint import Blueprint
 from lora_sweep.errors import NoSafeAnswer, StudyError
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack.passes import Passes
@@ -170,6 +171,24 @@ def test_an_adapter_that_learned_nothing_is_flagged_and_never_picked(in_folder: 
     assert cause["evidence"]["delta_rel"] < cause["evidence"]["delta_rel_needed"]
     with pytest.raises(NoSafeAnswer, match="zero_trapped"):
         pick(Path("outputs/ask"))
+
+
+def test_an_adapter_that_cannot_learn_is_stopped_and_its_slot_refilled_when_asked(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Blueprint.initial
+
+    def without_A(self: Blueprint, config: Any, seed: int) -> dict[str, torch.Tensor]:
+        return {name: A * (config.r != 2) for name, A in whole(self, config, seed).items()}
+
+    monkeypatch.setattr(Blueprint, "initial", without_A)
+    train = {"max_steps": 40, "eval_every": 40, "slots": 1}
+    path = write_sweep(in_folder, {"method.rank": "choice(2, 4)", "optimizer.base_lr": "choice(1e-3)"}, train=train)
+    _, finished, (dead, alive) = run(path, "health.action=stop")
+    assert finished
+    assert (dead["state"], dead["reason"], dead["steps"]) == ("FAIL", "trapped", 20), "the window is over"
+    assert (dead["flags"], dead["cause"], dead["faults"]) == (["zero_trapped"], "dead_product", ["zero_trapped"])
+    assert (alive["state"], alive["steps"], alive["flags"]) == ("COMPLETE", 40, [])
 
 
 def test_asha_prunes_at_its_rungs_and_the_slots_are_refilled(in_folder: Path) -> None:

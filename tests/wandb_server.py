@@ -61,6 +61,7 @@ class WandbServer:
     def __init__(self) -> None:
         self.runs: dict[str, ServerRun] = {}
         self.requests: deque[str] = deque(maxlen=_MAX_REQUESTS_KEPT)
+        self.alerts: list[dict[str, str]] = []
         self.lock = threading.Lock()
         self.alive = True
         self.connections: set[socket.socket] = set()
@@ -118,6 +119,9 @@ class WandbServer:
             run.tags = variables.get("tags") or run.tags
             bucket = {**_bucket(run_id, run), "project": {"id": project, "name": project, "entity": owner}}
             return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
+        if operation == "NotifyScriptableRunAlert":
+            self.alerts.append({key: variables[key] for key in ("runName", "title", "text")})
+            return {"notifyScriptableRunAlert": {"success": True}}
         if operation == "CreateRunFiles":
             base = f"{self.url}/upload/{variables['run']}"
             files = [{"name": name, "uploadUrl": f"{base}/{name}"} for name in variables["files"]]
