@@ -236,8 +236,8 @@ class Run:
         losses = [row["train/loss"] for row in self._rows if row.get("train/loss") is not None]
         how = health.Course(self._base, losses, self._config.train.warmup_steps, self._best or last, last)
         seen = health.seen(last, Trial.of(self.cell, self._config).asked, rules, self._lost_on_save)
-        diagnosis = None if last.diverged else health.diagnose(self._base, last, seen, rules)
-        return diagnosis, health.own_findings(seen, how, rules)
+        own = health.own_findings(seen, how, rules)
+        return None if last.diverged else health.diagnose(self._base, last, seen, own, rules), own
 
     def abandon(self) -> None:
         self._record.abandon()

@@ -480,6 +480,16 @@ def test_a_loss_above_the_bases_for_a_while_is_diverged() -> None:
     assert course([2.0 + 0.05 * math.sin(step) for step in range(100)]) == [], "at the start is not above it"
 
 
+def test_a_hot_trial_that_ends_above_its_base_is_diverged_and_not_said_to_lack_a_signal() -> None:
+    hot = seen(rms_B=1e-3 * math.sqrt(20))
+    last = evaluation(gain=-1.0)
+    assert named(hot) == "no_signal"
+    own = (Finding("diverged", {}, "hot"),)
+    assert health.verdict(health.diagnose(BASE, last, hot, own, RULES), None, RULES) == ()
+    (finding,) = health.verdict(health.diagnose(BASE, last, hot, (), RULES), None, RULES)
+    assert (finding.flag, finding.cause) == ("zero_trapped", "no_signal")
+
+
 def test_giving_back_more_than_half_of_the_best_gain_is_diverged() -> None:
     best = evaluation(gain=1.0, step=50)
     (finding,) = course(FALLING, best, evaluation(gain=0.4, step=100, probe_loss=1.0))

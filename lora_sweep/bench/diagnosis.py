@@ -194,7 +194,7 @@ def _told(base: LoadedBase, cells: Sequence[Sequence[str]], *shared: str) -> lis
         how = health.Course(alone, losses, 0, min(seen, key=lambda each: each.eval_loss), last)
         said: tuple[Finding, ...] = health.own_findings(what, how, config.health)
         if not last.diverged:
-            made = health.diagnose(alone, last, what, config.health)
+            made = health.diagnose(alone, last, what, said, config.health)
             said = (*health.verdict(made, best.get(last.step), config.health), *said)
         words = tuple(word for finding in said for word in (finding.flag, finding.cause) if word is not None)
         found.append((alone.eval_loss - last.eval_loss, words, _median_rho(what)))

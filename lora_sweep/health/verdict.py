@@ -25,11 +25,16 @@ def seen(evaluation: Evaluation, asked: Asked, config: HealthConfig, lost: Seque
     return Seen(evaluation.reading, asked, evaluation.delta_rel, config.min_delta_rel, frozenset(lost))
 
 
-def diagnose(base: Base, last: Evaluation, what: Seen, config: HealthConfig) -> Diagnosis:
-    """Of one trial by itself, after its last evaluation."""
+def diagnose(base: Base, last: Evaluation, what: Seen, own: Sequence[Finding], config: HealthConfig) -> Diagnosis:
+    """Of one trial by itself, after its last evaluation; `own`: its own findings.
+
+    A trial that diverged has no gain because of that: rules that ask why there is none have nothing to add.
+    """
     gain, error = course.paired_gain(base, last)
     noise = max(config.min_gain_standard_errors * error, config.min_gain_of_base * base.eval_loss)
-    return Diagnosis(gain if np.isfinite(gain) else None, noise, *rules.causes(what))
+    trapping, all_found = rules.causes(what)
+    diverged = any(finding.flag == "diverged" for finding in own)
+    return Diagnosis(gain if np.isfinite(gain) else None, noise, trapping, trapping if diverged else all_found)
 
 
 def own_findings(what: Seen, how: Course | None, config: HealthConfig) -> tuple[Finding, ...]:
