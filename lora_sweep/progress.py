@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from rich.table import Table
 from rich.text import Text
 
-from lora_sweep import results
+from lora_sweep import health, results
 from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.results import Row
 from lora_sweep.worker import Outcome
@@ -233,13 +233,16 @@ def class_lines(made: Mapping[str, Any]) -> list[str]:
 
 
 def flag_lines(table: Sequence[Row]) -> list[str]:
-    """One line per flag or reason of failure: how many cells, and which."""
+    """One line per flag or reason of failure: how many cells, which, and what to do where a cause is known."""
     named: dict[str, list[int]] = {}
+    remedies: dict[str, str] = {}
     for row in table:
         for flag in flags(row).split(", ") if row["flags"] else filter(None, [row["reason"]]):
             named.setdefault(flag, []).append(row["number"])
+            if row["cause"] is not None and flag.endswith(f"({row['cause']})"):
+                remedies[flag] = f": {health.CAUSES[row['cause']].remedy}"
     lines = []
     for flag, numbers in sorted(named.items()):
         shown = ", ".join(f"{number:04d}" for number in numbers[:8]) + (", ..." if len(numbers) > 8 else "")
-        lines.append(f"{flag}: {len(numbers)} cells ({shown})")
+        lines.append(f"{flag}: {len(numbers)} cells ({shown}){remedies.get(flag, '')}")
     return lines

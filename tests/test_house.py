@@ -72,7 +72,7 @@ ROOMS: dict[str, set[str]] = {
     # cli: only to silence its logging before a verb.
     "transformers": {"pack", "model", "quant", "frozen", "data", "adapters", "tiny", "bench", "callback", "cli"},
     "peft": {"pack", "model", "blueprint", "adapters", "bench", "callback"},
-    "safetensors": {"pack", "source", "blueprint", "adapters"},
+    "safetensors": {"pack", "source", "blueprint", "adapters", "bench"},
     "tokenizers": {"tiny"},
     "jinja2": {"data"},
     "datasets": {"data", "cli"},

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from lora_sweep import progress
+from lora_sweep.health import CAUSES
 from lora_sweep.records import Base, Cell, Evaluation, Reading, Tally
 
 BASE = Base(4.0, 4.0, np.array([4.0, 4.0]))
@@ -128,11 +129,12 @@ def test_flags_and_reasons_are_counted_with_their_cells() -> None:
     rows.append({"number": 11, "flags": [], "cause": None, "reason": "memory"})
     rows.append({"number": 12, "flags": ["zero_trapped", "spiking"], "cause": "no_signal", "reason": None})
     lines = progress.flag_lines(rows)
+    trapped = f": {CAUSES['lr_too_small'].remedy}", f": {CAUSES['no_signal'].remedy}"
     assert lines == [
         "memory: 1 cells (0011)",
         "spiking: 1 cells (0012)",
-        "zero_trapped (lr_too_small): 10 cells (0000, 0001, 0002, 0003, 0004, 0005, 0006, 0007, ...)",
-        "zero_trapped (no_signal): 1 cells (0012)",
+        f"zero_trapped (lr_too_small): 10 cells (0000, 0001, 0002, 0003, 0004, 0005, 0006, 0007, ...){trapped[0]}",
+        f"zero_trapped (no_signal): 1 cells (0012){trapped[1]}",
     ]
 
 
