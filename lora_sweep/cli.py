@@ -274,7 +274,9 @@ def bench(
         ),
     ] = "tasks",
     overrides: Overrides = None,
-    slots: Annotated[str, typer.Option(metavar="K,K,...", help="speed: slots of the packs compared.")] = "1,2,4,8",
+    slots: Annotated[
+        str, typer.Option(metavar="K,K,...", help="speed: slots of the packs compared; auto: as many as pay.")
+    ] = "auto,1,4",
     trials: Annotated[
         int | None, typer.Option(help="speed: a multiple of every K; without it the smallest there is.")
     ] = None,

@@ -353,9 +353,12 @@ def test_the_verb_shows_a_table_with_stock_and_its_factors(
         (("tasks", "model=tiny"), "bench tasks: takes no overrides, got 'model=tiny'"),
         (
             ("speed", "--slots", "1,zwei"),
-            "--slots: must be whole numbers of at least 1, got '1,zwei' (--slots 1,2,4,8)",
+            "--slots: must be whole numbers of at least 1, or auto, got '1,zwei' (--slots auto,1,4)",
         ),
-        (("speed", "--slots", "0"), "--slots: must be whole numbers of at least 1, got '0' (--slots 1,2,4,8)"),
+        (
+            ("speed", "--slots", "0"),
+            "--slots: must be whole numbers of at least 1, or auto, got '0' (--slots auto,1,4)",
+        ),
         (("speed", "--slots", "2,2"), "--slots: must not repeat a number, got '2,2'"),
         (
             ("speed", "--slots", "2,3", "--trials", "9"),
@@ -391,3 +394,19 @@ def test_one_slip_is_one_clear_line(
 def test_trials_are_as_few_as_fill_every_pack() -> None:
     assert Question.of("1,2,4", None, 9, 1, None).trials == 4
     assert Question.of("2, 3", None, 9, 1, None).slots == (2, 3)
+    assert not Question.of("2, 3", None, 9, 1, None).chooses
+    auto = Question.of("auto, 4", None, 9, 1, None)
+    assert (auto.slots, auto.chooses, auto.trials) == ((4,), True, 16)
+
+
+def test_the_number_of_slots_that_pays_is_compared_too(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--slots", "auto,1", "--trials", "4", "--repetitions", "1", "--stock-repetitions", "0", "--json")
+    assert run(monkeypatch, "speed", *QUICK, *words, "launcher.threads=1") == 0
+    made = json.loads(capsys.readouterr().out)
+    chosen = made["chosen"]
+    assert chosen["slots"] in (1, 2, 4)
+    assert "adapters a pass" in chosen["reason"]
+    assert [row["slots"] for row in made["rows"]] == [None, *sorted({1, chosen["slots"]})]
+    assert made["losses_agree"]
