@@ -71,6 +71,11 @@ class Pack:
         self._banks = Banks(shapes, dtype, self._device, fixed)
         now = Pass(anchor=torch.zeros((), device=self._device, requires_grad=True))
         self._linears = self._wrap(shapes, now)
+        if settings.compile:
+            # What is compiled is the base between its linears. A packed linear reads its pass under way and adds to the
+            # banks' gradients: a trace would keep what was there when it was made.
+            for linear in self._linears.values():
+                linear.forward = torch.compiler.disable(linear.forward)  # type: ignore[method-assign]
         self._base_norms = {name: _weight_norm(linear.base) for name, linear in self._linears.items()}
         self._layers = [layer for layer in self._model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         for layer in self._layers:
@@ -103,11 +108,15 @@ class Pack:
 
     def fits(self, trial: Trial) -> bool:
         """Whether the trial can be admitted now."""
-        return self.has_room and Settings.of(trial) == self.settings and trial.method.rank <= self.bank_rank
+        return self.has_room and self.suits(trial)
 
-    def prepare(self, trial: Trial) -> None:
-        """Draws the trial's initial A beforehand, while other slots may be training."""
-        self._blueprint.prepare(self._peft_config(trial), trial.train.seed)
+    def suits(self, trial: Trial) -> bool:
+        """Whether the trial could be admitted if there were room."""
+        return Settings.of(trial) == self.settings and trial.method.rank <= self.bank_rank
+
+    def prepare(self, trials: Sequence[Trial]) -> None:
+        """Draws the initial A's of the trials that will come next, in a thread of its own while the slots train."""
+        self._blueprint.prepare([(self._peft_config(trial), trial.train.seed) for trial in trials])
 
     def admit(self, trial: Trial) -> int:
         """Puts the trial into a free slot at step 0; returns the slot."""
