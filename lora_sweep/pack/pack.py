@@ -89,7 +89,9 @@ class Pack:
             raise UserError("data.pack_examples: in this base examples of one row see one another; set it to false")
         self._passes = Passes(self._banks, output, now, data, settings, dtype, self._device)
         self._slots: list[Slot | None] = [None] * self.capacity.slots
-        self._trained_tokens, self._trained_seconds = 0, 0.0
+        self._trained_tokens = 0
+        self._training_since: float | None = None
+        """When the first step after the last evaluation began."""
 
     # -- who is in --------------------------------------------------------------------------------------------------
 
@@ -209,16 +211,18 @@ class Pack:
                     slot.update(mean, count)
                     tokens += count
         if measures:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+            self._wait()
             capacity.took(width, len(live), time.monotonic() - began, peak_bytes)
         self._trained_tokens += tokens
-        self._trained_seconds += time.monotonic() - began
+        self._training_since = self._training_since or began
 
     def _evaluate(self) -> list[Evaluation]:
         due = [slot for slot in self._passes.order(self._live()) if slot is None or slot.is_due]
-        speed = self._trained_tokens / self._trained_seconds if self._trained_seconds else math.nan
-        self._trained_tokens, self._trained_seconds = 0, 0.0
+        # The host is ahead of the device: only here it waits.
+        self._wait()
+        spent = time.monotonic() - (self._training_since or math.nan)
+        speed = self._trained_tokens / spent
+        self._trained_tokens, self._training_since = 0, None
         reports = {}
         for part in _split(due, self.capacity.known_width(len(due))):
             for slots, (evaluation, probe, retention) in self._within_memory(self._passes.evaluated, part):
@@ -276,6 +280,11 @@ class Pack:
         )
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _live(self) -> list[Slot]:
         return [slot for slot in self._slots if slot is not None]
