@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_sweep import cli
-from lora_sweep.bench import gauge, random_base, sequential, speed
+from lora_sweep.bench import gauge, random_base, sequential, speed, upkeep
 from lora_sweep.bench.question import Question, trials_of
 from lora_sweep.bench.random_base import Dimensions
 from lora_sweep.bench.reduction import Run, StockRun, Work, bounds, difference, reduce
@@ -28,6 +28,7 @@ from lora_sweep.pack import Pack, Settings, Trial
 
 MakeTrial = Callable[..., Trial]
 CPU = torch.device("cpu")
+IGNORED = "ignore:`is_gradient_checkpointing` is deprecated"
 SMALL = "width=32,layers=1,heads=2,vocab=64"
 
 
@@ -304,6 +305,55 @@ def test_the_peak_is_above_what_was_held() -> None:
     after = gauge.settle(CPU)
     assert after is not None
     assert gauge.peak_bytes(CPU) - after < 32 * 2**20  # type: ignore[operator]
+
+
+# -- upkeep --------------------------------------------------------------------------------------------------------
+
+
+def test_upkeep_is_what_lies_between_the_passes() -> None:
+    """Two slots, four trials of one stretch of 10 s each; 2 s between, in which a look at the memory takes .5 s."""
+    clock = upkeep.Clock(4, CPU)
+    for began in (0.0, 12.0):
+        clock.stretches.append(upkeep.Stretch(began, began + 10.0, slots=2, live=2, steps=5))
+    clock.admissions, clock.ends = [-2.0, -1.0, 11.0, 11.5], [10.5, 10.6, 22.5, 24.0]
+    clock.looking = [(10.1, 10.6)]
+    made = upkeep.reduce(clock, [4.0, 6.0, 5.0])
+    assert made["upkeep_seconds_a_trial"] == pytest.approx((24.0 - 0.5 - 20.0) / 4)
+    assert made["share_of_startup"] == pytest.approx(3.5 / 4 / 5.0)
+    assert (made["pauses"], made["pause_seconds_a_refill"]["median"]) == (1, pytest.approx(1.5 / 2))
+    assert made["occupancy"] == 1.0
+    assert made["busy"] == pytest.approx(20.0 / 23.5)
+    clock.stretches[0] = upkeep.Stretch(0.0, 10.0, slots=2, live=1, steps=5)
+    assert upkeep.reduce(clock, [])["occupancy"] == 0.5, "until the last trial is in"
+    told = {"model": "m", "trials": 4, "steps": 5, "tracker": "none", "device": "d", "reason": None}
+    assert "upkeep     875 ms a trial beyond its passes, 17.5% of the 5.00 s" in "\n".join(upkeep.lines(made | told))
+
+
+def test_growth_is_between_the_first_trials_that_are_warm_and_the_last() -> None:
+    clock, now = upkeep.Clock(40, CPU), 0.0
+    for number in range(40):
+        clock.stretches.append(upkeep.Stretch(now, now + 1.0, slots=1, live=1, steps=1))
+        now += 1.0 + (0.5 if number < 20 else 1.0)
+        clock.admissions.append(now - 0.1)
+        clock.ends.append(now - 0.2)
+    made = upkeep.reduce(clock, [])
+    assert made["windows"]["first"]["upkeep"] == pytest.approx(0.5)
+    assert made["windows"]["last"]["passes"] == pytest.approx(1.0)
+    assert made["growth_of_cost"] == pytest.approx(2.0 / 1.5 - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(IGNORED)
+def test_a_study_is_run_and_its_upkeep_told(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    knobs = ("model=tiny", "data.subjects=16", "data.eval_size=4", "data.probe_size=4", "train.slots=2", "tracker=none")
+    words = ("--trials", "6", "--stock-repetitions", "0", "--json", "train.max_steps=4", "train.batch_size=1")
+    assert run(monkeypatch, "upkeep", *knobs, *words, "launcher.threads=1") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["trials"], made["pauses"], made["occupancy"]) == (6, 2, 1.0)
+    assert made["upkeep_seconds_a_trial"] > 0
+    assert not list(in_folder.iterdir())
 
 
 # -- the command line ---------------------------------------------------------------------------------------------
