@@ -22,6 +22,10 @@ Weights = Mapping[str, tuple[Tensor, Tensor]]
 """Module name in the base -> (A (r, d_in), B (d_out, r)), PEFT's orientation."""
 
 
+Format = tuple[LoraConfig, dict[str, str]]
+"""(a configuration as PEFT would save it, module name -> prefix of its tensors' names)."""
+
+
 def peft_config(rank: int, alpha: float, use_rslora: bool, dropout: float, target_modules: Any) -> LoraConfig:
     return LoraConfig(
         r=rank,
@@ -59,7 +63,7 @@ class Blueprint:
         """(rank, targets, seed) -> (the draw, its bytes), the one asked for last at the end."""
         self._widths: dict[str, int] = {}
         """Targets -> the sum of their d_in."""
-        self._formats: dict[str, tuple[LoraConfig, dict[str, str]]] = {}
+        self._formats: dict[str, Future[Format]] = {}
 
     def close(self) -> None:
         """Ends the thread."""
@@ -68,7 +72,8 @@ class Blueprint:
     def prepare(self, asked: Sequence[tuple[LoraConfig, int]]) -> None:
         """Begins to draw what `initial` will be asked for: (configuration, seed), the most urgent first.
 
-        As many as can be kept; what is drawn already is kept before others.
+        As many as can be kept; what is drawn already is kept before others. Behind them PEFT is asked for the format
+        that `write` will need.
         """
         kept = 0
         for config, seed in asked:
@@ -76,6 +81,8 @@ class Blueprint:
             if kept > KEPT_BYTES:
                 break
             self._drawn(config, seed)
+        for config, _ in asked[:1]:
+            self._format(config)
 
     def initial(self, config: LoraConfig, seed: int) -> dict[str, Tensor]:
         """Module name -> A (r, d_in), bit for bit what PEFT draws on the base after torch.manual_seed(seed).
@@ -114,7 +121,8 @@ class Blueprint:
 
     def write(self, folder: Path, config: LoraConfig, weights: Weights) -> None:
         """Writes adapter_config.json and adapter_model.safetensors as PEFT does; the folder need not exist."""
-        resolved, keys = self._format(config)
+        format_, keys = self._format(config).result()
+        resolved = deepcopy(format_)
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("r", "lora_alpha", "use_rslora", "lora_dropout"):
             setattr(resolved, name, getattr(config, name))
@@ -125,22 +133,23 @@ class Blueprint:
             tensors[f"{keys[name]}.lora_B.weight"] = B.detach().cpu().contiguous()
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
-    def _format(self, config: LoraConfig) -> tuple[LoraConfig, dict[str, str]]:
-        """(the configuration as PEFT would save it, module name -> prefix of its tensors' names)."""
+    def _format(self, config: LoraConfig) -> Future[Format]:
         targets = str(config.target_modules)
         if targets not in self._formats:
-            smallest = deepcopy(config)
-            smallest.r = 1
-            with self._adapted(smallest) as adapted:
-                resolved = deepcopy(adapted.peft_config["default"])
-                saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-                prefixes = [key.removesuffix(".lora_A.weight") for key in saved if key.endswith(".lora_A.weight")]
-                names = [name for name, _ in _layers(adapted)]
-            resolved.base_model_name_or_path, resolved.revision = self._base, self._revision
-            resolved.inference_mode = True
-            self._formats[targets] = (resolved, dict(zip(names, prefixes, strict=True)))
-        resolved, keys = self._formats[targets]
-        return deepcopy(resolved), keys
+            self._formats[targets] = self._thread.submit(self._asked_format, config)
+        return self._formats[targets]
+
+    def _asked_format(self, config: LoraConfig) -> Format:
+        smallest = deepcopy(config)
+        smallest.r = 1
+        with self._adapted(smallest) as adapted:
+            resolved = deepcopy(adapted.peft_config["default"])
+            saved = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+            prefixes = [key.removesuffix(".lora_A.weight") for key in saved if key.endswith(".lora_A.weight")]
+            names = [name for name, _ in _layers(adapted)]
+        resolved.base_model_name_or_path, resolved.revision = self._base, self._revision
+        resolved.inference_mode = True
+        return resolved, dict(zip(names, prefixes, strict=True))
 
     @contextmanager
     def _adapted(self, config: LoraConfig, seed: int = 0) -> Iterator[Any]:

@@ -104,7 +104,7 @@ def test_no_more_logits_are_held_for_eight_slots_than_for_one(trial: MakeTrial) 
     """A vocabulary of 128k, 2 x 512 tokens a slot; the increment of a slot without its logits: a small vocabulary."""
 
     def peak(vocab: int, K: int) -> float:
-        drawn = Dimensions.parse(f"width=64,layers=4,heads=2,vocab={vocab}")
+        drawn = Dimensions.parse(f"width=32,layers=8,heads=2,vocab={vocab}")
         config = config_of("data.max_length=512", "data.subjects=8", "data.eval_size=2", "data.probe_size=2")
         base, data = random_base.load(drawn, config.model, config.data, CPU), random_base.tokens(drawn, config.data)
         one = trial(max_steps=4, eval_every=4, batch_size=2, eval_batch_size=2, rank=8, slots=K)
