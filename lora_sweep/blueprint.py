@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
-KEPT_BYTES = 2**29
+KEPT_BYTES, KEPT_DRAWS = 2**29, 32
 """Of initial A's, drawn beforehand or kept for trials of the same rank and seed; one is kept whatever its size."""
 
 Weights = Mapping[str, tuple[Tensor, Tensor]]
@@ -76,7 +76,7 @@ class Blueprint:
         that `write` will need.
         """
         kept = 0
-        for config, seed in asked:
+        for config, seed in asked[:KEPT_DRAWS]:
             kept += self._bytes(config)
             if kept > KEPT_BYTES:
                 break
@@ -96,12 +96,16 @@ class Blueprint:
         kept = self._draws.pop(key, None)
         if kept is None:
             size = self._bytes(config)
-            while self._draws and sum(each for _, each in self._draws.values()) + size > KEPT_BYTES:
+            while self._draws and (len(self._draws) >= KEPT_DRAWS or self._kept_bytes + size > KEPT_BYTES):
                 del self._draws[next(iter(self._draws))]
             kept = self._thread.submit(self._draw, config, seed), size
         # The one asked for last goes last.
         self._draws[key] = kept
         return kept[0]
+
+    @property
+    def _kept_bytes(self) -> int:
+        return sum(each for _, each in self._draws.values())
 
     def _bytes(self, config: LoraConfig) -> int:
         """Of an initial A, fp32."""
