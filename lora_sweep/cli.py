@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -275,17 +275,20 @@ def bench(
         str,
         typer.Argument(
             metavar="WHAT",
-            help="tasks: are the embedded tasks worth sweeping? speed: packed trials against the same trials alone. "
+            help="tasks: are the embedded tasks worth sweeping? speed: packed trials against the same trials alone; "
+            "upkeep: what a trial costs beyond its steps, how long a refill holds the others up, and whether it grows; "
             "diagnosis: are faults named, and healthy trainings left alone?",
         ),
     ] = "tasks",
     overrides: Overrides = None,
-    slots: Annotated[str, typer.Option(metavar="K,K,...", help="speed: slots of the packs compared.")] = "1,2,4,8",
+    slots: Annotated[
+        str, typer.Option(metavar="K,K,...", help="speed: slots of the packs compared; auto: as many as pay.")
+    ] = "auto,1,4",
     trials: Annotated[
-        int | None, typer.Option(help="speed: a multiple of every K; without it the smallest there is.")
+        int | None, typer.Option(help="speed: a multiple of every K, by default the smallest; upkeep: 20 or more.")
     ] = None,
     repetitions: Annotated[int, typer.Option(help="speed: of every way but stock, in alternation.")] = 9,
-    stock_repetitions: Annotated[int, typer.Option(help="speed: each a process per trial; 0 for none.")] = 1,
+    stock_repetitions: Annotated[int, typer.Option(help="Each a process per trial (upkeep: one); 0: none.")] = 1,
     random: Annotated[
         str | None,
         typer.Option(
@@ -300,8 +303,11 @@ def bench(
     from lora_sweep.errors import ConfigError
     from lora_sweep.records import Fault
 
-    if what not in ("tasks", "speed", "diagnosis"):
-        raise ConfigError([Fault("WHAT", "must be `tasks`, `speed` or `diagnosis`", what)])
+    if what not in ("tasks", "speed", "upkeep", "diagnosis"):
+        raise ConfigError([Fault("WHAT", "must be `tasks`, `speed`, `upkeep` or `diagnosis`", what)])
+    if what == "upkeep":
+        _bench_upkeep(overrides, 20 if trials is None else trials, stock_repetitions, as_json)
+        return
     if what == "speed":
         _bench_speed(overrides, (slots, trials, repetitions, stock_repetitions, random), as_json)
         return
@@ -310,7 +316,8 @@ def bench(
     _quiet()
     from rich.console import Console
 
-    from lora_sweep.bench import diagnosis, tasks
+    with redirect_stdout(sys.stderr):  # transformers' Trainer, when imported, prints how W&B runs
+        from lora_sweep.bench import diagnosis, tasks
 
     measured, lines = (tasks.tasks, tasks.lines) if what == "tasks" else (diagnosis.diagnosis, diagnosis.lines)
     made = measured(lambda line: print(line, file=sys.stderr))
@@ -321,14 +328,37 @@ def bench(
         _say(Console(), line)
 
 
+def _bench_upkeep(overrides: list[str] | None, trials: int, stock_repetitions: int, as_json: bool) -> None:
+    _quiet()
+    from rich.console import Console
+
+    from lora_sweep.errors import ConfigError
+    from lora_sweep.records import Fault
+
+    with redirect_stdout(sys.stderr):  # transformers' Trainer, when imported, prints how W&B runs
+        from lora_sweep.bench import question, upkeep
+
+    if trials < 2:
+        raise ConfigError([Fault("--trials", "must be at least 2", trials)])
+    asked = _checked(None, overrides, question.STEPS)
+    made = upkeep.measure(asked, trials, stock_repetitions, lambda line: print(line, file=sys.stderr))
+    if as_json:
+        print(json.dumps(made))
+        return
+    for line in upkeep.lines(made):
+        _say(Console(), line)
+
+
 def _bench_speed(
     overrides: list[str] | None, asked: tuple[str, int | None, int, int, str | None], as_json: bool
 ) -> None:
     _quiet()
     from rich.console import Console
 
-    from lora_sweep.bench import question, speed, table
     from lora_sweep.errors import ConfigError
+
+    with redirect_stdout(sys.stderr):  # transformers' Trainer, when imported, prints how W&B runs
+        from lora_sweep.bench import question, speed, table
 
     compared = question.Question.of(*asked)
     is_drawn = compared.dimensions is not None

@@ -20,8 +20,9 @@ from lora_sweep.worker import train as train_one
 
 HELD = 8
 """Cells that a sampler is asked for at once, where the number of slots is chosen later."""
-TABLE_EVERY_SECONDS = 2.0
-"""trials.jsonl is rewritten at most this often while trials run."""
+TABLE_EVERY_SECONDS, TABLE_SHARE = 2.0, 0.01
+"""trials.jsonl is rewritten at most this often while trials run, and in at most this share of the time: it has a line
+for every cell, so each of many would cost the more."""
 
 
 def study_folder(study: StudyConfig) -> Path:
@@ -193,7 +194,7 @@ class _Ledgered:
 
     watcher: Watcher
     study: Study
-    _written_at: float = 0.0
+    _due: float = 0.0
 
     def admitted(self, cell: Cell, slot: int, step: int) -> None:
         self.watcher.admitted(cell, slot, step)
@@ -213,6 +214,8 @@ class _Ledgered:
         self._refresh()
 
     def _refresh(self) -> None:
-        if time.monotonic() - self._written_at > TABLE_EVERY_SECONDS:
+        began = time.monotonic()
+        if began >= self._due:
             results.write(self.study)
-            self._written_at = time.monotonic()
+            took = time.monotonic() - began
+            self._due = began + took + max(TABLE_EVERY_SECONDS, took / TABLE_SHARE)

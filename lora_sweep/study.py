@@ -305,12 +305,7 @@ class Study(StudyView):
         None: nothing fits now, or nothing is left. A drawn cell that does not fit waits, unchanged, for a later call
         (at most `Search.hold` of them), so don't ask for a pack that is full.
         """
-        waiting = [
-            (attempt, trial)
-            for attempt, trial in self._attempts()
-            if trial.state is TrialState.WAITING and attempt.cell.number not in self._idle
-        ]
-        waiting.sort(key=lambda each: each[0].cell.number)
+        waiting = self._waiting()
         for attempt, trial in waiting:
             if fits(attempt.cell) and (lease := self._claim(attempt, trial._trial_id)):
                 return lease
@@ -321,6 +316,25 @@ class Study(StudyView):
                 if fits(attempt.cell) and (lease := self._claim(attempt, trial_id)):
                     return lease
         return None
+
+    def next(self, fits: Callable[[Cell], bool], most: int) -> list[Cell]:
+        """The cells that `ask` would lease next, at most so many; not those that are yet to be drawn."""
+        found: list[Cell] = []
+        for attempt, _ in self._waiting():
+            if len(found) == most:
+                break
+            if fits(attempt.cell):
+                found.append(attempt.cell)
+        return found
+
+    def _waiting(self) -> list[tuple[_Attempt, FrozenTrial]]:
+        """By number."""
+        waiting = [
+            (attempt, trial)
+            for attempt, trial in self._attempts()
+            if trial.state is TrialState.WAITING and attempt.cell.number not in self._idle
+        ]
+        return sorted(waiting, key=lambda each: each[0].cell.number)
 
     def report_rung(self, values: Mapping[Lease, float], step: int) -> dict[Lease, bool]:
         """Store the losses (nats per token) of all slots at `step`, then decide as a whole who goes on (True).

@@ -308,6 +308,7 @@ class _Shift:
             base.eval_loss, {}
         )
         """Step -> best gain on this base and data."""
+        self._looked_ahead = False
 
     def run(self, first: Lease, stop: Stop) -> bool:
         """Five verbs: lease, advance, record, report, tell. False when `stop` ended it early."""
@@ -343,16 +344,21 @@ class _Shift:
             self._told = True
             self._watcher.chosen(capacity.reason)
 
-    def _fits(self, cell: Cell) -> bool:
+    def _suits(self, cell: Cell) -> bool:
         config = self._sweep.config(cell)
         same_input = (config.model, config.data) == (self._config.model, self._config.data)
-        return same_input and self._pack.fits(Trial.of(cell, config))
+        return same_input and self._pack.suits(Trial.of(cell, config))
 
     def _fill(self) -> bool:
         """Leases trials until the pack is full; whether there is any in it."""
-        while self._pack.has_room and (lease := self._study.ask(self._fits)) is not None:
+        while self._pack.has_room and (lease := self._study.ask(self._suits)) is not None:
             if not _told_before(self._study, self._sweep, lease, self._watcher):
                 self._admit(lease)
+        if not self._looked_ahead:
+            # The trials that will come next get ready while these train.
+            self._looked_ahead = True
+            soon = self._study.next(self._suits, self._pack.capacity.slots)
+            self._pack.prepare([Trial.of(cell, self._sweep.config(cell)) for cell in soon])
         return bool(self._runs)
 
     def _admit(self, lease: Lease) -> None:
@@ -360,6 +366,7 @@ class _Shift:
         config = self._sweep.config(lease.cell)
         run = Run(self._pack, self._base, lease.cell, config, folder, self._tracker)
         self._runs[lease] = run
+        self._looked_ahead = False
         for step, loss in run.before.items():
             # A rung passed by an earlier attempt counts for the others; its verdict was to go on.
             self._study.report_rung({lease: loss}, step)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_sweep import cli
-from lora_sweep.bench import gauge, random_base, sequential, speed
+from lora_sweep.bench import gauge, random_base, sequential, speed, upkeep
 from lora_sweep.bench.question import Question, trials_of
 from lora_sweep.bench.random_base import Dimensions
 from lora_sweep.bench.reduction import Run, StockRun, Work, bounds, difference, reduce
@@ -28,6 +28,7 @@ from lora_sweep.pack import Pack, Settings, Trial
 
 MakeTrial = Callable[..., Trial]
 CPU = torch.device("cpu")
+IGNORED = "ignore:`is_gradient_checkpointing` is deprecated"
 SMALL = "width=32,layers=1,heads=2,vocab=64"
 
 
@@ -306,6 +307,55 @@ def test_the_peak_is_above_what_was_held() -> None:
     assert gauge.peak_bytes(CPU) - after < 32 * 2**20  # type: ignore[operator]
 
 
+# -- upkeep --------------------------------------------------------------------------------------------------------
+
+
+def test_upkeep_is_what_lies_between_the_passes() -> None:
+    """Two slots, four trials of one stretch of 10 s each; 2 s between, in which a look at the memory takes .5 s."""
+    clock = upkeep.Clock(4, CPU)
+    for began in (0.0, 12.0):
+        clock.stretches.append(upkeep.Stretch(began, began + 10.0, slots=2, live=2, steps=5))
+    clock.admissions, clock.ends = [-2.0, -1.0, 11.0, 11.5], [10.5, 10.6, 22.5, 24.0]
+    clock.looking = [(10.1, 10.6)]
+    made = upkeep.reduce(clock, [4.0, 6.0, 5.0])
+    assert made["upkeep_seconds_a_trial"] == pytest.approx((24.0 - 0.5 - 20.0) / 4)
+    assert made["share_of_startup"] == pytest.approx(3.5 / 4 / 5.0)
+    assert (made["pauses"], made["pause_seconds_a_refill"]["median"]) == (1, pytest.approx(1.5 / 2))
+    assert made["occupancy"] == 1.0
+    assert made["busy"] == pytest.approx(20.0 / 23.5)
+    clock.stretches[0] = upkeep.Stretch(0.0, 10.0, slots=2, live=1, steps=5)
+    assert upkeep.reduce(clock, [])["occupancy"] == 0.5, "until the last trial is in"
+    told = {"model": "m", "trials": 4, "steps": 5, "tracker": "none", "device": "d", "reason": None}
+    assert "upkeep     875 ms a trial beyond its passes, 17.5% of the 5.00 s" in "\n".join(upkeep.lines(made | told))
+
+
+def test_growth_is_between_the_first_trials_that_are_warm_and_the_last() -> None:
+    clock, now = upkeep.Clock(40, CPU), 0.0
+    for number in range(40):
+        clock.stretches.append(upkeep.Stretch(now, now + 1.0, slots=1, live=1, steps=1))
+        now += 1.0 + (0.5 if number < 20 else 1.0)
+        clock.admissions.append(now - 0.1)
+        clock.ends.append(now - 0.2)
+    made = upkeep.reduce(clock, [])
+    assert made["windows"]["first"]["upkeep"] == pytest.approx(0.5)
+    assert made["windows"]["last"]["passes"] == pytest.approx(1.0)
+    assert made["growth_of_cost"] == pytest.approx(2.0 / 1.5 - 1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(IGNORED)
+def test_a_study_is_run_and_its_upkeep_told(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    knobs = ("model=tiny", "data.subjects=16", "data.eval_size=4", "data.probe_size=4", "train.slots=2", "tracker=none")
+    words = ("--trials", "6", "--stock-repetitions", "0", "--json", "train.max_steps=4", "train.batch_size=1")
+    assert run(monkeypatch, "upkeep", *knobs, *words, "launcher.threads=1") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["trials"], made["pauses"], made["occupancy"]) == (6, 2, 1.0)
+    assert made["upkeep_seconds_a_trial"] > 0
+    assert not list(in_folder.iterdir())
+
+
 # -- the command line ---------------------------------------------------------------------------------------------
 
 
@@ -349,13 +399,16 @@ def test_the_verb_shows_a_table_with_stock_and_its_factors(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("sped",), "WHAT: must be `tasks` or `speed`, got 'sped'"),
+        (("sped",), "WHAT: must be `tasks`, `speed` or `upkeep`, got 'sped'"),
         (("tasks", "model=tiny"), "bench tasks: takes no overrides, got 'model=tiny'"),
         (
             ("speed", "--slots", "1,zwei"),
-            "--slots: must be whole numbers of at least 1, got '1,zwei' (--slots 1,2,4,8)",
+            "--slots: must be whole numbers of at least 1, or auto, got '1,zwei' (--slots auto,1,4)",
         ),
-        (("speed", "--slots", "0"), "--slots: must be whole numbers of at least 1, got '0' (--slots 1,2,4,8)"),
+        (
+            ("speed", "--slots", "0"),
+            "--slots: must be whole numbers of at least 1, or auto, got '0' (--slots auto,1,4)",
+        ),
         (("speed", "--slots", "2,2"), "--slots: must not repeat a number, got '2,2'"),
         (
             ("speed", "--slots", "2,3", "--trials", "9"),
@@ -391,3 +444,19 @@ def test_one_slip_is_one_clear_line(
 def test_trials_are_as_few_as_fill_every_pack() -> None:
     assert Question.of("1,2,4", None, 9, 1, None).trials == 4
     assert Question.of("2, 3", None, 9, 1, None).slots == (2, 3)
+    assert not Question.of("2, 3", None, 9, 1, None).chooses
+    auto = Question.of("auto, 4", None, 9, 1, None)
+    assert (auto.slots, auto.chooses, auto.trials) == ((4,), True, 16)
+
+
+def test_the_number_of_slots_that_pays_is_compared_too(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--slots", "auto,1", "--trials", "4", "--repetitions", "1", "--stock-repetitions", "0", "--json")
+    assert run(monkeypatch, "speed", *QUICK, *words, "launcher.threads=1") == 0
+    made = json.loads(capsys.readouterr().out)
+    chosen = made["chosen"]
+    assert chosen["slots"] in (1, 2, 4)
+    assert "adapters a pass" in chosen["reason"]
+    assert [row["slots"] for row in made["rows"]] == [None, *sorted({1, chosen["slots"]})]
+    assert made["losses_agree"]

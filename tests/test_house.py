@@ -44,7 +44,7 @@ FLOORS: dict[str, float] = {
     "progress": 4,
     "pick": 4,
     "estimate": 4,
-    "bench": 4,
+    "bench": 4.5,
     "cli": 5,
     "__main__": 6,
     # What a user imports; brings the callback when it is asked for.

@@ -428,6 +428,30 @@ def test_the_skeleton_has_the_bases_shapes_and_no_memory(base: LoadedBase) -> No
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
+def test_initial_As_are_drawn_beforehand_as_many_as_can_be_kept(
+    base: LoadedBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blueprint = Blueprint(base.skeleton(), base.name_or_path)
+    each = 4 * 2 * sum(d_in for d_in, _ in blueprint.shapes(["q_proj"]).values())  # fp32, rank 2
+    monkeypatch.setattr("lora_sweep.blueprint.KEPT_BYTES", 3 * each)
+    settings = peft_config(2, 4, False, 0.0, ["q_proj"])
+    made: list[int] = []
+    draw = blueprint._draw
+    monkeypatch.setattr(blueprint, "_draw", lambda config, seed: (made.append(seed), draw(config, seed))[1])
+    blueprint.prepare([(settings, seed) for seed in range(5)])
+    first = blueprint.initial(settings, 0)
+    blueprint._thread.submit(int).result()  # behind all draws
+    assert made == [0, 1, 2], "the most urgent, as many as can be kept"
+    blueprint.prepare([(settings, seed) for seed in (1, 2, 3)])
+    blueprint.initial(settings, 3)
+    assert made == [0, 1, 2, 3], "what is still to come is not drawn again"
+    again = blueprint.initial(settings, 0)
+    assert made[-1] == 0
+    assert all(torch.equal(A, again[name]) for name, A in first.items())
+    blueprint.close()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in PEFT
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
 @pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "down_proj"]])
 def test_peft_draws_the_same_initial_A_on_the_skeleton_as_on_the_base(dtype: str, targets: Any) -> None:

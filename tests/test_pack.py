@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -556,3 +557,33 @@ def test_a_slot_refilled_with_its_rank_is_refilled_in_place(base: LoadedBase, st
     pack.advance()
     assert [(each.layout.rank, len(each.slots)) for each in pack._banks] == [(4, 1), (16, 1)]
     pack.close()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks everywhere
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiling_the_base_changes_no_loss(
+    base64: LoadedBase, style: Data, trial: MakeTrial, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every other feature on; traced by torch.compile and run as traced, without the minutes of its C++."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    knobs = {"max_steps": 4, "eval_every": 2, "slots": 3, "batch_size": 2, "gradient_accumulation_steps": 2}
+    knobs |= {"gradient_checkpointing": checkpointing, "max_grad_norm": 0.5, "schedule": "cosine"}
+
+    def run(compiles: bool) -> list[Evaluation]:
+        trials = [trial(i, rank=4 << i, dropout=0.1 * i, ratio=4.0, seed=i, compile=compiles, **knobs) for i in (0, 1)]
+        comes = trial(2, rank=8, seed=7, compile=compiles, **knobs)
+        pack = Pack(base64, style, Settings.of(comes), 8)
+        try:
+            slots = [pack.admit(each) for each in trials]
+            made = pack.advance()
+            pack.evict(slots[0])
+            pack.admit(comes)
+            made += pack.advance()
+        finally:
+            pack.close()
+        return made
+
+    for mine, other in zip(run(True), run(False), strict=True):
+        assert largest_difference(losses(mine), losses(other)) < 1e-12
+        assert mine.eval_loss == pytest.approx(other.eval_loss, rel=1e-12)
+    assert all("forward" not in layer.__dict__ for layer in base64.model.model.layers)

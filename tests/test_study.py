@@ -277,6 +277,17 @@ def test_ask_gives_the_lowest_cell_that_fits_and_the_others_later(tmp_path: Path
         assert [ask(study).cell.number for _ in range(3)] == [0, 1, 3]
 
 
+def test_what_comes_next_is_told_without_being_leased(tmp_path: Path) -> None:
+    with Study.open(tmp_path, name="s", cells=grid(5)) as study:
+        assert [cell.number for cell in study.next(anything, 2)] == [0, 1]
+        ask(study)
+        assert [cell.number for cell in study.next(lambda cell: cell.number % 2 == 0, 9)] == [2, 4]
+        assert ask(study).cell.number == 1
+    with Study.open(tmp_path / "drawn", name="s", search=random_search(3)) as study:
+        assert study.next(anything, 2) == [], "not drawn before its turn"
+        assert study.counts()["WAITING"] == 0
+
+
 def test_a_cell_claimed_by_somebody_else_between_look_and_claim_is_not_given_twice(tmp_path: Path) -> None:
     with Study.open(tmp_path, name="s", cells=grid(2)) as study:
         other = JournalStorage(JournalFileBackend(str(tmp_path / "study.journal")))

@@ -7,10 +7,14 @@ from lora_sweep.bench.random_base import Dimensions
 from lora_sweep.config import Config
 from lora_sweep.errors import ConfigError
 from lora_sweep.pack import Trial
+from lora_sweep.pack.capacity import MOST_SLOTS
 from lora_sweep.records import Cell, Fault
 
 STEPS = {"train": {"max_steps": 24, "eval_every": "${train.max_steps}"}}
 """What a trial is, unless the command line says otherwise: as a sweep file's content."""
+
+AUTO = "auto"
+"""Among the numbers of slots: the one that a launch with train.slots=null would choose for these trials."""
 
 RANKS, ALPHAS, RATES, RATIOS = (1, 1 / 2, 2, 1 / 4), (1, 1, 1, 1, 2, 2, 2, 2), (1, 1 / 2, 1 / 4), (1, 4)
 """Factors on the configuration's rank, alpha, base_lr and ratio, taken in turn: trial n has the n-th of each, and the
@@ -22,6 +26,8 @@ class Question:
     """What is compared."""
 
     slots: tuple[int, ...]
+    chooses: bool
+    """Whether the number of slots that the capacity rule chooses is compared too."""
     trials: int
     """A multiple of every number of slots: no pack runs half empty."""
     repetitions: int
@@ -37,8 +43,11 @@ class Question:
         """From the command line; without `trials` as few as will do. Raises ConfigError with all faults."""
         faults = []
         words = [word.strip() for word in slots.split(",")]
+        chooses = AUTO in words
+        if chooses:
+            words.remove(AUTO)
         if not all(word.isdecimal() and int(word) >= 1 for word in words):
-            faults.append(Fault("--slots", "must be whole numbers of at least 1", slots, "--slots 1,2,4,8"))
+            faults.append(Fault("--slots", "must be whole numbers of at least 1, or auto", slots, "--slots auto,1,4"))
         elif len(set(map(int, words))) < len(words):
             faults.append(Fault("--slots", "must not repeat a number", slots))
         numbers = () if faults else tuple(int(word) for word in words)
@@ -57,7 +66,9 @@ class Question:
             faults += error.faults
         if faults:
             raise ConfigError(faults)
-        return cls(numbers, trials or multiple, repetitions, stock_repetitions, dimensions)
+        if trials is None:
+            trials = math.lcm(multiple, MOST_SLOTS["cpu"]) if chooses else multiple
+        return cls(numbers, chooses, trials, repetitions, stock_repetitions, dimensions)
 
 
 def check(config: Config, question: Question) -> list[Fault]:

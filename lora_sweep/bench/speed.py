@@ -64,6 +64,22 @@ def run_packed(base: LoadedBase, data: Data, trials: Sequence[Trial], slots: int
     return tuple(losses[trial.cell.number] for trial in trials)
 
 
+def choice(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> dict[str, Any]:
+    """The number of slots that a worker would choose in the first steps of these trials, and why.
+
+    A study chooses once for all its trials, so here too the search stands outside of what is timed.
+    """
+    free = [replace(trial, train=replace(trial.train, slots=None, max_steps=2**31)) for trial in trials]
+    pack = Pack(base, data, Settings.of(free[0]), max(trial.method.rank for trial in trials))
+    try:
+        for trial in free[: pack.capacity.slots]:
+            pack.admit(trial)
+        capacity = pack.measure()
+    finally:
+        pack.close()
+    return {"slots": capacity.width, "reason": capacity.reason}
+
+
 def timed(device: torch.device, resident: int | None, work: Callable[[], tuple[float, ...]]) -> Run:
     """`resident`: bytes held by the base alone; None where memory cannot be told."""
     gauge.settle(device)
@@ -87,12 +103,15 @@ def measure(config: Config, question: Question, say: Say) -> dict[str, Any]:
         base, data = _loaded(config, question, device, folder)
         trials = trials_of(config, question.trials)
         ways: dict[str, Callable[[], tuple[float, ...]]] = {"sequential": partial(run_sequential, base, data, trials)}
-        for K in question.slots:
-            ways[f"packed {K}"] = partial(run_packed, base, data, trials, K)
         say("warming up")
         brief = [replace(trial, train=replace(trial.train, max_steps=1, eval_every=1)) for trial in trials]
         run_sequential(base, data, brief[:1])
-        for K in question.slots:
+        chosen_slots = choice(base, data, trials) if question.chooses else None
+        if chosen_slots is not None:
+            say(chosen_slots["reason"])
+        numbers = set(question.slots) if chosen_slots is None else {*question.slots, chosen_slots["slots"]}
+        for K in sorted(numbers):
+            ways[f"packed {K}"] = partial(run_packed, base, data, trials, K)
             run_packed(base, data, brief[:K], K)
         resident = gauge.settle(device)
         runs: dict[str, list[Run]] = {name: [] for name in ways}
@@ -110,9 +129,8 @@ def measure(config: Config, question: Question, say: Say) -> dict[str, Any]:
                 say(f"stock {repetition + 1} of {question.stock_repetitions}: {len(trials)} processes")
                 stock.append([process.run(trial) for trial in trials])
         peak = gauge.peak_flops(device, base.dtype)
-        return _described(config, question, base, data, trials, peak) | reduce(
-            runs, stock, _work(base, data, trials), peak, TOLERANCE[base.dtype]
-        )
+        described = _described(config, question, base, data, trials, peak) | {"chosen": chosen_slots}
+        return described | reduce(runs, stock, _work(base, data, trials), peak, TOLERANCE[base.dtype])
 
 
 def _loaded(config: Config, question: Question, device: torch.device, folder: Path) -> tuple[LoadedBase, Data]:

@@ -11,9 +11,10 @@ def table(made: dict[str, Any]) -> Table:
     shown = Table(box=None, pad_edge=False)
     for title in ("way", "seconds", "ratio", "95 %", "tok/s", "MFU", "MiB", "loss differs"):
         shown.add_column(title, justify="left" if title == "way" else "right")
+    chosen = made["chosen"] and made["chosen"]["slots"]
     for row in made["rows"]:
         shown.add_row(
-            row["way"] if row["slots"] is None else f"packed {row['slots']}",
+            row["way"] if row["slots"] is None else f"packed {row['slots']}{'*' * (row['slots'] == chosen)}",
             f"{row['median_seconds']:.2f}",
             f"{row['ratio']:.2f}",
             "" if row["way"] == "sequential" else f"{row['ratio_low']:.2f}-{row['ratio_high']:.2f}",
@@ -47,6 +48,8 @@ def verdict(made: dict[str, Any]) -> Iterator[str]:
     """What stands below it."""
     yield "stock: a process a trial, Trainer and PEFT; sequential: one process, PEFT; packed K: K slots at once"
     yield "ratio: sequential's seconds over these; MiB: peak above the base; loss: evaluation, against sequential's"
+    if made["chosen"]:
+        yield f"* {made['chosen']['reason']}"
     for slots, factors in made["factors"].items():
         yield (
             f"stock over packed {slots}: {factors['total']:.1f} = start-up {factors['start_up']:.2f} x "

@@ -1,6 +1,6 @@
 """The packed linear: one frozen weight, K adapters, rows that never mix."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_sweep import frozen
 from lora_sweep.pack.bank import Bank
-from lora_sweep.pack.dropout import keep_mask, slot_key
+from lora_sweep.pack.dropout import keep_mask
 
 
 class Segment:
@@ -39,9 +39,8 @@ class Pass:
     """Slots whose rows are in the batch: K."""
     segments: Sequence[Segment] = ()
     """None: the base alone."""
-    counters: Sequence[tuple[int, int]] | None = None
-    """(seed, step) of each slot, what its dropout masks are drawn from; None: no dropout."""
-    micro_batch: int = 0
+    keys: Mapping[str, Tensor] | None = None
+    """Module name -> (K,) int32 on the device, what each slot's dropout mask is drawn from; None: no dropout."""
     first_position: int = 0
     """Of the chunk under way, where the output layer is adapted and its positions come in chunks."""
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
@@ -77,10 +76,9 @@ class PackedLinear(nn.Module):
     def keep(self, segment: Segment, rows: Tensor, first_position: int) -> Tensor | None:
         """(n, b T, d_in) mask of the segment's rows (n, b, T, d_in), 0 or 1 / (1 - p); None: all stay."""
         now = self.now
-        if segment.dropout is None or now.counters is None:
+        if segment.dropout is None or now.keys is None:
             return None
-        drawn = [slot_key(seed, step, now.micro_batch, self.name) for seed, step in now.counters[segment.places]]
-        keys = torch.tensor(drawn, dtype=torch.int32, device=rows.device)
+        keys = now.keys[self.name][segment.places]
         kept = keep_mask(keys, segment.dropout, tuple(rows.shape), first_position)  # type: ignore[arg-type]
         return (kept / (1 - segment.dropout).view(-1, 1, 1, 1)).flatten(1, 2)
 

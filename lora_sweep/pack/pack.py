@@ -73,6 +73,11 @@ class Pack:
         self._banks = Banks(shapes, dtype, self._device, fixed)
         now = Pass(anchor=torch.zeros((), device=self._device, requires_grad=True))
         self._linears = self._wrap(shapes, now)
+        if settings.compile:
+            # What is compiled is the base between its linears. A packed linear reads its pass under way and adds to the
+            # banks' gradients: a trace would keep what was there when it was made.
+            for linear in self._linears.values():
+                linear.forward = torch.compiler.disable(linear.forward)  # type: ignore[method-assign]
         self._base_norms = {name: _weight_norm(linear.base) for name, linear in self._linears.items()}
         self._layers = [layer for layer in self._model.modules() if isinstance(layer, GradientCheckpointingLayer)]
         for layer in self._layers:
@@ -86,7 +91,9 @@ class Pack:
             raise UserError("data.pack_examples: in this base examples of one row see one another; set it to false")
         self._passes = Passes(self._banks, output, now, data, settings, dtype, self._device)
         self._slots: list[Slot | None] = [None] * self.capacity.slots
-        self._trained_tokens, self._trained_seconds = 0, 0.0
+        self._trained_tokens = 0
+        self._training_since: float | None = None
+        """When the first step after the last evaluation began."""
 
     # -- who is in --------------------------------------------------------------------------------------------------
 
@@ -105,11 +112,15 @@ class Pack:
 
     def fits(self, trial: Trial) -> bool:
         """Whether the trial can be admitted now."""
-        return self.has_room and Settings.of(trial) == self.settings and trial.method.rank <= self.bank_rank
+        return self.has_room and self.suits(trial)
 
-    def prepare(self, trial: Trial) -> None:
-        """Draws the trial's initial A beforehand, while other slots may be training."""
-        self._blueprint.prepare(self._peft_config(trial), trial.train.seed)
+    def suits(self, trial: Trial) -> bool:
+        """Whether the trial could be admitted if there were room."""
+        return Settings.of(trial) == self.settings and trial.method.rank <= self.bank_rank
+
+    def prepare(self, trials: Sequence[Trial]) -> None:
+        """Draws the initial A's of the trials that will come next, in a thread of its own while the slots train."""
+        self._blueprint.prepare([(self._peft_config(trial), trial.train.seed) for trial in trials])
 
     def admit(self, trial: Trial) -> int:
         """Puts the trial into a free slot at step 0; returns the slot."""
@@ -206,11 +217,10 @@ class Pack:
                     tokens += count
         self._look(looked_at, before)
         if measures:
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+            self._wait()
             capacity.took(width, len(live), time.monotonic() - began, peak_bytes)
         self._trained_tokens += tokens
-        self._trained_seconds += time.monotonic() - began
+        self._training_since = self._training_since or began
 
     def _look(self, slots: Sequence[Slot], before: health.Snapshot) -> None:
         """Health looks at these slots at once, on the device."""
@@ -221,8 +231,11 @@ class Pack:
 
     def _evaluate(self) -> list[Evaluation]:
         due = [slot for slot in self._passes.order(self._live()) if slot is None or slot.is_due]
-        speed = self._trained_tokens / self._trained_seconds if self._trained_seconds else math.nan
-        self._trained_tokens, self._trained_seconds = 0, 0.0
+        # The host is ahead of the device: only here it waits.
+        self._wait()
+        spent = time.monotonic() - (self._training_since or math.nan)
+        speed = self._trained_tokens / spent
+        self._trained_tokens, self._training_since = 0, None
         reports = {}
         for part in _split(due, self.capacity.known_width(len(due))):
             for slots, (evaluation, probe, retention) in self._within_memory(self._passes.evaluated, part):
@@ -280,6 +293,11 @@ class Pack:
         )
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _live(self) -> list[Slot]:
         return [slot for slot in self._slots if slot is not None]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_sweep.data import Batch, Data, TokenSet, order
 from lora_sweep.pack.bank import Banks
+from lora_sweep.pack.dropout import slot_key
 from lora_sweep.pack.linear import Pass, Segment
 from lora_sweep.pack.loss import OutputLayer
 from lora_sweep.pack.slot import Slot
@@ -76,9 +77,8 @@ class Passes:
         self._enter(slots)
         for segment in self.now.segments:
             segment.gradients.zero_()
-        self.now.counters = [(0, 0) if slot is None else (slot.trial.train.seed, slot.step) for slot in slots]
         for micro_batch in range(micro_batches):
-            self.now.micro_batch = micro_batch
+            self.now.keys = self._mask_keys(slots, micro_batch)
             share = weights[micro_batch].view(K * b, T - 1)
             where = None if positions is None else positions[micro_batch].view(K * b, T)
             losses = self.output.backward(ids[micro_batch].view(K * b, T), share, where)
@@ -112,6 +112,18 @@ class Passes:
             if positions is not None and batch.position_ids is not None:
                 positions[:, place] = batch.position_ids.view(micro_batches, b, T)
         return self._there(ids), self._there(weights), None if positions is None else self._there(positions), tokens
+
+    def _mask_keys(self, slots: Slots, micro_batch: int) -> dict[str, Tensor] | None:
+        """What dropout masks are drawn from, of all modules in one piece: one of its own would wait for the device."""
+        if all(segment.dropout is None for segment in self.now.segments):
+            return None
+        names = list(self.now.segments[0].A)
+        drawn = [
+            [0 if slot is None else slot_key(slot.trial.train.seed, slot.step, micro_batch, name) for slot in slots]
+            for name in names
+        ]
+        keys = self._there(torch.tensor(drawn, dtype=torch.int32))
+        return dict(zip(names, keys.unbind(), strict=True))
 
     def _rows(self, seed: int, step: int) -> Tensor:
         """The examples of an optimizer step: (micro-batches x batch size,)."""
@@ -174,7 +186,7 @@ class Passes:
 
     def leave(self) -> None:
         """The base alone again."""
-        self.now.segments, self.now.counters = (), None
+        self.now.segments, self.now.keys = (), None
 
     def _segmented(self, slots: Slots) -> tuple[Segment, ...]:
         if self.settings.fixed_shapes:

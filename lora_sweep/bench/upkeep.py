@@ -1,0 +1,216 @@
+"""What a trial costs a worker beyond its passes, and whether that stays so over hundreds of trials.
+
+A real study in a folder of its own: ledger, records, W&B runs, checkpoints and exports as configured. Whatever passes
+between two calls of `Pack.advance` is upkeep; a pause is such a stretch in which a slot was freed and filled again.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_sweep import data as data_room
+from lora_sweep import launch, worker
+from lora_sweep import model as model_room
+from lora_sweep.axis import Axis
+from lora_sweep.bench import gauge
+from lora_sweep.bench.stock_process import Stock
+from lora_sweep.pack import Pack, Trial
+from lora_sweep.records import Base, Cell, Evaluation
+from lora_sweep.space import Sweep
+
+Say = Callable[[str], None]
+
+LOOKS = 10
+"""Times that the memory is looked at."""
+WINDOW = 5
+"""A window is one in so many of the trials."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """One call of `Pack.advance`."""
+
+    began: float
+    ended: float
+    slots: int
+    live: int
+    steps: int
+
+
+@dataclass
+class Clock:
+    """A Watcher that notes when what happened."""
+
+    trials: int
+    device: torch.device
+    stretches: list[Stretch] = field(default_factory=list)
+    ends: list[float] = field(default_factory=list)
+    """When each trial had ended."""
+    admissions: list[float] = field(default_factory=list)
+    held_bytes: list[tuple[int, int]] = field(default_factory=list)
+    """(trials that had ended, bytes of the process)."""
+    reason: str | None = None
+    looking: list[tuple[float, float]] = field(default_factory=list)
+    """(begin, end) of each look at the memory, which no trial is charged with."""
+
+    def admitted(self, cell: Cell, slot: int, step: int) -> None:
+        self.admissions.append(time.perf_counter())
+
+    def stepped(self) -> None: ...
+
+    def chosen(self, reason: str) -> None:
+        self.reason = reason
+
+    def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None: ...
+
+    def ended(self, cell: Cell, state: worker.Outcome, value: float | None, flags: Sequence[str]) -> None:
+        self.ends.append(time.perf_counter())
+        if len(self.ends) % max(1, self.trials // LOOKS) == 0:
+            began = time.perf_counter()
+            held = gauge.settle(self.device)
+            if held is not None:
+                self.held_bytes.append((len(self.ends), held))
+            self.looking.append((began, time.perf_counter()))
+
+    def between(self, begin: float, end: float) -> float:
+        """Seconds, looks aside."""
+        return end - begin - sum(max(0.0, min(b, end) - max(a, begin)) for a, b in self.looking)
+
+
+@contextmanager
+def _timed(clock: Clock) -> Iterator[None]:
+    """Notes every call of `Pack.advance`. From outside: a worker makes its packs itself, and need not know."""
+    real = Pack.advance
+
+    def advance(pack: Pack, stop: Callable[[], bool]) -> list[Evaluation]:
+        live, began = pack.live, time.perf_counter()
+        before = [pack.step(slot) for slot in live]
+        found = real(pack, stop)
+        steps = max((pack.step(slot) - step for slot, step in zip(live, before, strict=True)), default=0)
+        clock.stretches.append(Stretch(began, time.perf_counter(), pack.capacity.slots, len(live), steps))
+        return found
+
+    Pack.advance = advance  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Pack.advance = real  # type: ignore[method-assign]
+
+
+def measure(sweep: Sweep, trials: int, stock_repetitions: int, say: Say) -> dict[str, Any]:
+    """One study of `trials` seeds; seconds, bytes and shares, ready for JSON. Raises UserError."""
+    config = sweep.base()
+    device = worker.device(config.launcher)
+    clock = Clock(trials, device)
+    with tempfile.TemporaryDirectory(prefix="lora-sweep-bench-") as aside:
+        seeds = Axis("train.seed", "range", tuple(range(trials)))
+        own = (*sweep.overrides, f"++study.root={aside}", "++study.name=upkeep")
+        study = replace(sweep, overrides=own, axes=(seeds,))
+        say(f"a study of {trials} trials")
+        with _timed(clock):
+            launch.launch(study, clock, lambda: False)
+        startup: list[float] = []
+        if stock_repetitions:
+            base = model_room.load(config.model, device, Path(aside))
+            process = Stock(config, base, data_room.load(config.data, base.tokenizer), Path(aside))
+            for repetition in range(stock_repetitions):
+                say(f"stock {repetition + 1} of {stock_repetitions}")
+                startup.append(process.run(Trial.of(Cell(0), config)).startup_seconds)
+    return {
+        "device": gauge.device_name(device),
+        "model": config.model.name,
+        "trials": trials,
+        "steps": config.train.max_steps,
+        "tracker": config.tracker.name,
+        "reason": clock.reason,
+    } | reduce(clock, startup)
+
+
+def reduce(clock: Clock, startup_seconds: Sequence[float]) -> dict[str, Any]:
+    """Upkeep of a trial, pauses, occupancy, and what has grown from the first trials to the last."""
+    stretches, trials = clock.stretches, clock.trials
+    first, last = stretches[0].began, clock.ends[-1]
+    passes = sum(each.ended - each.began for each in stretches)
+    upkeep = (clock.between(first, last) - passes) / trials
+    pauses, each_refill = [], []
+    for before, after in pairwise(stretches):
+        refills = sum(before.ended <= at <= after.began for at in clock.admissions)
+        if refills:
+            pauses.append(clock.between(before.ended, after.began))
+            each_refill.append(pauses[-1] / refills)
+    # The queue has drained when the last trial is in.
+    full = [each for each in stretches if each.began < clock.admissions[-1]]
+    offered = sum(each.slots * each.steps for each in full)
+    startup = statistics.median(startup_seconds) if startup_seconds else None
+    windows = _windows(clock)
+    held = [held for _, held in clock.held_bytes]
+    return {
+        "upkeep_seconds_a_trial": upkeep,
+        "startup_seconds_of_stock": startup,
+        "share_of_startup": None if startup is None else upkeep / startup,
+        "pauses": len(pauses),
+        "pause_seconds_a_refill": {"median": _median(each_refill), "max": max(each_refill, default=None)},
+        "occupancy": min(1.0, sum(each.live * each.steps for each in full) / offered) if offered else None,
+        "busy": passes / clock.between(first, last),
+        "windows": windows,
+        "growth_of_cost": None if windows is None else windows["last"]["seconds"] / windows["first"]["seconds"] - 1,
+        "held_mib": [[ended, held / 2**20] for ended, held in clock.held_bytes],
+        "growth_mib": (held[-1] - held[1]) / 2**20 if len(held) > 2 else None,
+    }
+
+
+def _windows(clock: Clock) -> dict[str, Any] | None:
+    """Median seconds of a trial, passes and upkeep, early and late; the first trials, which warm up, aside."""
+    size = clock.trials // WINDOW
+    if size < 4:
+        return None
+    early, late = clock.ends[size // 4 : size // 4 + size], clock.ends[-size:]
+    return {name: _of_window(clock, part) for name, part in (("first", early), ("last", late))}
+
+
+def _of_window(clock: Clock, ends: Sequence[float]) -> dict[str, float]:
+    begin, end = ends[0], ends[-1]
+    inside = [each for each in clock.stretches if begin <= each.began and each.ended <= end]
+    passes = sum(each.ended - each.began for each in inside)
+    whole = clock.between(begin, end)
+    count = len(ends) - 1
+    return {"seconds": whole / count, "upkeep": (whole - passes) / count, "passes": passes / count}
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def lines(made: dict[str, Any]) -> Iterator[str]:
+    """What `measure` returned, for people."""
+    trials = f"{made['trials']} trials of {made['steps']} steps"
+    yield f"{made['model']}, {trials}, tracker {made['tracker']}: {made['device']}"
+    if made["reason"]:
+        yield made["reason"]
+    startup = made["startup_seconds_of_stock"]
+    share = f", {made['share_of_startup']:.1%} of the {startup:.2f} s in which a stock trial starts" if startup else ""
+    yield f"upkeep     {1e3 * made['upkeep_seconds_a_trial']:.0f} ms a trial beyond its passes{share}"
+    pause = made["pause_seconds_a_refill"]
+    if made["pauses"]:
+        told = f"median {1e3 * pause['median']:.0f} ms, longest {1e3 * pause['max']:.0f} ms"
+        yield f"refill     {told} a slot, in {made['pauses']} pauses"
+    if made["occupancy"] is not None:
+        yield f"occupancy  {made['occupancy']:.1%} of the slots until the queue drained"
+    yield f"busy       {made['busy']:.1%} of the time in passes"
+    if made["windows"] is not None:
+        early, late = made["windows"]["first"], made["windows"]["last"]
+        yield (
+            f"scale      {early['seconds']:.3f} s a trial early, {late['seconds']:.3f} s late "
+            f"({made['growth_of_cost']:+.1%}); upkeep {1e3 * early['upkeep']:.0f} and {1e3 * late['upkeep']:.0f} ms"
+        )
+    if made["growth_mib"] is not None:
+        (_, _), (early, _), *_, (late, _) = made["held_mib"]
+        yield f"memory     {made['growth_mib']:+.1f} MiB from trial {early} to trial {late}"
