@@ -12,8 +12,9 @@ from torch import Tensor
 from lora_sweep.health.look import METRICS
 from lora_sweep.records import Reading, Tally
 
-FIRST_LOOKS = (1, 2, 3, 10)
-"""Steps after which an adapter is looked at, beside the end of the window, every `every` steps and each evaluation."""
+FIRST_LOOKS = (2, 10)
+"""Steps after which an adapter is looked at, beside the end of the window, every `every` steps and each evaluation. The
+second step is the first that moves A, which has no gradient while B is zero."""
 
 WINDOW_STEPS, WINDOW_SHARE = 20, 0.05
 """The window is the first max(20, 5 %) steps whose learning rate was above 0."""

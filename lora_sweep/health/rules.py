@@ -30,8 +30,9 @@ STALLED, NEARLY_STALLED = 0.75, 0.95
 MOVING = 1.0
 """rho of a B that walks in one direction, after the window; at random it stays at 1 whatever the rate."""
 RANDOM_WALK = (0.5, 1.5)
-A_STILL, A_SLOW = 0.25, 10.0
-"""Share of elements that a step moves; A's own size over the sum of its rates."""
+A_STILL, A_SLOW = 0.25, 50.0
+"""Share of elements that a step moves; A's own size over the sum of its rates: 3 to 17 in healthy trainings, above 200
+at a ratio of 1000."""
 IDLE = 0.3
 
 
