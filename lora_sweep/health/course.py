@@ -92,13 +92,15 @@ def _diverged(course: Course) -> Iterator[Finding]:
 
 def _spiking(course: Course) -> Iterator[Finding]:
     losses = np.asarray(course.train_losses, np.float64)
-    spikes, begin = 0, max(SPIKE_STEPS, course.warmup_steps)
-    for step in range(begin, len(losses)):
-        before = losses[step - SPIKE_STEPS : step]
-        middle = float(np.median(before))
-        deviation = 1.4826 * float(np.median(np.abs(before - middle)))
-        spikes += bool(losses[step] > middle + max(SPIKE_DEVIATIONS * deviation, SPIKE_OF_START * course.L0))
-    share = spikes / max(1, len(losses) - begin)
+    begin = max(SPIKE_STEPS, course.warmup_steps)
+    if len(losses) <= begin:
+        return
+    before = np.lib.stride_tricks.sliding_window_view(losses, SPIKE_STEPS)[begin - SPIKE_STEPS : -1]
+    middle = np.median(before, axis=1)
+    deviation = 1.4826 * np.median(np.abs(before - middle[:, None]), axis=1)
+    limit = middle + np.maximum(SPIKE_DEVIATIONS * deviation, SPIKE_OF_START * course.L0)
+    spikes = int((losses[begin:] > limit).sum())
+    share = spikes / (len(losses) - begin)
     if spikes > 1 and share > SPIKE_SHARE:
         sentence = (
             f"The training loss jumped at {spikes} steps: lower optimizer.base_lr, or clip (train.max_grad_norm)."

@@ -47,7 +47,7 @@ def draw(sizes: Mapping[str, float], causes: Mapping[str, str]) -> bytes:
         pen.text((x + 4, y + 1), f"{size:.2g}", fill="black" if sum(fill) > BRIGHT else "white", font=small)
     _legend(pen, font, left, top + CELL[1] * len(rows) + LINE // 2, sorted(set(causes.values())))
     out = io.BytesIO()
-    picture.save(out, "PNG", optimize=True)
+    picture.save(out, "PNG")
     return out.getvalue()
 
 
