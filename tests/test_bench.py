@@ -399,7 +399,7 @@ def test_the_verb_shows_a_table_with_stock_and_its_factors(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("sped",), "WHAT: must be `tasks`, `speed` or `upkeep`, got 'sped'"),
+        (("sped",), "WHAT: must be `tasks`, `speed`, `upkeep` or `diagnosis`, got 'sped'"),
         (("tasks", "model=tiny"), "bench tasks: takes no overrides, got 'model=tiny'"),
         (
             ("speed", "--slots", "1,zwei"),

@@ -41,7 +41,7 @@ COURSE = ("diverged", "spiking", "overfit", "forgetting")
 
 
 def diagnosis(say: Say, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
-    """Recall, share of right causes and false alarms, by fault and in all; 15 minutes on two CPU cores."""
+    """Recall, share of right causes and false alarms, by fault and in all; some 20 minutes on two CPU cores."""
     base = model_room.load(space.read(None, ["model=tiny"])[0].base().model, torch.device("cpu"))
     logging.getLogger("lora_sweep").setLevel(logging.ERROR)
     rows, twins = [], _Twins(base)
