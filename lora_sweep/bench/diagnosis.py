@@ -56,7 +56,7 @@ def diagnosis(say: Say, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
         for name, pair in _packed_faults(base, seed).items():
             packed[name].append(pair)
     rows += [_row(fault, "packed", packed[fault.name]) for fault in PACKED]
-    healthy = [_named(outcome) for outcome in twins.outcomes]
+    healthy = [outcome.named for outcome in twins.outcomes]
     trials = 0
     for seed in seeds[:2]:
         say(f"ordinary sweeps, seed {seed}")
@@ -108,14 +108,10 @@ def _row(fault: Fault, trainer: str, pairs: Sequence[tuple[Outcome, Outcome]]) -
         "injected": len(pairs),
         "share_of_gain": statistics.median(shares),
         "learned_nothing": sum(share < LEARNED for share in shares),
-        "flagged": sum(bool(set(_named(made)) - set(COURSE)) for _, made in pairs),
+        "flagged": sum(bool(set(made.named) - set(COURSE)) for _, made in pairs),
         "right": sum(fault.cause in made.named for _, made in pairs),
         "named": [list(made.named) for _, made in pairs],
     }
-
-
-def _named(outcome: Outcome) -> tuple[str, ...]:
-    return outcome.named
 
 
 def _trained(base: LoadedBase, training: Training) -> Outcome:

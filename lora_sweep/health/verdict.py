@@ -40,7 +40,7 @@ def diagnose(base: Base, last: Evaluation, what: Seen, own: Sequence[Finding], c
 def own_findings(what: Seen, how: Course | None, config: HealthConfig) -> tuple[Finding, ...]:
     """What needs no comparison with other trials, worst first."""
     made = [] if how is None else list(course.findings(how, config))
-    if not any(finding.evidence.get("last_finite_step") is not None for finding in made):
+    if how is None or not how.last.diverged:
         made += _of_causes(what)
     return tuple(made)
 
