@@ -26,6 +26,9 @@ changed. lr: the rate at which Adam has moved them, by what moved.
 SAMPLE = 1024
 """Elements of a tensor that a sample holds, at most, evenly spread: a share of them is known to +- 1.6 % at worst."""
 
+RATE_SAMPLE = 256
+"""Elements of those that a rate is measured on: it is the same for all."""
+
 POWER_STEPS = 16
 """Of the power iteration for the largest singular value, which they give from below."""
 
@@ -109,7 +112,7 @@ def _kind(module: AdaptedModule) -> object:
 
 def _columns(modules: Sequence[AdaptedModule], before: Snapshot) -> dict[str, Tensor]:
     """Each (n,) of n modules of one kind."""
-    A, B = (torch.stack([_wide(getattr(module, side).value) for module in modules]) for side in ("A", "B"))
+    A, B = (_wide(torch.stack([getattr(module, side).value for module in modules])) for side in ("A", "B"))
     gram_A, gram_B = torch.bmm(A, A.transpose(1, 2)), torch.bmm(B, B.transpose(1, 2))
     squared = (gram_B * gram_A).sum((1, 2)).clamp(min=0)
     none = torch.full((len(modules),), torch.nan, device=A.device)
@@ -146,7 +149,7 @@ def _columns(modules: Sequence[AdaptedModule], before: Snapshot) -> dict[str, Te
 
 def _sampled_gradients(modules: Sequence[AdaptedModule], side: str) -> Tensor:
     """(n, <= SAMPLE)."""
-    return torch.stack([_wide(_sample(getattr(module, side).gradient)) for module in modules])
+    return _wide(torch.stack([_sample(getattr(module, side).gradient) for module in modules]))
 
 
 def _traces(grams: Tensor) -> Tensor:
@@ -161,18 +164,21 @@ def _rates(sides: Sequence[Side], was: Tensor, now: Tensor, none: Tensor) -> tup
     """
     if sides[0].m is None or sides[0].v is None:
         return none, none
-    m = torch.stack([_sample(_given(side.m)) for side in sides]).double()
-    v = torch.stack([_sample(_given(side.v)) for side in sides]).double()
+    every = -(-was.shape[1] // RATE_SAMPLE)
+    was, now = was[:, ::every], now[:, ::every]
+    m = torch.stack([_sample(_given(side.m))[::every] for side in sides]).double()
+    v = torch.stack([_sample(_given(side.v))[::every] for side in sides]).double()
     beta1, beta2 = sides[0].stepped.betas
 
-    def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=was.device).view(-1, 1)
-
-    m /= column([1 - beta1 ** max(side.stepped.t, 1) for side in sides])
-    root = v.div_(column([1 - beta2 ** max(side.stepped.t, 1) for side in sides])).sqrt_()
-    eps = column([side.stepped.eps for side in sides])
+    corrections = [
+        (1 - beta1 ** max(each.t, 1), 1 - beta2 ** max(each.t, 1), each.eps, each.shrink)
+        for each in (side.stepped for side in sides)
+    ]
+    for_m, for_v, eps, shrink = torch.tensor(corrections, dtype=torch.float64, device=was.device).split(1, dim=1)
+    m /= for_m
+    root = v.div_(for_v).sqrt_()
     direction = m / (root + eps)
-    change = was.double() * column([side.stepped.shrink for side in sides]) - now.double()
+    change = was.double() * shrink - now.double()
     spacing = torch.finfo(now.dtype).eps * torch.maximum(was.abs(), now.abs()).double()
     known = (direction != 0) & (change.abs() > CERTAIN_ULPS * spacing)
     rates = torch.where(known, change / direction, torch.nan).nanmedian(1).values
@@ -193,8 +199,10 @@ def _largest_squared(gram: Tensor) -> Tensor:
 
 def _sample(tensor: Tensor) -> Tensor:
     """(<= SAMPLE,) elements, a view; in the order of the memory, so that a transposed tensor need not be copied."""
-    flat = (tensor if tensor.is_contiguous() else tensor.T).detach().view(-1)
-    return flat[:: -(-flat.numel() // SAMPLE)]
+    if not (tensor.is_contiguous() or tensor.T.is_contiguous()):
+        tensor = tensor.contiguous()
+    every = -(-tensor.numel() // SAMPLE)
+    return tensor.detach().as_strided((-(-tensor.numel() // every),), (every,))
 
 
 def _wide(tensor: Tensor) -> Tensor:
