@@ -34,10 +34,30 @@ def weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
     return stored.T if isinstance(linear, Conv1D) else stored
 
 
-def input_gradient(linear: nn.Module, gradient: Tensor) -> Tensor:
-    """(..., d_in) of the gradient (..., d_out) of the linear's output, in its dtype."""
-    at = weight(linear, gradient.dtype)
-    return (gradient.float() @ at.float()).to(gradient.dtype) if _is_widened(linear) else gradient @ at
+def widened(linear: nn.Module, x: Tensor) -> Tensor:
+    """x in the dtype that the linear multiplies in."""
+    return x.float() if _is_widened(linear) else x
+
+
+def product(linear: nn.Module, wide: Tensor) -> Tensor:
+    """W x + b, (..., d_out) of a `widened` x (..., d_in), rounded to the base's dtype.
+
+    Before an adapter's part is added, as PEFT has it: bf16 swallows what is too small beside it, and evaluation losses
+    of adapters near their start come out 3 % lower where only the sum is rounded (seen on SmolLM2-135M).
+    """
+    if not _is_widened(linear):
+        y: Tensor = linear(wide)
+        return y
+    bias: Any = linear.bias
+    full = functional.linear(wide, _multiplied(linear), None if bias is None else bias.float())
+    return full.to(torch.bfloat16)
+
+
+def input_gradient(linear: nn.Module, wide: Tensor) -> Tensor:
+    """(..., d_in) of a `widened` gradient (..., d_out) of the linear's output, rounded to the base's dtype."""
+    if not _is_widened(linear):
+        return wide @ weight(linear, wide.dtype)
+    return (wide @ _multiplied(linear)).to(torch.bfloat16)
 
 
 def _has_bf16() -> bool:
@@ -48,6 +68,11 @@ def _has_bf16() -> bool:
 def _is_widened(linear: nn.Module) -> bool:
     forward = linear.__dict__.get("forward")
     return isinstance(forward, partial) and forward.func is _widened
+
+
+def _multiplied(linear: nn.Module) -> Tensor:
+    """The bf16 weight of a widened linear in fp32."""
+    return weight(linear, torch.bfloat16).float()
 
 
 def _widened(linear: nn.Module, x: Tensor) -> Tensor:
@@ -61,10 +86,9 @@ class _Widened(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, linear: Any) -> Tensor:
         ctx.linear = linear
-        bias = None if linear.bias is None else linear.bias.float()
-        return functional.linear(x.float(), weight(linear, x.dtype).float(), bias).to(x.dtype)
+        return product(linear, x.float())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return input_gradient(ctx.linear, gradient), None
+        return input_gradient(ctx.linear, gradient.float()), None

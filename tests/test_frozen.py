@@ -47,7 +47,8 @@ def test_every_linear_gives_the_rounded_product_and_passes_the_rounded_gradient_
         y.backward(gradient)
         assert x.grad is not None
         assert torch.allclose(x.grad.double(), gradient.double() @ weight.double(), rtol=2.0**-8, atol=1e-6)
-        assert torch.equal(frozen.input_gradient(linear, gradient), x.grad)
+        assert torch.equal(frozen.input_gradient(linear, frozen.widened(linear, gradient)), x.grad)
+        assert torch.equal(frozen.product(linear, frozen.widened(linear, x)), y)
 
 
 @pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])

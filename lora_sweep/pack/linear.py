@@ -95,8 +95,9 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, _: Tensor, linear: PackedLinear) -> Tensor:
         now = linear.now
-        y: Tensor = linear.base(x).contiguous()
-        rows, out = _by_slot(x, now.width), _by_slot(y, now.width)
+        wide = frozen.widened(linear.base, x)
+        y = frozen.product(linear.base, wide).contiguous()
+        rows, out = _by_slot(wide, now.width), _by_slot(y, now.width)
         lows = []
         for segment in now.segments:
             at = segment.places
@@ -113,13 +114,14 @@ class _Adapted(torch.autograd.Function):
         (gradient,) = gradients
         x, *lows = ctx.saved_tensors
         linear: PackedLinear = ctx.linear
-        below = frozen.input_gradient(linear.base, gradient) if ctx.needs_input_grad[0] else None
-        rows, above = _by_slot(x, ctx.width), _by_slot(gradient, ctx.width)
+        wide = frozen.widened(linear.base, gradient)
+        below = frozen.input_gradient(linear.base, wide) if ctx.needs_input_grad[0] else None
+        rows, above = _by_slot(x, ctx.width), _by_slot(wide, ctx.width)
         for segment, low in zip(ctx.segments, lows, strict=True):
             at = segment.places
-            wide = above[at].flatten(1, 2).to(segment.dtype)
-            segment.grad_B[linear.name].baddbmm_(low.transpose(1, 2), wide)
-            low_gradient = torch.bmm(wide, segment.B[linear.name].transpose(1, 2)).mul_(segment.scaling)
+            upper = above[at].flatten(1, 2).to(segment.dtype)
+            segment.grad_B[linear.name].baddbmm_(low.transpose(1, 2), upper)
+            low_gradient = torch.bmm(upper, segment.B[linear.name].transpose(1, 2)).mul_(segment.scaling)
             part, kept = _dropped(linear, segment, rows[at], ctx.first)
             segment.grad_A[linear.name].baddbmm_(low_gradient.transpose(1, 2), part.flatten(1, 2))
             if below is None:
