@@ -316,6 +316,30 @@ def test_chunks_of_the_output_layer_change_no_loss_and_no_gradient(
     assert chunked.eval_loss == pytest.approx(whole.eval_loss, rel=1e-12)
 
 
+def test_positions_that_do_not_count_get_no_logits_and_lose_nothing(base64: LoadedBase) -> None:
+    model = base64.model
+    output = OutputLayer(model, Pass())
+    assert output.selects
+    ids = torch.arange(3 * 12).view(3, 12) * 5 % 97
+    counts = (torch.arange(3 * 11).view(3, 11) % 4 == 1).double()
+    places = functional.pad(counts, (0, 1)).flatten().nonzero().flatten()
+    heads: list[int] = []
+    hook = model.lm_head.register_forward_hook(lambda _, given, __: heads.append(given[0].shape[:-1].numel()))
+    embedded = model.get_input_embeddings().weight.requires_grad_()
+    try:
+        gradients = []
+        for counted in (None, places):
+            found = output.backward(ids, counts / 3, counted=counted)
+            gradients.append((found * counts, embedded.grad, output.losses(ids, counted=counted) * counts))
+            embedded.grad = None
+    finally:
+        hook.remove()
+        embedded.requires_grad_(False)
+    assert heads == [33, 33, len(places), len(places)]
+    for whole, part in zip(*gradients, strict=True):
+        assert torch.allclose(whole, part, rtol=1e-12, atol=1e-14)
+
+
 def tiny_stranger(kind: str) -> Any:
     from transformers import Gemma2Config, GPT2Config
 

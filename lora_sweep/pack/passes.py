@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from lora_sweep.data import Batch, Data, TokenSet, order
 from lora_sweep.pack.bank import Banks
@@ -71,7 +72,7 @@ class Passes:
         Returns (slots, their mean losses (K,) on the device, counted tokens of each).
         """
         K, b, micro_batches = len(slots), self.settings.batch_size, self.settings.gradient_accumulation_steps
-        ids, weights, positions, tokens = self._batch(slots)
+        ids, weights, positions, counted, tokens = self._batch(slots)
         T = ids.shape[-1]
         means = torch.zeros(K, dtype=self.dtype, device=self.device)
         self._enter(slots)
@@ -81,13 +82,14 @@ class Passes:
             self.now.keys = self._mask_keys(slots, micro_batch)
             share = weights[micro_batch].view(K * b, T - 1)
             where = None if positions is None else positions[micro_batch].view(K * b, T)
-            losses = self.output.backward(ids[micro_batch].view(K * b, T), share, where)
+            losses = self.output.backward(ids[micro_batch].view(K * b, T), share, where, counted[micro_batch])
             means += (losses.to(self.dtype) * share).view(K, -1).sum(dim=1)
         self.leave()
         return slots, means, tokens
 
-    def _batch(self, slots: Slots) -> tuple[Tensor, Tensor, Tensor | None, list[int]]:
-        """(ids (micro-batches, K, b, T), weights (..., T - 1), positions like ids or None, counted tokens of each)."""
+    def _batch(self, slots: Slots) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None], list[int]]:
+        """(ids (micro-batches, K, b, T), weights (..., T - 1), positions like ids or None, where a next token counts of
+        each micro-batch, counted tokens of each slot)."""
         train = self.data.train
         K, b, micro_batches = len(slots), self.settings.batch_size, self.settings.gradient_accumulation_steps
         rows = {
@@ -105,13 +107,25 @@ class Passes:
             if slot is None:
                 continue
             batch = batches[slot.trial.train.seed, slot.step]
-            counted = batch.counted[:, 1:]
-            tokens[place] = int(counted.sum())
+            targets = batch.counted[:, 1:]
+            tokens[place] = int(targets.sum())
             ids[:, place] = batch.input_ids.view(micro_batches, b, T)
-            weights[:, place] = counted.view(micro_batches, b, T - 1) / tokens[place]
+            weights[:, place] = targets.view(micro_batches, b, T - 1) / tokens[place]
             if positions is not None and batch.position_ids is not None:
                 positions[:, place] = batch.position_ids.view(micro_batches, b, T)
-        return self._there(ids), self._there(weights), None if positions is None else self._there(positions), tokens
+        counted = [self._places(each.view(K * b, T - 1) != 0) for each in weights]
+        where = None if positions is None else self._there(positions)
+        return self._there(ids), self._there(weights), where, counted, tokens
+
+    def _places(self, counted: Tensor) -> Tensor | None:
+        """(n,) places in the flattened (rows, T) before those of (rows, T - 1) that count, on the device.
+
+        None for all, where the number must not depend on what the batch holds, or the output layer needs them.
+        """
+        if self.settings.fixed_shapes or not self.output.selects:
+            return None
+        found = functional.pad(counted, (0, 1)).flatten().nonzero().flatten()
+        return self._there(found) if len(found) else None
 
     def _mask_keys(self, slots: Slots, micro_batch: int) -> dict[str, Tensor] | None:
         """What dropout masks are drawn from, of all modules in one piece: one of its own would wait for the device."""
@@ -169,7 +183,8 @@ class Passes:
     def _add_losses(self, sums: Tensor, batch: Batch, rows: Tensor, K: int) -> None:
         """Adds the losses of these rows to the sums (K, examples) of their examples."""
         positions = None if batch.position_ids is None else self._there(batch.position_ids).repeat(K, 1)
-        losses = self.output.losses(self._there(batch.input_ids).repeat(K, 1), positions)
+        counted = self._places(batch.counted[:, 1:].repeat(K, 1))
+        losses = self.output.losses(self._there(batch.input_ids).repeat(K, 1), positions, counted)
         by_token = losses.view(K, len(rows), -1).double() * self._there(batch.counted[:, 1:].contiguous())
         if batch.examples is None:
             sums[:, rows.to(self.device)] = by_token.sum(dim=2)
