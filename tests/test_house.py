@@ -38,6 +38,7 @@ FLOORS: dict[str, float] = {
     "study": 2,
     "pack": 2,
     "callback": 2,
+    "run": 2.5,
     "worker": 3,
     "results": 3,
     "launch": 4,

@@ -24,6 +24,7 @@ from lora_sweep.bench import gauge
 from lora_sweep.bench.stock_process import Stock
 from lora_sweep.pack import Pack, Trial
 from lora_sweep.records import Base, Cell, Evaluation
+from lora_sweep.run import Outcome
 from lora_sweep.space import Sweep
 
 Say = Callable[[str], None]
@@ -71,7 +72,7 @@ class Clock:
 
     def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None: ...
 
-    def ended(self, cell: Cell, state: worker.Outcome, value: float | None, flags: Sequence[str]) -> None:
+    def ended(self, cell: Cell, state: Outcome, value: float | None, flags: Sequence[str]) -> None:
         self.ends.append(time.perf_counter())
         if len(self.ends) % max(1, self.trials // LOOKS) == 0:
             began = time.perf_counter()
