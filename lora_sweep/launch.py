@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_sweep import folding, results, samplers, space
 from lora_sweep.asha import Asha
-from lora_sweep.config import Config, StudyConfig, to_yaml
+from lora_sweep.config import Config, HealthConfig, StudyConfig, to_yaml
 from lora_sweep.errors import StudyError
 from lora_sweep.health import BIN_EDGES
 from lora_sweep.records import Base, Cell, Evaluation, Fault
@@ -98,7 +98,13 @@ def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:
         runs = tracker(config, folder, study.id)
         try:
             finished = work(
-                study, sweep, sweep.largest_rank(), runs, device(config.launcher), _Ledgered(watcher, study), stop
+                study,
+                sweep,
+                sweep.largest_rank(),
+                runs,
+                device(config.launcher),
+                _Ledgered(watcher, study, config.health),
+                stop,
             )
         finally:
             runs.close()
@@ -195,6 +201,7 @@ class _Ledgered:
 
     watcher: Watcher
     study: Study
+    rules: HealthConfig
     _due: float = 0.0
 
     def admitted(self, cell: Cell, slot: int, step: int) -> None:
@@ -217,6 +224,6 @@ class _Ledgered:
     def _refresh(self) -> None:
         began = time.monotonic()
         if began >= self._due:
-            results.write(self.study)
+            results.write(self.study, self.rules)
             took = time.monotonic() - began
             self._due = began + took + max(TABLE_EVERY_SECONDS, took / TABLE_SHARE)

@@ -23,8 +23,10 @@ _FROM_RESULT = (
 )  # fmt: skip
 
 
-def rows(view: StudyView) -> list[Row]:
+def rows(view: StudyView, rules: HealthConfig | None = None) -> list[Row]:
     """One per cell that was asked for, by number; losses in nats per token.
+
+    `rules`: by which trials are judged, where they are known: else they are read from the study's config.yaml.
 
     A folded cell has all from the cell that is run for it, which `same_run_as` names, but its own number and params.
     """
@@ -32,7 +34,7 @@ def rows(view: StudyView) -> list[Row]:
     statuses = view.statuses()
     ended = {status.cell.number: read_result(view.trial_folder(status.cell.number)) for status in statuses}
     best_gains = health.best_gains(filter(None, ended.values()))
-    rules = space.health_rules(view.folder)
+    rules = rules or space.health_rules(view.folder)
     run = {}
     for status in statuses:
         number, result = status.cell.number, ended[status.cell.number]
@@ -77,9 +79,9 @@ def _row(trial: Path, status: CellStatus, result: dict[str, Any] | None) -> Row:
     return row
 
 
-def write(view: StudyView) -> list[Row]:
-    """Writes trials.jsonl anew, whole or not at all; returns its rows."""
-    table = rows(view)
+def write(view: StudyView, rules: HealthConfig | None = None) -> list[Row]:
+    """Writes trials.jsonl anew, whole or not at all; returns its `rows`."""
+    table = rows(view, rules)
     write_whole(view.folder / "trials.jsonl", "".join(json.dumps(row) + "\n" for row in table))
     return table
 

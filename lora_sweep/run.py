@@ -1,12 +1,17 @@
-"""One trial from its slot to its files: record, best adapter, checkpoint, result."""
+"""One trial from its slot to its files: record, best adapter, checkpoint, result.
+
+What reaches the disk and W&B does so in a thread of its own, in order, while the slots go on training: a row before the
+checkpoint that builds on it, the adapter before the result, the result before anybody is told.
+"""
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from lora_sweep import folding, health
 from lora_sweep.config import Config, to_yaml
@@ -16,6 +21,10 @@ from lora_sweep.study import Reason
 from lora_sweep.tracking import Record, Tracker, read_rows, write_whole
 
 Outcome = Literal["COMPLETE", "PRUNED", "FAIL"]
+Ended = tuple[float | None, tuple[str, ...]]
+"""(best evaluation loss or None, flags)."""
+
+Made = TypeVar("Made")
 
 NONE_KNOWN: Mapping[int, float] = MappingProxyType({})
 
@@ -23,59 +32,61 @@ NONE_KNOWN: Mapping[int, float] = MappingProxyType({})
 class Run:
     """One trial in its slot, with its record: admitted anew, or as of its last checkpoint."""
 
-    def __init__(self, pack: Pack, base: Base, cell: Cell, config: Config, folder: Path, tracker: Tracker) -> None:
+    def __init__(
+        self, pack: Pack, base: Base, cell: Cell, config: Config, folder: Path, tracker: Tracker, writer: Executor
+    ) -> None:
+        """`writer`: of one thread, which all runs of a pack may share."""
         trial = Trial.of(cell, config)
         self.cell = cell
         self.folder = folder
-        self._pack, self._base, self._config = pack, base, config
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "config.yaml", to_yaml(asdict(config)))
+        self._pack, self._base, self._config, self._writer = pack, base, config, writer
+        self._broken: Exception | None = None
+        """What the first write that failed has raised; none is tried after it."""
         resume_step = None
+        self.before: dict[int, float] = {}
+        """Step -> evaluation loss of what an earlier attempt recorded up to the checkpoint."""
         if pack.has_checkpoint(self._checkpoint):
             self.slot = pack.restore(trial, self._checkpoint)
             resume_step = pack.step(self.slot)
+            self.before = {step: loss for step, loss in _curve(read_rows(folder)).items() if step <= resume_step}
         else:
             self.slot = pack.admit(trial)
-            shutil.rmtree(folder / "adapter", ignore_errors=True)
         self.step = resume_step or 0
-        self._record = Record.open(
-            folder, cell=cell, config=asdict(config), base=base, tracker=tracker, resume_step=resume_step
-        )
-        self._rows = read_rows(folder)
-        self.before = _curve(self._rows)
-        """Step -> evaluation loss of what an earlier attempt recorded up to the checkpoint."""
         self.best_loss: float = min(self.before.values(), default=math.inf)
         self._best: Evaluation | None = None
         """Of this attempt."""
         self._last: Evaluation | None = None
+        self._record: Record | None = None
         self._lost_on_save: tuple[str, ...] = ()
-        """Modules whose file does not hold what memory does."""
+        """Modules whose file does not hold what memory does. This and the record are the writer's alone."""
+        self._aside(lambda: self._open(tracker, resume_step))
 
     @property
     def _checkpoint(self) -> Path:
         return self.folder / "checkpoint"
 
+    # -- where the slots train -----------------------------------------------------------------------------------------
+
     def take(self, evaluation: Evaluation) -> None:
-        """Records the evaluation; the adapter of the best one lies in adapter/."""
-        self._record.log(evaluation)
+        """Records the evaluation; the adapter of the best one will lie in adapter/.
+
+        Raises what an earlier write has raised: OutOfRoom, say.
+        """
+        if self._broken is not None:
+            raise self._broken
+        self._aside(lambda: self._opened.log(evaluation))
         self.step, self._last = evaluation.step, evaluation
         if self._best is None or evaluation.eval_loss < self._best.eval_loss:
             self._best = evaluation
         if not evaluation.diverged and evaluation.eval_loss < self.best_loss:
             self.best_loss = evaluation.eval_loss
-            self._export()
-
-    def _export(self) -> None:
-        """Whole or not at all: a reader never sees half an adapter."""
-        aside, adapter = self.folder / ".adapter", self.folder / "adapter"
-        shutil.rmtree(aside, ignore_errors=True)
-        self._lost_on_save = self._pack.export(self.slot, aside)
-        shutil.rmtree(adapter, ignore_errors=True)
-        aside.rename(adapter)
+            write = self._pack.export(self.slot)
+            self._aside(lambda: self._export(write))
 
     def keep(self) -> None:
-        """What a kill after this moment costs nothing of."""
-        self._pack.checkpoint(self.slot, self._checkpoint)
+        """What a kill after it is written costs nothing of."""
+        write = self._pack.checkpoint(self.slot)
+        self._aside(lambda: write(self._checkpoint))
 
     @property
     def failed(self) -> Reason | None:
@@ -88,17 +99,72 @@ class Run:
 
     def finish(
         self, state: Outcome, reason: Reason | None = None, best_gains: Mapping[int, float] = NONE_KNOWN
-    ) -> tuple[float | None, tuple[str, ...]]:
-        """Writes the result and frees the slot; returns (best evaluation loss or None, flags).
+    ) -> Future[Ended]:
+        """Frees the slot; the result is written when the future is done.
 
         `best_gains`: step -> best gain of the study so far, which the run's verdict in W&B is given by.
         """
+        self._pack.evict(self.slot)
+        best_gain = None if self._last is None else best_gains.get(self._last.step)
+        return self._aside(lambda: self._finish(state, reason, best_gain))
+
+    def abandon(self) -> None:
+        """Interrupted: waits until all is written that can be, and closes files and W&B run without a result."""
+
+        def close() -> None:
+            if self._record is not None:
+                self._record.abandon()
+
+        self._writer.submit(close).result()
+
+    def _aside(self, work: Callable[[], Made]) -> Future[Made]:
+        def in_turn() -> Made:
+            if self._broken is not None:
+                raise self._broken
+            try:
+                return work()
+            except Exception as error:
+                self._broken = error
+                raise
+
+        return self._writer.submit(in_turn)
+
+    # -- in the writer's thread ----------------------------------------------------------------------------------------
+
+    def _open(self, tracker: Tracker, resume_step: int | None) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / "config.yaml", to_yaml(asdict(self._config)))
+        if resume_step is None:
+            shutil.rmtree(self.folder / "adapter", ignore_errors=True)
+        self._record = Record.open(
+            self.folder,
+            cell=self.cell,
+            config=asdict(self._config),
+            base=self._base,
+            tracker=tracker,
+            resume_step=resume_step,
+        )
+
+    @property
+    def _opened(self) -> Record:
+        assert self._record is not None
+        return self._record
+
+    def _export(self, write: Callable[[Path], tuple[str, ...]]) -> None:
+        """Whole or not at all: a reader never sees half an adapter."""
+        aside, adapter = self.folder / ".adapter", self.folder / "adapter"
+        shutil.rmtree(aside, ignore_errors=True)
+        self._lost_on_save = write(aside)
+        shutil.rmtree(adapter, ignore_errors=True)
+        aside.rename(adapter)
+
+    def _finish(self, state: Outcome, reason: Reason | None, best_gain: float | None) -> Ended:
         last, value = self._last, self.best_loss if math.isfinite(self.best_loss) else None
-        self._rows = read_rows(self.folder)
-        diagnosis, own = (None, ()) if last is None else self._diagnosed(last)
+        rows = read_rows(self.folder)
+        diagnosis, own = (None, ()) if last is None else self._diagnosed(last, rows)
         verdict: tuple[Finding, ...] = ()
         if diagnosis is not None and last is not None and not last.diverged:
-            verdict = health.verdict(diagnosis, best_gains.get(last.step), self._config.health)
+            verdict = health.verdict(diagnosis, best_gain, self._config.health)
         result = {
             "params": dict(self.cell.params),
             "eval_loss": value,
@@ -115,24 +181,22 @@ class Run:
             "seconds": last and last.seconds,
             "last_finite_step": last and last.last_finite_step,
             # Step -> evaluation loss: by it trials are compared at equal steps.
-            "curve": _curve(self._rows),
+            "curve": _curve(rows),
             "diagnosis": diagnosis and asdict(diagnosis),
         }
-        self._record.finish(state, result, own, verdict, reason)
-        self._pack.evict(self.slot)
+        self._opened.finish(state, result, own, verdict, reason)
         return value, tuple(finding.flag for finding in (*verdict, *own))
 
-    def _diagnosed(self, last: Evaluation) -> tuple[Diagnosis | None, tuple[Finding, ...]]:
+    def _diagnosed(
+        self, last: Evaluation, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[Diagnosis | None, tuple[Finding, ...]]:
         """What the trial shows by itself."""
         rules = self._config.health
-        losses = [row["train/loss"] for row in self._rows if row.get("train/loss") is not None]
+        losses = [row["train/loss"] for row in rows if row.get("train/loss") is not None]
         how = health.Course(self._base, losses, self._config.train.warmup_steps, self._best or last, last)
         seen = health.seen(last, Trial.of(self.cell, self._config).asked, rules, self._lost_on_save)
         own = health.own_findings(seen, how, rules)
         return None if last.diverged else health.diagnose(self._base, last, seen, own, rules), own
-
-    def abandon(self) -> None:
-        self._record.abandon()
 
 
 def _curve(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:

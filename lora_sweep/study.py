@@ -299,6 +299,11 @@ class Study(StudyView):
     ) -> None:
         self.close()
 
+    @property
+    def draws(self) -> bool:
+        """Whether cells are drawn, by what was told before."""
+        return self._search is not None
+
     def ask(self, fits: Callable[[Cell], bool]) -> Lease | None:
         """Claim the waiting cell of the lowest number that fits, else draw new ones until one fits.
 

@@ -5,7 +5,8 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -21,7 +22,7 @@ from lora_sweep.errors import StudyError, UserError
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Capacity, Exhausted, Pack, Settings, Trial
 from lora_sweep.records import Base, Cell, Evaluation, Fault
-from lora_sweep.run import Outcome, Run
+from lora_sweep.run import Ended, Outcome, Run
 from lora_sweep.space import Sweep
 from lora_sweep.study import Lease, Reason, Study
 from lora_sweep.tracking import Tracker, read_result, write_whole
@@ -128,8 +129,8 @@ class Known:
 def train(config: Config, folder: Path, tracker: Tracker, device: torch.device, watcher: Watcher, stop: Stop) -> bool:
     """One trial without a study, in `folder`; False when `stop` ended it early (the same call goes on)."""
     cell = Cell(0)
-    with Bench(device, folder).pack(config, config.method.rank) as (pack, base):
-        run = Run(pack, base, cell, config, folder, tracker)
+    with Bench(device, folder).pack(config, config.method.rank) as (pack, base), _writer() as writer:
+        run = Run(pack, base, cell, config, folder, tracker, writer)
         watcher.admitted(cell, run.slot, run.step)
         while True:
             evaluations = pack.advance(_heartbeat(watcher, stop))
@@ -141,7 +142,7 @@ def train(config: Config, folder: Path, tracker: Tracker, device: torch.device, 
             failed = run.failed
             if failed is not None or run.step >= config.train.max_steps:
                 state: Outcome = "COMPLETE" if failed is None else "FAIL"
-                value, flags = run.finish(state, failed)
+                value, flags = run.finish(state, failed).result()
                 _drop_checkpoint(folder)
                 watcher.ended(cell, state, value, flags)
                 return True
@@ -163,8 +164,8 @@ def work(
         if _told_before(study, sweep, lease, watcher):
             continue
         config = sweep.config(lease.cell)
-        with bench.pack(config, bank_rank) as (pack, base):
-            shift = _Shift(study, sweep, pack, base, config, tracker, watcher)
+        with bench.pack(config, bank_rank) as (pack, base), _writer() as writer:
+            shift = _Shift(study, sweep, pack, base, config, tracker, writer, watcher)
             if not shift.run(lease, stop):
                 return False
     return False
@@ -174,11 +175,21 @@ class _Shift:
     """The trials of one pack, from the first admitted to the last evicted."""
 
     def __init__(
-        self, study: Study, sweep: Sweep, pack: Pack, base: Base, config: Config, tracker: Tracker, watcher: Watcher
+        self,
+        study: Study,
+        sweep: Sweep,
+        pack: Pack,
+        base: Base,
+        config: Config,
+        tracker: Tracker,
+        writer: Executor,
+        watcher: Watcher,
     ) -> None:
         self._study, self._sweep, self._pack, self._base = study, sweep, pack, base
-        self._config, self._tracker, self._watcher = config, tracker, watcher
+        self._config, self._tracker, self._writer, self._watcher = config, tracker, writer, watcher
         self._runs: dict[Lease, Run] = {}
+        self._ending: dict[Lease, _Ending] = {}
+        """Without a slot any more, to be told as soon as their results are written."""
         self._told = False
         finished = (read_result(study.trial_folder(status.cell.number)) for status in study.statuses())
         self._best_gains = health.best_gains(result for result in finished if result is not None).get(
@@ -189,11 +200,17 @@ class _Shift:
 
     def run(self, first: Lease, stop: Stop) -> bool:
         """Five verbs: lease, advance, record, report, tell. False when `stop` ended it early."""
+
+        def heartbeat() -> bool:
+            self._settle()
+            self._watcher.stepped()
+            return stop()
+
         try:
             self._admit(first)
             while self._fill():
                 try:
-                    evaluations = self._pack.advance(_heartbeat(self._watcher, stop))
+                    evaluations = self._pack.advance(heartbeat)
                 except Exhausted as error:
                     if self._config.train.fixed_shapes:
                         raise
@@ -201,9 +218,11 @@ class _Shift:
                     continue
                 self._tell_choice()
                 if not evaluations:
+                    self._settle(waits=True)
                     self._give_back()
                     return False
                 self._conclude({evaluation.cell: evaluation for evaluation in evaluations})
+            self._settle(waits=True)
         except BaseException:
             # A bug or a full disk must not cost the other cells their turn.
             self._give_back()
@@ -228,6 +247,9 @@ class _Shift:
 
     def _fill(self) -> bool:
         """Leases trials until the pack is full; whether there is any in it."""
+        if self._study.draws and self._pack.has_room:
+            # What is drawn next builds on what has ended.
+            self._settle(waits=True)
         while self._pack.has_room and (lease := self._study.ask(self._suits)) is not None:
             if not _told_before(self._study, self._sweep, lease, self._watcher):
                 self._admit(lease)
@@ -241,7 +263,7 @@ class _Shift:
     def _admit(self, lease: Lease) -> None:
         folder = self._study.trial_folder(lease.cell.number)
         config = self._sweep.config(lease.cell)
-        run = Run(self._pack, self._base, lease.cell, config, folder, self._tracker)
+        run = Run(self._pack, self._base, lease.cell, config, folder, self._tracker, self._writer)
         self._runs[lease] = run
         self._looked_ahead = False
         for step, loss in run.before.items():
@@ -273,18 +295,51 @@ class _Shift:
                     self._runs[lease].keep()
 
     def _end(self, lease: Lease, state: Outcome, reason: Reason | None = None) -> None:
+        """Frees the slot."""
         run = self._runs.pop(lease)
-        value, flags = run.finish(state, reason, self._best_gains)
-        self._study.tell(lease, state, None if state == "FAIL" else value, reason)
-        _drop_checkpoint(run.folder)
-        _keep_best(self._study, self._config.study)
-        self._watcher.ended(lease.cell, state, value, flags)
+        self._ending[lease] = _Ending(run, state, reason, run.finish(state, reason, self._best_gains))
+        if state == "FAIL":
+            # Its values at the rungs count against the others until it is told.
+            self._settle(waits=True)
+
+    def _settle(self, waits: bool = False) -> None:
+        """Tells those that have ended, in this order, whose results are written: of all, or so far."""
+        for lease, ending in list(self._ending.items()):
+            if not (waits or ending.written.done()):
+                return
+            value, flags = ending.written.result()
+            state, folder = ending.state, ending.run.folder
+            self._study.tell(lease, state, None if state == "FAIL" else value, ending.reason)
+            del self._ending[lease]
+            _drop_checkpoint(folder)
+            _keep_best(self._study, self._config.study)
+            self._watcher.ended(lease.cell, state, value, flags)
 
     def _give_back(self) -> None:
-        for lease, run in self._runs.items():
+        """All that is not told yet; what can still be told is."""
+        with suppress(Exception):  # it is on its way up already, or is the reason why we are here
+            self._settle(waits=True)
+        unfinished = {lease: ending.run for lease, ending in self._ending.items()} | self._runs
+        self._ending.clear()
+        self._runs.clear()
+        for lease, run in unfinished.items():
             run.abandon()
             self._study.release(lease)
-        self._runs.clear()
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """A trial whose result is being written."""
+
+    run: Run
+    state: Outcome
+    reason: Reason | None
+    written: Future[Ended]
+
+
+def _writer() -> Executor:
+    """The thread in which all runs of a pack are written."""
+    return ThreadPoolExecutor(1, "records")
 
 
 def device(launcher: LauncherConfig) -> torch.device:

@@ -114,7 +114,7 @@ def test_a_checkpoint_keeps_the_optimizers_state(
     whole = Pack(base, style, Settings.of(one), 32)
     slot = whole.admit(one)
     whole.advance()
-    whole.checkpoint(slot, tmp_path)
+    whole.checkpoint(slot)(tmp_path)
     expected = trained(whole, 0)
     whole.close()
     resumed = Pack(base, style, Settings.of(one), 32)

@@ -240,7 +240,7 @@ def test_a_trial_restored_from_its_checkpoint_goes_on_bit_for_bit(
             slot = pack.admit(one)
             pack.advance()
             if interrupted:
-                pack.checkpoint(slot, tmp_path)
+                pack.checkpoint(slot)(tmp_path)
                 pack.evict(slot)
                 pack.admit(trial(1, rank=2, slots=2, max_steps=8, eval_every=4, fixed_shapes=True))
                 slot = pack.restore(one, tmp_path)
@@ -269,7 +269,7 @@ def test_an_exported_adapter_loads_with_peft_and_gives_the_recorded_loss(
     pack = Pack(base, style, Settings.of(one), 8)
     slot = pack.admit(one)
     evaluation = pack.advance()[0]
-    pack.export(slot, tmp_path)
+    pack.export(slot)(tmp_path)
     pack.close()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.name_or_path), str(tmp_path))

@@ -137,7 +137,7 @@ def test_an_exported_adapter_gives_the_recorded_loss_on_the_same_quantised_base(
     pack = Pack(base, few, Settings.of(one), 8)
     slot = pack.admit(one)
     evaluation, before = pack.advance()[0], pack.evaluate_base().eval_loss
-    pack.export(slot, tmp_path)
+    pack.export(slot)(tmp_path)
     pack.close()
     assert evaluation.eval_loss < before * 0.99
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == base.name_or_path
@@ -181,7 +181,7 @@ def test_the_weight_norm_that_health_divides_by_is_of_the_dequantised_weight(
     pack = Pack(base, few, Settings.of(one), 4)
     slot = pack.admit(one)
     (measured,) = pack.advance()[0].measurements
-    pack.export(slot, tmp_path)
+    pack.export(slot)(tmp_path)
     pack.close()
     adapter = load_file(tmp_path / "adapter_model.safetensors")
     changes = [

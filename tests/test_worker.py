@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +21,13 @@ from test_pack import IGNORED, mean_loss
 from lora_sweep import data as data_room
 from lora_sweep import launch, results, space
 from lora_sweep.blueprint import Blueprint
-from lora_sweep.errors import NoSafeAnswer, StudyError
+from lora_sweep.errors import NoSafeAnswer, OutOfRoom, StudyError
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack.passes import Passes
 from lora_sweep.pick import pick
 from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.study import Study
+from lora_sweep.tracking import Record
 
 SMALL = {
     "data": {"subjects": 32, "eval_size": 16, "probe_size": 8},
@@ -171,6 +173,63 @@ def test_an_adapter_that_learned_nothing_is_flagged_and_never_picked(in_folder: 
     assert cause["evidence"]["delta_rel"] < cause["evidence"]["delta_rel_needed"]
     with pytest.raises(NoSafeAnswer, match="zero_trapped"):
         pick(Path("outputs/ask"))
+
+
+def test_a_slot_is_refilled_while_the_result_of_the_last_trial_is_being_written(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second_trains = threading.Event()
+    finish, train = Record.finish, Passes.train
+    told_too_early = []
+
+    def slow(self: Record, *given: Any, **named: Any) -> None:
+        assert second_trains.wait(60), "nobody trains while the disk is busy"
+        finish(self, *given, **named)
+
+    def noted(self: Passes, slots: Any) -> Any:
+        if any(slot is not None and slot.trial.cell.number == 1 for slot in slots):
+            if not second_trains.is_set():
+                told_too_early.extend(s for s in Study.read(Path("outputs/ask")).statuses() if s.state == "COMPLETE")
+            second_trains.set()
+        return train(self, slots)
+
+    monkeypatch.setattr(Record, "finish", slow)
+    monkeypatch.setattr(Passes, "train", noted)
+    path = write_sweep(in_folder, {"optimizer.base_lr": "choice(1e-3, 3e-3)"}, train={"slots": 1})
+    watcher, finished, table = run(path)
+    assert finished
+    assert not told_too_early, "told before the result was written"
+    assert watcher.ends == [(0, "COMPLETE"), (1, "COMPLETE")]
+    assert [row["state"] for row in table] == ["COMPLETE", "COMPLETE"]
+
+
+@pytest.mark.parametrize("verb", ["log", "finish"])
+def test_a_disk_that_fills_up_ends_the_study_and_costs_no_cell(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    whole, calls = getattr(Record, verb), []
+
+    def full(self: Record, *given: Any, **named: Any) -> None:
+        calls.append(given)
+        if len(calls) == 3:
+            raise OutOfRoom("no space left")
+        if len(calls) < 3:
+            whole(self, *given, **named)
+
+    path = write_sweep(in_folder, GRID)
+    monkeypatch.setattr(Record, verb, full)
+    with pytest.raises(OutOfRoom, match="no space left"):
+        run(path)
+    monkeypatch.setattr(Record, verb, whole)
+    counts = Study.read(Path("outputs/ask")).counts()
+    assert counts["RUNNING"] == 0
+    assert counts["COMPLETE"] == (2 if verb == "finish" else 0)
+    _, finished, table = run(path)
+    assert finished
+    assert [row["state"] for row in table] == ["COMPLETE"] * 8
+    for row in table:
+        rows = (in_folder / "outputs/ask/trials" / f"{row['number']:04d}" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in rows] == [1, 2, 3, 4, 5, 6]
 
 
 def test_an_adapter_that_cannot_learn_is_stopped_and_its_slot_refilled_when_asked(

@@ -2,6 +2,7 @@
 
 A real study in a folder of its own: ledger, records, W&B runs, checkpoints and exports as configured. Whatever passes
 between two calls of `Pack.advance` is upkeep; a pause is such a stretch in which a slot was freed and filled again.
+What a thread writes aside is neither: it slows the passes, and shows in the seconds a trial.
 """
 
 import statistics
@@ -81,6 +82,11 @@ class Clock:
                 self.held_bytes.append((len(self.ends), held))
             self.looking.append((began, time.perf_counter()))
 
+    def passes(self, begin: float, end: float) -> float:
+        """Seconds of these in passes; a trial may be told in the middle of one."""
+        inside = ((max(each.began, begin), min(each.ended, end)) for each in self.stretches)
+        return sum(self.between(a, b) for a, b in inside if a < b)
+
     def between(self, begin: float, end: float) -> float:
         """Seconds, looks aside."""
         return end - begin - sum(max(0.0, min(b, end) - max(a, begin)) for a, b in self.looking)
@@ -139,7 +145,7 @@ def reduce(clock: Clock, startup_seconds: Sequence[float]) -> dict[str, Any]:
     """Upkeep of a trial, pauses, occupancy, and what has grown from the first trials to the last."""
     stretches, trials = clock.stretches, clock.trials
     first, last = stretches[0].began, clock.ends[-1]
-    passes = sum(each.ended - each.began for each in stretches)
+    passes = clock.passes(first, last)
     upkeep = (clock.between(first, last) - passes) / trials
     pauses, each_refill = [], []
     for before, after in pairwise(stretches):
@@ -179,8 +185,7 @@ def _windows(clock: Clock) -> dict[str, Any] | None:
 
 def _of_window(clock: Clock, ends: Sequence[float]) -> dict[str, float]:
     begin, end = ends[0], ends[-1]
-    inside = [each for each in clock.stretches if begin <= each.began and each.ended <= end]
-    passes = sum(each.ended - each.began for each in inside)
+    passes = clock.passes(begin, end)
     whole = clock.between(begin, end)
     count = len(ends) - 1
     return {"seconds": whole / count, "upkeep": (whole - passes) / count, "passes": passes / count}

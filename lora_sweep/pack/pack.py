@@ -140,9 +140,9 @@ class Pack:
         self._slots[slot] = None
         self._passes.changed()
 
-    def checkpoint(self, slot: int, folder: Path) -> None:
-        """Writes the slot as of now, to be called at an evaluation boundary."""
-        self._at(slot).save(folder)
+    def checkpoint(self, slot: int) -> Callable[[Path], None]:
+        """Copies the slot as of now, an evaluation boundary; what is returned writes the copy, in any thread."""
+        return self._at(slot).copied()
 
     @staticmethod
     def has_checkpoint(folder: Path) -> bool:
@@ -154,12 +154,20 @@ class Pack:
         self._at(index).load(folder)
         return index
 
-    def export(self, slot: int, folder: Path) -> tuple[str, ...]:
-        """Writes the slot's adapter as a PEFT folder; returns the modules that the file, read again, does not hold."""
+    def export(self, slot: int) -> Callable[[Path], tuple[str, ...]]:
+        """Copies the slot's adapter as of now; what is returned writes it as a PEFT folder, in any thread.
+
+        That returns the modules that the file, read again, does not hold.
+        """
         at = self._at(slot)
-        weights = {name: (at.A[name], at.B[name].T) for name in self._linears}
-        self._blueprint.write(folder, self._peft_config(at.trial), weights)
-        return adapters.lost(folder, weights)
+        weights = {name: (at.A[name].to("cpu", copy=True), at.B[name].T.to("cpu", copy=True)) for name in self._linears}
+        config = self._peft_config(at.trial)
+
+        def write(folder: Path) -> tuple[str, ...]:
+            self._blueprint.write(folder, config, weights)
+            return adapters.lost(folder, weights)
+
+        return write
 
     def close(self) -> None:
         """Unwraps the base."""

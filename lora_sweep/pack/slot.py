@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -220,8 +220,8 @@ class Slot:
         """Lets go of what is kept outside the slot."""
         optimizers.forget(self.optimizer)
 
-    def save(self, folder: Path) -> None:
-        """Writes all that `load` needs to go on bit for bit; whole or not at all."""
+    def copied(self) -> Callable[[Path], None]:
+        """Copies all that `load` needs to go on bit for bit; what is returned writes it, whole or not at all."""
         tensors = {f"A/{name}": view for name, view in self.A.items()}
         tensors |= {f"B/{name}": view for name, view in self.B.items()}
         numbers: dict[str, Any] = {}
@@ -238,14 +238,18 @@ class Slot:
             "numbers": json.dumps(numbers),
             "trial": _identity(self.trial),
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        aside = folder / f".{CHECKPOINT}"
-        # Copies: bitsandbytes lets all tensors share their quantisation maps, which a file cannot.
+        # Copies too because bitsandbytes lets all tensors share their quantisation maps, which a file cannot.
         copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
-        save_file(copies, aside, metadata)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.rename(folder / CHECKPOINT)
+
+        def write(folder: Path) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            aside = folder / f".{CHECKPOINT}"
+            save_file(copies, aside, metadata)
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            aside.rename(folder / CHECKPOINT)
+
+        return write
 
     def _state(self) -> Iterator[tuple[str, str, Any]]:
         """(key of the optimizer's state, parameter or module, tensor or number).
