@@ -1,10 +1,11 @@
 """How many slots pay: decided from times and memory, here made up, so that the right answer is known."""
 
+import random
 from collections.abc import Callable
 
 import pytest
 
-from lora_sweep.pack.capacity import FULL, MOST_SLOTS, Capacity
+from lora_sweep.pack.capacity import CLOSE_ROUNDS, FULL, MOST_SLOTS, ROUNDS, Capacity
 
 GIB = 2.0**30
 
@@ -40,6 +41,24 @@ def test_where_one_trial_saturates_the_device_k_is_1() -> None:
 def test_a_wider_pass_must_be_worth_it() -> None:
     capacity, _ = decided(16, lambda k: 0.004 + 0.1 * k)
     assert capacity.width == 2, "a/k + b falls from .104 to .102, and then by less than 3 %"
+
+
+def test_what_looks_faster_by_chance_is_measured_again_and_does_not_win() -> None:
+    """Two trials cost what one costs twice, but one in four steps is a tenth slower: by turns another width's."""
+    counts = set()
+    for seed in range(20):
+        noise = random.Random(seed)
+        capacity, tried = decided(4, lambda k, noise=noise: 0.2 * k * noise.choice((1.0, 1.02, 1.05, 1.1)))
+        assert capacity.width == 1, f"seed {seed}: {capacity.reason}"
+        counts.add(tried.count(1))
+    assert ROUNDS == min(counts) < max(counts) <= ROUNDS * CLOSE_ROUNDS
+
+
+def test_a_gain_beyond_the_noise_is_taken() -> None:
+    for seed in range(20):
+        noise = random.Random(seed)
+        capacity, _ = decided(4, lambda k, noise=noise: (0.1 + 0.1 * k) * noise.choice((1.0, 1.02, 1.05, 1.1)))
+        assert capacity.width == 4, f"seed {seed}: {capacity.reason}"
 
 
 def test_a_losing_width_is_not_tried_to_the_end() -> None:

@@ -19,7 +19,12 @@ SLOW_STEP_SECONDS = (10.0, 1.0)
 LOSING = 1.15
 """A width whose slot-step is so many times slower than the best is not tried again."""
 WORTH = 1.03
-"""A wider pass must be faster by this factor: it holds more trials up when one is stopped."""
+"""A wider pass must be faster by this factor, and beyond what the measurements may be off by: it holds more trials up
+when one is stopped."""
+CLOSE, CLOSE_ROUNDS = 1.25, 3
+"""Where the best width is faster than the narrowest by less than this, both are measured so many times as often."""
+UNSURE = 0.1
+"""What a time that was measured once may be off by."""
 FULL = 0.9
 """Share of the device's free memory that may be planned for."""
 
@@ -49,17 +54,28 @@ class Capacity:
         if self.is_settled:
             return max(1, min(self.width or live, widest))
         tried = [width for width in _doubling(widest) if self._fits(width)]
-        steps = [len(self._seconds.get(width, ())) for width in tried]
-        best = self._best()
-        open_ = [
-            width
-            for width, done in zip(tried, steps, strict=True)
-            if done < self._rounds(live) and (done < 2 or best is None or self._slot_seconds(width) <= LOSING * best)
-        ]
-        if open_:
-            return min(open_, key=lambda width: (len(self._seconds.get(width, ())), width))
+        if open_ := self._open(tried, live):
+            return min(open_, key=lambda width: (self._steps(width), width))
         self._settle(tried)
         return self.width
+
+    def _open(self, tried: Sequence[int], live: int) -> list[int]:
+        """The widths that are to be measured again."""
+        rounds, best = self._rounds(live), self._best()
+        found = [
+            width
+            for width in tried
+            if self._steps(width) < rounds
+            and (self._steps(width) < 2 or best is None or self._slot_seconds(width) <= LOSING * best)
+        ]
+        if not found:
+            fastest = min(tried, key=self._slot_seconds)
+            if fastest != tried[0] and self._slot_seconds(tried[0]) < CLOSE * self._slot_seconds(fastest):
+                found = [width for width in (tried[0], fastest) if self._steps(width) < CLOSE_ROUNDS * rounds]
+        return found
+
+    def _steps(self, width: int) -> int:
+        return len(self._seconds.get(width, ()))
 
     def known_width(self, live: int) -> int:
         """The widest pass that is known to fit, of so many slots: for evaluations."""
@@ -114,8 +130,12 @@ class Capacity:
         return f"{width} adapters a pass (ms of a step by adapter at each width: {told}{line}{limit})"
 
     def _settle(self, tried: Sequence[int]) -> None:
-        best = min(self._slot_seconds(width) for width in tried)
-        self.width = min(width for width in tried if self._slot_seconds(width) <= WORTH * best)
+        best = min(tried, key=self._slot_seconds)
+        self.width = min(
+            width
+            for width in tried
+            if self._slot_seconds(width) <= (WORTH + max(self._off(width), self._off(best))) * self._slot_seconds(best)
+        )
         self.slots = min(self.slots, self.width)
         self.is_settled = True
 
@@ -127,6 +147,11 @@ class Capacity:
         """The least of the steps after the first: other programs only ever add."""
         found = self._seconds[width]
         return min(found[1:] or found)
+
+    def _off(self, width: int) -> float:
+        """Share by which a time may be off: how far the second best of its steps lies above the best."""
+        found = sorted(self._seconds[width][1:])
+        return found[1] / found[0] - 1 if len(found) > 1 else UNSURE
 
     def _fits(self, width: int) -> bool:
         """Whether a pass of this width is within memory, by a line through the narrower ones."""
