@@ -6,7 +6,7 @@ bf16, as the instructions themselves would do.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,12 @@ def settle(model: Any, device: torch.device) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D):
             module.__dict__["forward"] = partial(_widened, module)
+
+
+def multiplied_dtype(model: Any) -> torch.dtype:
+    """What the linears of a base multiply in."""
+    widens = any(_is_widened(module) for module in model.modules())
+    return torch.float32 if widens else cast(torch.dtype, model.dtype)
 
 
 def weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:

@@ -33,6 +33,7 @@ def test_every_linear_gives_the_rounded_product_and_passes_the_rounded_gradient_
     frozen.settle(base, CPU)
     linears = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     assert len(linears) >= 5
+    assert frozen.multiplied_dtype(base) == torch.float32
     for linear in linears.values():
         weight = frozen.weight(linear, torch.bfloat16)
         x = torch.randn(3, 5, weight.shape[1]).bfloat16().requires_grad_()
@@ -61,6 +62,7 @@ def test_where_there_is_nothing_to_widen_all_stays_as_it_is(
     linear = next(module for module in base.modules() if isinstance(module, nn.Linear))
     x = torch.randn(2, 3, 32, dtype=dtype)
     assert "forward" not in vars(linear)
+    assert frozen.multiplied_dtype(base) == dtype
     assert torch.equal(linear(x), functional.linear(x, linear.weight))
     assert torch.equal(frozen.input_gradient(linear, x), x @ linear.weight)
 

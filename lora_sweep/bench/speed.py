@@ -22,8 +22,8 @@ import torch
 import transformers
 
 from lora_sweep import data as data_room
+from lora_sweep import frozen, worker
 from lora_sweep import model as model_room
-from lora_sweep import worker
 from lora_sweep.bench import gauge, random_base, sequential
 from lora_sweep.bench.question import Question, trials_of
 from lora_sweep.bench.reduction import Run, StockRun, Work, reduce
@@ -128,7 +128,7 @@ def measure(config: Config, question: Question, say: Say) -> dict[str, Any]:
             for repetition in range(question.stock_repetitions):
                 say(f"stock {repetition + 1} of {question.stock_repetitions}: {len(trials)} processes")
                 stock.append([process.run(trial) for trial in trials])
-        peak = gauge.peak_flops(device, base.dtype)
+        peak = gauge.peak_flops(device, frozen.multiplied_dtype(base.model))
         described = _described(config, question, base, data, trials, peak) | {"chosen": chosen_slots}
         return described | reduce(runs, stock, _work(base, data, trials), peak, TOLERANCE[base.dtype])
 
