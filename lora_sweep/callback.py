@@ -24,8 +24,6 @@ from lora_sweep.health import AdaptedModule, Asked, Chart, Side, Snapshot, Stepp
 from lora_sweep.records import Diagnosis, Finding
 
 HEALTH = "health.json"
-_MOMENTS = (("exp_avg", "exp_avg_sq"), ("state1", "state2"))
-"""torch's and bitsandbytes' names of Adam's moments."""
 _START, _END = 1, 3
 """Logged losses that stand for the base and for the trained adapter, where nothing was evaluated at step 0."""
 
@@ -230,9 +228,10 @@ def _side(optimizer: Any, groups: Mapping[int, dict[str, Any]], module: _Lora, w
     group = groups.get(id(parameter), {})
     state = optimizer.state.get(parameter, {})
     found = [parameter, parameter.grad]
-    pair = next(((state[m], state[v]) for m, v in _MOMENTS if m in state and v in state), (None, None))
+    moments = {health.MOMENTS[key]: value for key, value in state.items() if key in health.MOMENTS}
     # In 8 bits a moment means nothing without its scales.
-    found += pair if pair[0] is not None and pair[0].dtype.is_floating_point else (None, None)
+    known = len(moments) == 2 and all(moment.dtype.is_floating_point for moment in moments.values())
+    found += [moments["m"], moments["v"]] if known else [None, None]
     value, gradient, m, v = (each if each is None or which == "A" else each.T for each in found)
     betas = group.get("betas", (0.0, 0.0))
     stepped = Stepped(_shrink(group), float(group.get("eps", 0.0)), tuple(betas), int(state.get("step", 0)))

@@ -18,7 +18,7 @@ import torch
 from lora_sweep import data as data_room
 from lora_sweep import health, space
 from lora_sweep import model as model_room
-from lora_sweep.bench import faults
+from lora_sweep.bench import faults, packed
 from lora_sweep.bench.faults import FAULTS, PACKED, Fault, Outcome, Training
 from lora_sweep.data import Data
 from lora_sweep.health.rules import Seen
@@ -205,16 +205,10 @@ def _run(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> tuple[Base, l
     """(the base alone, each trial's evaluations)."""
     records: dict[int, list[Evaluation]] = {trial.cell.number: [] for trial in trials}
     pack = Pack(base, data, Settings.of(trials[0]), max(trial.method.rank for trial in trials))
-    waiting = list(trials)
     try:
         alone = pack.evaluate_base()
-        while waiting or pack.live:
-            while waiting and pack.has_room:
-                pack.admit(waiting.pop(0))
-            for evaluation in pack.advance():
-                records[evaluation.cell].append(evaluation)
-            for slot in [slot for slot in pack.live if pack.step(slot) >= pack.settings.max_steps]:
-                pack.evict(slot)
+        for evaluation in packed.run(pack, trials):
+            records[evaluation.cell].append(evaluation)
     finally:
         pack.close()
     return alone, [records[number] for number in sorted(records)]

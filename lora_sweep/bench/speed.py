@@ -24,7 +24,7 @@ import transformers
 from lora_sweep import data as data_room
 from lora_sweep import frozen, worker
 from lora_sweep import model as model_room
-from lora_sweep.bench import gauge, random_base, sequential
+from lora_sweep.bench import gauge, packed, random_base, sequential
 from lora_sweep.bench.question import Question, trials_of
 from lora_sweep.bench.reduction import Run, StockRun, Work, reduce
 from lora_sweep.bench.stock_process import Stock, chosen, parts
@@ -45,18 +45,11 @@ def run_sequential(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> tup
 
 
 def run_packed(base: LoadedBase, data: Data, trials: Sequence[Trial], slots: int) -> tuple[float, ...]:
-    """In packs that stay full until the trials run out, as a worker keeps them."""
+    """The last evaluation losses."""
     together = [replace(trial, train=replace(trial.train, slots=slots)) for trial in trials]
     pack = Pack(base, data, Settings.of(together[0]), max(trial.method.rank for trial in trials))
-    waiting, losses = list(together), {}
     try:
-        while waiting or pack.live:
-            while waiting and pack.has_room:
-                pack.admit(waiting.pop(0))
-            for evaluation in pack.advance():
-                losses[evaluation.cell] = evaluation.eval_loss
-            for slot in [slot for slot in pack.live if pack.step(slot) >= pack.settings.max_steps]:
-                pack.evict(slot)
+        losses = {evaluation.cell: evaluation.eval_loss for evaluation in packed.run(pack, together)}
     except torch.OutOfMemoryError as error:
         raise UserError(f"--slots: {slots} trials do not fit into the device's memory (name fewer)") from error
     finally:

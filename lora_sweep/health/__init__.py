@@ -9,13 +9,14 @@ from lora_sweep.health.chart import Chart
 from lora_sweep.health.course import Course, forgetting, paired_gain
 from lora_sweep.health.group import delta_rel, measurements
 from lora_sweep.health.histogram import BIN_EDGES
-from lora_sweep.health.look import AdaptedModule, Side, Snapshot, Stepped, look, snapshot
+from lora_sweep.health.look import MOMENTS, AdaptedModule, Side, Snapshot, Stepped, look, snapshot
 from lora_sweep.health.rules import CAUSES, Asked, Seen, causes
 from lora_sweep.health.verdict import best_gains, cannot_learn, diagnose, own_findings, seen, verdict
 
 __all__ = [
     "BIN_EDGES",
     "CAUSES",
+    "MOMENTS",
     "AdaptedModule",
     "Asked",
     "Chart",

@@ -23,6 +23,9 @@ that there is none. v_over_eps_B: median sqrt(v) / eps, bias corrected. moved: s
 changed. lr: the rate at which Adam has moved them, by what moved.
 """
 
+MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v", "state1": "m", "state2": "v"}
+"""Adam's moments by the names that torch and bitsandbytes give them in an optimizer's state."""
+
 SAMPLE = 1024
 """Elements of a tensor that a sample holds, at most, evenly spread: a share of them is known to +- 1.6 % at worst."""
 

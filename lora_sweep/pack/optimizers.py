@@ -9,9 +9,6 @@ from lora_sweep import quant
 from lora_sweep.config import OptimizerConfig
 from lora_sweep.records import Fault
 
-MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v", "state1": "m", "state2": "v"}
-"""Adam's moments by the names that torch and bitsandbytes give them."""
-
 _BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit"}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from lora_sweep import health
-from lora_sweep.health import AdaptedModule, Chart, Side, Stepped
+from lora_sweep.health import MOMENTS, AdaptedModule, Chart, Side, Stepped
 from lora_sweep.pack import optimizers
 from lora_sweep.pack.bank import Bank, Banks, Which
 from lora_sweep.pack.trial import Trial
@@ -195,7 +195,7 @@ class Slot:
         found: dict[str, dict[str, Tensor]] = {}
         for key, path, value in self._state():
             side, _, module = path.partition("/")
-            place = optimizers.MOMENTS.get(key)
+            place = MOMENTS.get(key)
             if side == which and place and isinstance(value, Tensor) and value.dtype.itemsize >= 4:
                 found.setdefault(module, {})[place] = value
         return {name: (each["m"], each["v"]) for name, each in found.items() if len(each) == 2}
