@@ -1,7 +1,8 @@
 """Token batches with a loss mask.
 
-Examples lie one after another in flat arrays, in memory or mapped from disk, and are padded batch by batch. The padded
-length depends on the set alone, never on who shares a pack.
+Examples lie one after another in flat arrays, in memory or mapped from disk, and are padded batch by batch, to one of a
+few lengths that depend on the set alone. Which of them a pass has depends on the rows of all slots in it, unless
+`train.fixed_shapes` asks for the longest always.
 """
 
 from collections.abc import Callable, Sequence
