@@ -53,11 +53,11 @@ def test_smollm2_in_bf16_trains_half_again_as_fast_in_a_pack() -> None:
 
 SHAPES = (
     ("width=64,layers=2,heads=2,vocab=1024", "data.max_length=32 train.batch_size=1 train.max_steps=60"),
-    ("width=64,layers=2,heads=2,vocab=1024", "data.max_length=256 train.batch_size=8 train.max_steps=4"),
+    ("width=64,layers=2,heads=2,vocab=1024", "data.max_length=256 train.batch_size=8 train.max_steps=16"),
     ("width=256,layers=4,heads=4,vocab=1024", "data.max_length=64 train.batch_size=4 train.max_steps=6"),
     ("width=256,layers=2,heads=4,vocab=1024", "data.max_length=512 train.batch_size=2 train.max_steps=2"),
     ("width=768,layers=2,heads=12,vocab=1024", "data.max_length=32 train.batch_size=1 train.max_steps=10"),
-    ("width=768,layers=2,heads=12,vocab=1024", "data.max_length=512 train.batch_size=4 train.max_steps=1"),
+    ("width=768,layers=2,heads=12,vocab=1024", "data.max_length=512 train.batch_size=4 train.max_steps=3"),
 )
 """(base, shape of a slot-step): 32 to 2,048 tokens."""
 

@@ -22,7 +22,7 @@ WORTH = 1.03
 """A wider pass must be faster by this factor, and beyond what the measurements may be off by: it holds more trials up
 when one is stopped."""
 CLOSE, CLOSE_ROUNDS = 1.25, 3
-"""Where the best width is faster than the narrowest by less than this, both are measured so many times as often."""
+"""Where narrower widths come so close to the best, they and it are measured so many times as often."""
 UNSURE = 0.1
 """What a time that was measured once may be off by."""
 FULL = 0.9
@@ -70,8 +70,10 @@ class Capacity:
         ]
         if not found:
             fastest = min(tried, key=self._slot_seconds)
-            if fastest != tried[0] and self._slot_seconds(tried[0]) < CLOSE * self._slot_seconds(fastest):
-                found = [width for width in (tried[0], fastest) if self._steps(width) < CLOSE_ROUNDS * rounds]
+            limit = CLOSE * self._slot_seconds(fastest)
+            close = [width for width in tried if width <= fastest and self._slot_seconds(width) < limit]
+            if len(close) > 1:
+                found = [width for width in close if self._steps(width) < CLOSE_ROUNDS * rounds]
         return found
 
     def _steps(self, width: int) -> int:
