@@ -89,7 +89,9 @@ class Show:
         self._console = console
         self._cells, self._done, self._max_steps = cells, done, max_steps
         self._bays: dict[int, _Bay] = {}
-        self._slot_of: dict[int, int] = {}
+        """By slot."""
+        self._bay_of: dict[int, _Bay] = {}
+        """By number of the cell."""
         self._todo = (cells - done) * max_steps
         self._slot_steps = 0
         self._settled_steps = 0
@@ -115,27 +117,28 @@ class Show:
     # -- Watcher ----------------------------------------------------------------------------------------------------
 
     def admitted(self, cell: Cell, slot: int, step: int) -> None:
-        self._bays[slot] = _Bay(cell, step)
-        self._slot_of[cell.number] = slot
+        """Also into a slot whose last cell has not ended yet: its result is still being written."""
+        self._bays[slot] = self._bay_of[cell.number] = _Bay(cell, step)
         self._settled_steps += step
 
     def stepped(self) -> None:
-        for bay in self._bays.values():
+        under_way = [bay for bay in self._bays.values() if bay.step < self._max_steps]
+        for bay in under_way:
             bay.step += 1
-        self._slot_steps += len(self._bays)
+        self._slot_steps += len(under_way)
 
     def chosen(self, reason: str) -> None:
         self._console.print(reason, markup=False, highlight=False, soft_wrap=True)
 
     def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None:
         self._base = base
-        bay = self._bays[self._slot_of[cell.number]]
+        bay = self._bay_of[cell.number]
         bay.step, bay.last = evaluation.step, evaluation
 
     def ended(self, cell: Cell, state: Outcome, value: float | None, flags: Sequence[str]) -> None:
         self._done += 1
-        slot = self._slot_of.pop(cell.number, None)
-        bay = self._bays.pop(slot) if slot is not None else None
+        bay = self._bay_of.pop(cell.number, None)
+        self._bays = {slot: each for slot, each in self._bays.items() if each is not bay}
         self._settled_steps += self._max_steps - (bay.step if bay else 0)
         self._bar.update(self._task, completed=self._done)
         if self._live is None:

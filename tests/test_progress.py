@@ -71,6 +71,27 @@ def test_a_log_gets_one_plain_line_a_cell() -> None:
     assert "\x1b" not in out.getvalue()
 
 
+def test_a_cell_may_end_after_its_slot_has_the_next_one() -> None:
+    out = io.StringIO()
+    first, second = Cell(0, {"method.rank": 4}), Cell(1, {"method.rank": 8})
+    with progress.Show(Console(file=out, width=60), 2, 0, 2) as show:
+        show.admitted(first, 0, 0)
+        show.stepped()
+        show.stepped()
+        show.evaluated(first, evaluation(0, 2, 1.5), BASE)
+        show.admitted(second, 0, 0)
+        show.stepped()
+        show.ended(first, "COMPLETE", 1.5, ())
+        show.stepped()
+        show.evaluated(second, evaluation(1, 2, 1.25), BASE)
+        show.ended(second, "COMPLETE", 1.25, ())
+    assert [line.partition("  ")[0] for line in out.getvalue().splitlines()] == [
+        "[1/2] cell 0000 COMPLETE eval loss 1.5000 (base 4.0000)",
+        "[2/2] cell 0001 COMPLETE eval loss 1.2500 (base 4.0000)",
+    ]
+    assert out.getvalue().endswith("ETA 0 s\n")
+
+
 def test_a_terminal_shows_the_slots_the_losses_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = []
     draw = progress.Show._draw

@@ -1,5 +1,6 @@
 """Whole studies on the embedded base, as `lora-sweep launch` runs them: interrupted, refilled, exported, picked."""
 
+import io
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
+from rich.console import Console
 from test_pack import IGNORED, mean_loss
 
 from lora_sweep import data as data_room
@@ -25,6 +27,7 @@ from lora_sweep.errors import NoSafeAnswer, OutOfRoom, StudyError
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack.passes import Passes
 from lora_sweep.pick import pick
+from lora_sweep.progress import Show
 from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.study import Study
 from lora_sweep.tracking import Record
@@ -201,6 +204,17 @@ def test_a_slot_is_refilled_while_the_result_of_the_last_trial_is_being_written(
     assert not told_too_early, "told before the result was written"
     assert watcher.ends == [(0, "COMPLETE"), (1, "COMPLETE")]
     assert [row["state"] for row in table] == ["COMPLETE", "COMPLETE"]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_person_looks_on_while_slots_are_refilled(in_folder: Path, is_terminal: bool) -> None:
+    sweep, faults = space.read(str(write_sweep(in_folder, GRID)), [])
+    assert faults == []
+    out = io.StringIO()
+    with Show(Console(file=out, width=200, force_terminal=is_terminal), 8, 0, 6) as show:
+        assert launch.launch(sweep, show, lambda: False)
+    told = out.getvalue()
+    assert "8/8" in told if is_terminal else all(f"cell {number:04d} COMPLETE" in told for number in range(8))
 
 
 @pytest.mark.parametrize("verb", ["log", "finish"])
