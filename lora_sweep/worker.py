@@ -200,11 +200,11 @@ class _Shift:
 
     def run(self, first: Lease, stop: Stop) -> bool:
         """Five verbs: lease, advance, record, report, tell. False when `stop` ended it early."""
+        beat = _heartbeat(self._watcher, stop)
 
         def heartbeat() -> bool:
             self._settle()
-            self._watcher.stepped()
-            return stop()
+            return beat()
 
         try:
             self._admit(first)

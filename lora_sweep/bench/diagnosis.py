@@ -49,13 +49,13 @@ def diagnosis(say: Say, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
         say(f"{fault.name}, by transformers' Trainer")
         pairs = [(twins.of(fault, seed), _trained(base, fault.inject(Training(seed)))) for seed in seeds]
         rows.append(_row(fault, "Trainer", pairs))
-    packed: dict[str, list[tuple[Outcome, Outcome]]] = {fault.name: [] for fault in PACKED}
+    in_packs: dict[str, list[tuple[Outcome, Outcome]]] = {fault.name: [] for fault in PACKED}
     rho: list[float] = []
     for seed in seeds:
         say(f"faults of a sweep's own settings, packed, seed {seed}")
         for name, pair in _packed_faults(base, seed).items():
-            packed[name].append(pair)
-    rows += [_row(fault, "packed", packed[fault.name]) for fault in PACKED]
+            in_packs[name].append(pair)
+    rows += [_row(fault, "packed", in_packs[fault.name]) for fault in PACKED]
     healthy = [outcome.named for outcome in twins.outcomes]
     trials = 0
     for seed in seeds[:2]:
