@@ -1,6 +1,6 @@
 """Next-token cross-entropy without ever holding all logits."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,21 +37,14 @@ class OutputLayer:
         `counted`: (n,) int64, places in the flattened (rows, T) whose next token counts; the losses of the others are
         0. Only where the layer `selects`.
         """
-        labels = input_ids[:, 1:]
         with torch.no_grad():
             if self._head is None:
-                return _nll(self._run(self._model, input_ids, position_ids).logits[:, :-1], labels)
-            hidden = self._run(self._body, input_ids, position_ids).last_hidden_state
-            if counted is None:
-                chunks = self._chunks(*labels.shape)
-                return torch.cat(
-                    [_nll(self._logits(hidden[:, a:b].contiguous(), a), labels[:, a:b]) for a, b in chunks], 1
-                )
-            found = [
-                _nll(self._logits(hidden.flatten(0, 1)[each][None]), input_ids.flatten()[each + 1][None])[0]
-                for each in self._split(counted)
-            ]
-        return _placed(found, counted, input_ids)
+                return _nll(self._run(self._model, input_ids, position_ids).logits[:, :-1], input_ids[:, 1:])
+            hidden = self._run(self._body, input_ids, position_ids).last_hidden_state.flatten(0, 1)
+            found = torch.zeros(input_ids.shape, dtype=_loss_dtype(hidden), device=hidden.device)
+            for at, first in self._pieces(input_ids, counted):
+                found.view(-1)[at] = _nll(self._logits(hidden[at], first), input_ids.flatten()[at + 1])
+        return found[:, :-1]
 
     def backward(
         self, input_ids: Tensor, weights: Tensor, position_ids: Tensor | None = None, counted: Tensor | None = None
@@ -61,50 +54,41 @@ class OutputLayer:
         `weights` (rows, T - 1): 0 where a token does not count, else 1 / (counted tokens of its slot's step).
         `counted`: as of `losses`; all with a weight must be among them.
         """
-        labels = input_ids[:, 1:]
         if self._head is None:
-            losses = _nll(self._run(self._model, input_ids, position_ids).logits[:, :-1], labels)
+            losses = _nll(self._run(self._model, input_ids, position_ids).logits[:, :-1], input_ids[:, 1:])
             (losses * weights).sum().backward()
             return losses.detach()
         hidden = self._run(self._body, input_ids, position_ids).last_hidden_state
-        states, gradient = hidden.detach(), torch.zeros_like(hidden)
-        parts = []
-        if counted is None:
-            for a, b in self._chunks(*labels.shape):
-                chunk = states[:, a:b].contiguous().requires_grad_()
-                parts.append(self._chunk(chunk, a, labels[:, a:b], weights[:, a:b]))
-                gradient[:, a:b] = chunk.grad
-            found = torch.cat(parts, dim=1)
-        else:
-            by_place = functional.pad(weights, (0, 1)).flatten()
-            for each in self._split(counted):
-                chunk = states.flatten(0, 1)[each][None].requires_grad_()
-                parts.append(self._chunk(chunk, 0, input_ids.flatten()[each + 1][None], by_place[each][None])[0])
-                gradient.flatten(0, 1)[each] = chunk.grad[0]
-            found = _placed(parts, counted, input_ids)
+        states, gradient = hidden.detach().flatten(0, 1), torch.zeros_like(hidden)
+        found = torch.zeros(input_ids.shape, dtype=_loss_dtype(hidden), device=hidden.device)
+        by_place = functional.pad(weights, (0, 1)).flatten()
+        for at, first in self._pieces(input_ids, counted):
+            piece = states[at].requires_grad_()
+            losses = _nll(self._logits(piece, first), input_ids.flatten()[at + 1])
+            (losses * by_place[at]).sum().backward()
+            found.view(-1)[at] = losses.detach()
+            gradient.view(-1, gradient.shape[-1])[at] = piece.grad
         if hidden.requires_grad:  # not so when only the output layer is adapted
             hidden.backward(gradient)
-        return found
+        return found[:, :-1]
 
-    def _chunk(self, hidden: Tensor, first: int, labels: Tensor, weights: Tensor) -> Tensor:
-        """The losses of a chunk, whose gradient is left at its hidden states."""
-        losses = _nll(self._logits(hidden, first), labels)
-        (losses * weights).sum().backward()
-        return losses.detach()
+    def _pieces(self, input_ids: Tensor, counted: Tensor | None) -> Iterator[tuple[Tensor, int]]:
+        """(places in the flattened (rows, T) whose logits are held at once, the position of the first).
 
-    def _chunks(self, rows: int, length: int) -> list[tuple[int, int]]:
-        """Stretches of positions. No slot's logits are sliced out: autograd would fill a whole gradient for each."""
-        size = max(1, min(length, self._most // rows))
-        return [(first, min(first + size, length)) for first in range(0, length, size)]
-
-    def _split(self, counted: Tensor) -> tuple[Tensor, ...]:
-        parts: tuple[Tensor, ...] = counted.split(self._most)
-        return parts
-
-    @property
-    def _most(self) -> int:
-        """Positions whose logits are held at once."""
-        return max(1, CHUNK_LOGITS // int(self._model.config.get_text_config().vocab_size))
+        All places: (rows, n), the same positions of every row. No slot's logits are sliced out: autograd would fill a
+        whole gradient for each.
+        """
+        most = max(1, CHUNK_LOGITS // int(self._model.config.get_text_config().vocab_size))
+        if counted is not None:
+            for each in counted.split(most):
+                yield each[None], 0
+            return
+        rows, T = input_ids.shape
+        places = torch.arange(rows * T, device=input_ids.device).view(rows, T)[:, :-1]
+        first = 0
+        for part in places.split(max(1, most // rows), dim=1):
+            yield part, first
+            first += part.shape[1]
 
     def separates(self) -> bool:
         """Whether an example packed behind another has the losses it has alone. Measured, not listed.
@@ -126,7 +110,7 @@ class OutputLayer:
         where = {} if position_ids is None else {"position_ids": position_ids}
         return part(input_ids=input_ids, use_cache=False, **where)
 
-    def _logits(self, hidden: Tensor, first: int = 0) -> Tensor:
+    def _logits(self, hidden: Tensor, first: int) -> Tensor:
         assert self._head is not None
         self._now.first_position = first
         logits: Tensor = self._head(hidden)
@@ -134,15 +118,12 @@ class OutputLayer:
         return logits
 
 
-def _placed(losses: Sequence[Tensor], counted: Tensor, input_ids: Tensor) -> Tensor:
-    """(rows, T - 1) with these losses at their places, else 0."""
-    whole = torch.zeros(input_ids.shape, dtype=losses[0].dtype, device=input_ids.device)
-    whole.view(-1)[counted] = torch.cat(list(losses))
-    return whole[:, :-1]
+def _loss_dtype(states: Tensor) -> torch.dtype:
+    return torch.float64 if states.dtype == torch.float64 else torch.float32
 
 
 def _nll(logits: Tensor, labels: Tensor) -> Tensor:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
+    wide = logits.to(_loss_dtype(logits))
     return functional.cross_entropy(wide.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
 
 
