@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from lora_sweep import adapters, config, health, quant
+from lora_sweep import adapters, composition, health, quant
 from lora_sweep.errors import UserError
 from lora_sweep.health import AdaptedModule, Asked, Chart, Side, Snapshot, Stepped
 from lora_sweep.records import Diagnosis, Finding
@@ -68,7 +68,7 @@ class HealthCallback(TrainerCallback):
 
     def __init__(self, ratio: float | None = None, action: str = "flag", **rules: Any) -> None:
         self.findings: tuple[Finding, ...] = ()
-        self._rules = config.section("health", {"action": action, **rules})
+        self._rules = composition.section("health", {"action": action, **rules})
         self._ratio = ratio
         self._modules: list[_Lora] = []
         self._chart: Chart | None = None

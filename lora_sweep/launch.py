@@ -8,7 +8,8 @@ from typing import Any
 
 from lora_sweep import folding, results, samplers, space
 from lora_sweep.asha import Asha
-from lora_sweep.config import Config, HealthConfig, StudyConfig, to_yaml
+from lora_sweep.composition import to_yaml
+from lora_sweep.config import Config, HealthConfig, StudyConfig
 from lora_sweep.errors import StudyError
 from lora_sweep.health import BIN_EDGES
 from lora_sweep.records import Base, Cell, Evaluation, Fault

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_sweep import folding, results, space
-from lora_sweep.config import to_yaml
+from lora_sweep.composition import to_yaml
 from lora_sweep.errors import NoSafeAnswer, StudyError
 from lora_sweep.folding import Form
 from lora_sweep.results import Row

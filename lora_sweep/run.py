@@ -14,7 +14,8 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 from lora_sweep import folding, health
-from lora_sweep.config import Config, to_yaml
+from lora_sweep.composition import to_yaml
+from lora_sweep.config import Config
 from lora_sweep.pack import Pack, Trial
 from lora_sweep.records import Base, Cell, Diagnosis, Evaluation, Finding
 from lora_sweep.study import Reason

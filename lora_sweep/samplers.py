@@ -8,7 +8,7 @@ import optuna
 from hydra.utils import instantiate
 from optuna.exceptions import ExperimentalWarning
 
-from lora_sweep import config as schema
+from lora_sweep import composition
 from lora_sweep.errors import ConfigError
 from lora_sweep.records import Fault
 
@@ -19,7 +19,7 @@ def target_faults(field: str, node: Mapping[str, Any], kind: Literal["samplers",
     A prefix test would not do: `optuna.samplers._base.np.load` starts with the right words and reads pickles.
     """
     faults = []
-    targets = {"_target_": node.get("_target_")} | dict(schema.leaves(node))
+    targets = {"_target_": node.get("_target_")} | dict(composition.leaves(node))
     for key, value in targets.items():
         *above, name = key.split(".")
         if name == "_target_" and not any(part.startswith("_") for part in above):

@@ -20,8 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from optuna.distributions import BaseDistribution
 from yaml import YAMLError
 
+from lora_sweep import composition, folding, samplers
 from lora_sweep import config as schema
-from lora_sweep import folding, samplers
 from lora_sweep.asha import Asha
 from lora_sweep.axis import Axis, inside, of_override, parse, written
 from lora_sweep.config import Config, HealthConfig
@@ -52,7 +52,7 @@ class Sweep:
         """The configuration under `groups` (`data=facts`, ...), before a cell's values."""
         key = tuple(groups)
         if key not in self._composed:
-            self._composed[key] = schema.compose([*self.overrides, *key], self.content)
+            self._composed[key] = composition.compose([*self.overrides, *key], self.content)
         return self._composed[key]
 
     def merged(self, params: Mapping[str, Any]) -> DictConfig:
@@ -72,18 +72,18 @@ class Sweep:
         """The trial's own configuration. Raises ConfigError."""
         known = self._built.get(cell.number)
         if known is None or known[0] != cell:
-            known = self._built[cell.number] = (cell, schema.build(self.merged(cell.params)))
+            known = self._built[cell.number] = (cell, composition.build(self.merged(cell.params)))
         return known[1]
 
     def largest_rank(self) -> int:
         """Of any cell, a derived rank included as long as it grows with each axis by itself."""
         ends = [{axis.key: axis.ends[end] for axis in self.axes} for end in (0, 1)]
         tried = [*ends, *(ends[0] | {axis.key: value} for axis in self.axes for value in axis.values or axis.ends)]
-        return max(schema.build(self.merged(params)).method.rank for params in tried)
+        return max(composition.build(self.merged(params)).method.rank for params in tried)
 
     def base(self) -> Config:
         """The configuration at the first value of every axis: for what all cells share."""
-        return schema.build(self.merged({axis.key: axis.ends[0] for axis in self.axes}))
+        return composition.build(self.merged({axis.key: axis.ends[0] for axis in self.axes}))
 
     def cells(self) -> tuple[Cell, ...]:
         """Every cell of the grid, numbered in the order of the axes, the last one fastest."""
@@ -123,12 +123,12 @@ def read(path: str | None, overrides: Sequence[str]) -> tuple[Sweep, list[Fault]
             faults.append(Fault(key, "must be in Hydra's grammar", text, f"choice({', '.join(map(written, text))})"))
             continue
         line = f"{key}={written(text)}"
-        faults += schema.text_faults(f"space.{key}", line)
+        faults += composition.text_faults(f"space.{key}", line)
         parsed = parse(line, faults)
         if parsed is not None:
             _sort_in(parsed, axes, fixed, faults)
     for line in overrides:
-        faults += schema.text_faults(line.partition("=")[0], line)
+        faults += composition.text_faults(line.partition("=")[0], line)
         parsed = parse(line, faults)
         if parsed is not None:
             if not parsed.is_sweep_override():
@@ -155,7 +155,7 @@ HOW_NOT_WHAT = (
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What a relaunch would change in a study's meaning, a line each."""
-    old, new = (dict(schema.leaves(tree)) for tree in (before, now))
+    old, new = (dict(composition.leaves(tree)) for tree in (before, now))
     lines = []
     for key in [*old, *(key for key in new if key not in old)]:
         means = not any(key == how or key.startswith(f"{how}.") for how in HOW_NOT_WHAT)
@@ -178,9 +178,9 @@ def load_launched(folder: Path) -> dict[str, Any] | None:
 
 def of_launched(plain: Mapping[str, Any]) -> Config:
     """The configuration in a trial's config.yaml; knobs younger than it are at their defaults. Raises ConfigError."""
-    whole = OmegaConf.merge(schema.compose([]), OmegaConf.create(dict(plain)))
+    whole = OmegaConf.merge(composition.compose([]), OmegaConf.create(dict(plain)))
     assert isinstance(whole, DictConfig)
-    return schema.build(whole)
+    return composition.build(whole)
 
 
 def health_rules(folder: Path) -> HealthConfig:
@@ -188,18 +188,18 @@ def health_rules(folder: Path) -> HealthConfig:
 
     Raises ConfigError.
     """
-    health: HealthConfig = schema.section("health", (load_launched(folder) or {}).get("health", {}))
+    health: HealthConfig = composition.section("health", (load_launched(folder) or {}).get("health", {}))
     return health
 
 
 def find(path: str) -> Path:
     """The sweep file: as given, or of that name among the shipped ones. Raises ConfigError."""
-    shipped = schema.shipped("sweeps")
+    shipped = composition.shipped("sweeps")
     for candidate in (Path(path), shipped / Path(path).name, shipped / f"{Path(path).name}.yaml"):
         if candidate.is_file():
             return candidate
     known = sorted(f"sweeps/{file.name}" for file in shipped.glob("*.yaml"))
-    remedy = schema.nearest(path, known) or f"shipped are {', '.join(known)}"
+    remedy = composition.nearest(path, known) or f"shipped are {', '.join(known)}"
     raise ConfigError([Fault("SWEEP", "no such file", path, remedy)])
 
 
@@ -230,7 +230,7 @@ def _flat(key: str, value: Any) -> Iterable[tuple[str, Any]]:
 
 
 def _content_faults(content: Mapping[str, Any]) -> list[Fault]:
-    faults = schema.unsafe(content)
+    faults = composition.unsafe(content)
     for key in content:
         if key == "hydra" or "searchpath" in key:
             faults.append(Fault(key, "Hydra's own settings and search paths are refused in a sweep file"))
@@ -273,7 +273,7 @@ def _key_faults(key: str) -> list[Fault]:
 def _unknown(key: str) -> Fault:
     known = [f"{group}.{field.name}" for group, section in schema.GROUPS.items() for field in fields(section)]
     same_name = [full for full in known if full.endswith(f".{key}")]
-    near = f"did you mean {same_name[0]}?" if same_name else schema.nearest(key, [*known, *schema.GROUPS])
+    near = f"did you mean {same_name[0]}?" if same_name else composition.nearest(key, [*known, *schema.GROUPS])
     return Fault(key or "=", "unknown key", None, near or "see conf/")
 
 
@@ -284,11 +284,11 @@ def check(sweep: Sweep) -> tuple[list[dict[str, Any]], list[Fault]]:
     """
     faults: list[Fault] = []
     tried: dict[str, list[Any]] = {}
-    with schema.groups():
+    with composition.groups():
         for axis in sweep.axes:
             tried[axis.key] = list(axis.values or (*axis.ends, inside(axis)))
             for value in axis.values if axis.is_group else ():
-                unknown = schema.option_faults(axis.key, value)
+                unknown = composition.option_faults(axis.key, value)
                 if unknown:
                     faults += unknown
                     tried[axis.key].remove(value)
@@ -297,7 +297,7 @@ def check(sweep: Sweep) -> tuple[list[dict[str, Any]], list[Fault]]:
         varied = [first, *(first | {key: value} for key, values in tried.items() for value in values[1:])]
         variants = []
         for params in varied:
-            good, found = schema.sections(sweep.merged(params))
+            good, found = composition.sections(sweep.merged(params))
             variants.append(good)
             faults += [*map(partial(_of_interval, sweep), found), *schema.cross_faults(good)]
     except ConfigError as error:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from lora_sweep import composition, space
 from lora_sweep import config as schema
-from lora_sweep import space
 from lora_sweep.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -176,13 +176,13 @@ KNOBS: dict[str, tuple[list[Any], list[Any]]] = {
 
 @pytest.fixture(scope="module")
 def plain() -> DictConfig:
-    return schema.compose([])
+    return composition.compose([])
 
 
 def with_knob(plain: DictConfig, key: str, value: Any) -> list[str]:
     config = plain.copy()
     OmegaConf.update(config, key, value, merge=False)
-    return [str(fault) for fault in schema.sections(config)[1]]
+    return [str(fault) for fault in composition.sections(config)[1]]
 
 
 def test_no_knob_is_left_out_of_the_table_below() -> None:
@@ -241,7 +241,7 @@ def test_several_faults_are_told_at_once() -> None:
 )
 def test_fields_are_held_against_each_other(overrides: list[str], field: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        schema.build(schema.compose([f"++{line}" if "." in line else line for line in overrides]))
+        composition.build(composition.compose([f"++{line}" if "." in line else line for line in overrides]))
     assert [fault.field for fault in caught.value.faults] == [field]
 
 
@@ -322,7 +322,7 @@ def test_two_halves_of_a_reference_that_meet_are_refused(in_folder: Path, canary
 def test_derived_values_are_resolved(plain: DictConfig, text: str, value: float) -> None:
     config = plain.copy()
     OmegaConf.update(config, "method.alpha", text)
-    assert schema.build(config).method.alpha == value
+    assert composition.build(config).method.alpha == value
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_a_derived_value_that_cannot_be_had_is_a_fault_and_soon(plain: DictConfi
     config = plain.copy()
     OmegaConf.update(config, "method.alpha", text)
     began = time.monotonic()
-    (fault,) = schema.sections(config)[1]
+    (fault,) = composition.sections(config)[1]
     assert fault.field == "method.alpha"
     assert time.monotonic() - began < 5
 
@@ -390,13 +390,13 @@ def test_ones_own_option_may_be_a_value_of_an_axis(in_folder: Path) -> None:
 
 def test_ones_own_option_comes_before_the_shipped_one_of_its_name(in_folder: Path) -> None:
     own_group("train", "default", max_steps=77)
-    assert schema.build(schema.compose([])).train.max_steps == 77
+    assert composition.build(composition.compose([])).train.max_steps == 77
 
 
 def test_another_programs_config_yaml_in_the_working_directory_is_not_ours(in_folder: Path) -> None:
     own_group("data", "mine", name="style", subjects=32)
     Path("conf/config.yaml").write_text("defaults: [{database: mysql}]\nport: 3306\n")
-    assert schema.build(schema.compose(["data=mine"])).data.subjects == 32
+    assert composition.build(composition.compose(["data=mine"])).data.subjects == 32
 
 
 def test_faults_in_ones_own_groups_are_told_like_any_other(in_folder: Path, canary: str) -> None:
@@ -417,9 +417,9 @@ def test_groups_and_sweeps_inside_the_package_come_before_those_beside_it(
 ) -> None:
     package = tmp_path / "site-packages" / "lora_sweep"
     (package / "conf").mkdir(parents=True)
-    monkeypatch.setattr(schema, "__file__", str(package / "config.py"))
-    assert schema.shipped("conf") == package / "conf"
-    assert schema.shipped("sweeps") == package.parent / "sweeps"
+    monkeypatch.setattr(composition, "__file__", str(package / "composition.py"))
+    assert composition.shipped("conf") == package / "conf"
+    assert composition.shipped("sweeps") == package.parent / "sweeps"
 
 
 @pytest.mark.slow
@@ -464,4 +464,4 @@ def test_yaml_and_back_changes_no_value() -> None:
         "h": ["x", 2],
         "i": "a: b",
     }
-    assert OmegaConf.to_container(OmegaConf.create(schema.to_yaml(awkward))) == awkward
+    assert OmegaConf.to_container(OmegaConf.create(composition.to_yaml(awkward))) == awkward

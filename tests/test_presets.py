@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lora_sweep import model as model_room
 from lora_sweep import quant
 from lora_sweep.blueprint import Blueprint
-from lora_sweep.config import ModelConfig, shipped
+from lora_sweep.composition import shipped
+from lora_sweep.config import ModelConfig
 from lora_sweep.data import Data, TokenSet
 from lora_sweep.pack import Pack, Settings
 from lora_sweep.tiny.pretrain import WEIGHTS

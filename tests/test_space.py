@@ -12,8 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from lora_sweep import config as schema
-from lora_sweep import samplers, space
+from lora_sweep import composition, samplers, space
 from lora_sweep.axis import Axis
 from lora_sweep.errors import ConfigError
 from lora_sweep.records import Cell
@@ -257,7 +256,7 @@ def test_the_study_is_named_for_its_file_unless_it_says_otherwise(write: Write) 
 
 
 def test_a_shipped_sweep_is_found_from_anywhere_and_ones_own_comes_first(in_folder: Path) -> None:
-    shipped = schema.shipped("sweeps") / "quickstart.yaml"
+    shipped = composition.shipped("sweeps") / "quickstart.yaml"
     for name in ("sweeps/quickstart.yaml", "quickstart.yaml", "quickstart"):
         assert space.find(name) == shipped
     (in_folder / "sweeps").mkdir()
@@ -434,7 +433,7 @@ LAUNCHED = """
 
 
 def relaunch(folder: Path, first: Sweep, second: Sweep) -> list[str]:
-    (folder / "config.yaml").write_text(schema.to_yaml(first.as_launched()))
+    (folder / "config.yaml").write_text(composition.to_yaml(first.as_launched()))
     before = space.load_launched(folder)
     assert before is not None
     return space.differences(before, second.as_launched())
@@ -442,7 +441,7 @@ def relaunch(folder: Path, first: Sweep, second: Sweep) -> list[str]:
 
 def test_what_was_launched_comes_back_equal_from_yaml(write: Write, tmp_path: Path) -> None:
     sweep = read("sampler=tpe", "pruner=asha", file=write(LAUNCHED))
-    (tmp_path / "config.yaml").write_text(schema.to_yaml(sweep.as_launched()))
+    (tmp_path / "config.yaml").write_text(composition.to_yaml(sweep.as_launched()))
     assert space.load_launched(tmp_path) == sweep.as_launched()
     assert relaunch(tmp_path, sweep, read("sampler=tpe", "pruner=asha", file="mine.yaml")) == []
 

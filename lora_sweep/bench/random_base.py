@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lora_sweep.config import DataConfig, ModelConfig, nearest
+from lora_sweep.composition import nearest
+from lora_sweep.config import DataConfig, ModelConfig
 from lora_sweep.data import Data, TokenSet
 from lora_sweep.errors import ConfigError
 from lora_sweep.model import DTYPES, LoadedBase
