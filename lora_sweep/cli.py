@@ -70,14 +70,14 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
 
     from lora_sweep import launch as launcher
     from lora_sweep import progress, results, space
-    from lora_sweep.study import Study
+    from lora_sweep.ledger import StudyView
 
     config = asked.base()
     folder = launcher.study_folder(config.study)
     console = Console()
     done = 0
     if space.load_launched(folder) is not None:
-        counts = Study.read(folder).counts()
+        counts = StudyView.read(folder).counts()
         done = counts["COMPLETE"] + counts["PRUNED"] + counts["FAIL"]
     cells = runs = config.sampler.n_trials or len(asked.cells())
     if config.sampler.name == "grid":
@@ -89,7 +89,7 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
     )
     with _stoppable() as stop, progress.Show(console, runs, done, config.train.max_steps) as show:
         finished = launcher.launch(asked, show, stop)
-    view = Study.read(folder)
+    view = StudyView.read(folder)
     table = results.rows(view)
     if not finished:
         left = sum(row["state"] not in ("COMPLETE", "PRUNED", "FAIL") for row in results.runs(table))
@@ -188,9 +188,9 @@ def status(study: StudyFolder, as_json: Json = False) -> None:
     from rich.console import Console
 
     from lora_sweep import progress, results, space
-    from lora_sweep.study import Study
+    from lora_sweep.ledger import StudyView
 
-    view = Study.read(study)
+    view = StudyView.read(study)
     launched = space.load_launched(study) or {}
     table = results.rows(view)
     made = results.summary(view, table, launched.get("train", {}).get("slots"))

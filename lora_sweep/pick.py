@@ -9,8 +9,8 @@ from lora_sweep import folding, results, space
 from lora_sweep.composition import to_yaml
 from lora_sweep.errors import NoSafeAnswer, StudyError
 from lora_sweep.folding import Form
+from lora_sweep.ledger import StudyView
 from lora_sweep.results import Row
-from lora_sweep.study import Study
 
 IN_PRODUCTION = ("model", "data", "method", "optimizer", "train")
 """Groups of a trial's configuration that its numbers depend on."""
@@ -27,7 +27,7 @@ def pick(folder: Path, form: Form | None = None) -> tuple[Row, Path]:
     `form`: the equivalent form that production.yaml takes; the adapter stays as it was trained. Raises NoSafeAnswer
     where no finished cell is healthy and better than the base, ConfigError where there is no such form.
     """
-    view = Study.read(folder)
+    view = StudyView.read(folder)
     table = results.rows(view)
     ranking = results.ranked(table)
     if not ranking:

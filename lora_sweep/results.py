@@ -8,8 +8,8 @@ from typing import Any, get_args
 
 from lora_sweep import health, space
 from lora_sweep.config import HealthConfig
+from lora_sweep.ledger import CellStatus, StudyView
 from lora_sweep.records import Diagnosis, State
-from lora_sweep.study import CellStatus, StudyView
 from lora_sweep.tracking import read_result, read_rows, write_whole
 
 BestGains = dict[float, dict[int, float]]

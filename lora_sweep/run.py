@@ -16,9 +16,9 @@ from typing import Any, Literal, TypeVar
 from lora_sweep import folding, health
 from lora_sweep.composition import to_yaml
 from lora_sweep.config import Config
+from lora_sweep.ledger import Reason
 from lora_sweep.pack import Pack, Trial
 from lora_sweep.records import Base, Cell, Diagnosis, Evaluation, Finding
-from lora_sweep.study import Reason
 from lora_sweep.tracking import Record, Tracker, read_rows, write_whole
 
 Outcome = Literal["COMPLETE", "PRUNED", "FAIL"]

@@ -6,8 +6,8 @@ which Optuna makes immutable. It never goes back: a lost attempt is told FAIL, r
 enqueued again. So whatever process dies wherever, one rule repairs the study: a cell needs an attempt iff none is
 live or finished and the last one, if any, was lost.
 
-Until leases have deadlines one process at a time works on a study (`Study.open`); anybody may look (`Study.read`).
-A `Study` serves one thread.
+Until leases have deadlines one process at a time works on a study (`Study.open`); anybody may look
+(`ledger.StudyView`). A `Study` serves one thread.
 """
 
 import json
@@ -18,11 +18,9 @@ import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
@@ -35,12 +33,8 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from lora_sweep.asha import Asha
 from lora_sweep.errors import StudyError
 from lora_sweep.journal import Journal, disk_errors, hold
-from lora_sweep.records import Cell, State
-
-Reason = Literal["diverged", "memory", "trapped", "error", "lost"]
-"""Why an attempt failed; after `lost` the cell is tried again, the others are final."""
-
-JOURNAL = "study.journal"
+from lora_sweep.ledger import JOURNAL, Attempt, Reason, StudyView
+from lora_sweep.records import Cell
 
 
 class StaleLease(StudyError):
@@ -65,25 +59,6 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class CellStatus:
-    """One line per cell, derived from all attempts at it."""
-
-    cell: Cell
-    state: State
-    value: float | None
-    """As told with COMPLETE or PRUNED, nats per token; None in other states."""
-    reason: Reason | None
-    """Of a FAIL; None in other states."""
-    attempts: int
-    """Attempts that were begun."""
-    step: int | None
-    """Last reported step of the attempt shown; None before its first report."""
-    started: datetime | None
-    finished: datetime | None
-    """UTC, of the attempt shown."""
-
-
-@dataclass(frozen=True)
 class Search:
     """Where sampled cells come from. Raises ValueError when it cannot serve."""
 
@@ -104,86 +79,6 @@ class Search:
             raise ValueError("distributions must name at least one parameter")
         if isinstance(self.sampler, GridSampler | BruteForceSampler):
             raise ValueError(f"{type(self.sampler).__name__} runs cells twice in parallel: give the grid as `cells`")
-
-
-class _Attempt(NamedTuple):
-    """What a trial is for."""
-
-    cell: Cell
-    number: int
-    """1 for the first attempt at the cell."""
-
-    def stored(self) -> dict[str, Any]:
-        return {"number": self.cell.number, "params": dict(self.cell.params), "attempt": self.number}
-
-
-class StudyView:
-    """What anybody may know about a study, also while another process works on it."""
-
-    def __init__(self, folder: Path, storage: JournalStorage, name: str) -> None:
-        self.folder = folder
-        self.name = name
-        self._storage = storage
-        self._study_id = storage.get_study_id_from_name(name)
-        self._read: list[_Attempt | None] = []
-        self._unread: list[int] = []
-
-    @property
-    def id(self) -> str:
-        """Eight hexadecimal digits drawn at creation; never changes."""
-        return str(self._about()["id"])
-
-    @property
-    def size(self) -> int:
-        """How many cells were asked for; those not drawn yet have no status."""
-        return int(self._about()["size"])
-
-    def trial_folder(self, cell: int) -> Path:
-        """Where the record of the cell of this number lies."""
-        return self.folder / "trials" / f"{cell:04d}"
-
-    def folded(self) -> dict[int, tuple[Cell, int]]:
-        """Cells that are not run: {number: (the cell, number of the cell that runs for it)}."""
-        stored = self._about().get("folded", [])
-        return {number: (Cell(number, params), runs) for number, params, runs in stored}
-
-    def statuses(self) -> tuple[CellStatus, ...]:
-        """One per cell that has an attempt and is not folded, by number."""
-        by_number: dict[int, tuple[Cell, list[FrozenTrial]]] = {}
-        folded = self.folded()
-        for attempt, trial in self._attempts():
-            if attempt.cell.number in folded:
-                continue
-            by_number.setdefault(attempt.cell.number, (attempt.cell, []))[1].append(trial)
-        return tuple(status_of(*by_number[number]) for number in sorted(by_number))
-
-    def counts(self) -> dict[State, int]:
-        """Cells that are run, by state; every state is a key."""
-        states = [status.state for status in self.statuses()]
-        return {state: states.count(state) for state in cast(tuple[State, ...], get_args(State))}
-
-    def _about(self) -> dict[str, Any]:
-        return cast(dict[str, Any], self._storage.get_study_user_attrs(self._study_id).get("about", {}))
-
-    def _trials(self) -> list[FrozenTrial]:
-        return self._storage.get_all_trials(self._study_id, deepcopy=False)
-
-    def _attempts(self) -> Iterator[tuple[_Attempt, FrozenTrial]]:
-        """In the order of creation, without trials whose drawing was cut short."""
-        trials = self._trials()
-        # What an attempt is for never changes, so it is read once: this runs at every call of the seam.
-        self._unread.extend(range(len(self._read), len(trials)))
-        self._read.extend([None] * (len(trials) - len(self._read)))
-        for number in self._unread:
-            if (stored := trials[number].user_attrs.get("cell")) is not None:
-                self._read[number] = _Attempt(Cell(stored["number"], stored["params"]), stored["attempt"])
-        self._unread = [
-            number
-            for number in self._unread
-            if self._read[number] is None and trials[number].state is not TrialState.FAIL
-        ]
-        named = filter(itemgetter(0), zip(self._read, trials, strict=True))
-        return cast(Iterator[tuple[_Attempt, FrozenTrial]], named)
 
 
 class Study(StudyView):
@@ -270,20 +165,6 @@ class Study(StudyView):
         study._lock = lock
         return study
 
-    @staticmethod
-    def read(folder: Path | str) -> StudyView:
-        """Look at the study in `folder`: no lock, nothing written. Raises StudyError where there is none."""
-        folder = Path(folder).absolute()
-        path = folder / JOURNAL
-        if not path.is_file():
-            raise StudyError(f"{folder}: no study here (no {JOURNAL}); `launch` makes one")
-        with disk_errors(folder):
-            storage = JournalStorage(Journal(path, writable=False))
-        for found in storage.get_all_studies():
-            if "about" in found.user_attrs:
-                return StudyView(folder, storage, found.study_name)
-        raise StudyError(f"{folder}: the study was never begun; `launch` begins it")
-
     def close(self) -> None:
         """Let go of the study; leases still held are reaped by whoever opens it next. May be called twice."""
         self._journal.writable = False
@@ -332,7 +213,7 @@ class Study(StudyView):
                 found.append(attempt.cell)
         return found
 
-    def _waiting(self) -> list[tuple[_Attempt, FrozenTrial]]:
+    def _waiting(self) -> list[tuple[Attempt, FrozenTrial]]:
         """By number."""
         waiting = [
             (attempt, trial)
@@ -400,7 +281,7 @@ class Study(StudyView):
             self._storage.set_trial_state_values(lease.trial, TrialState[state], values)
         self._leased.discard(lease.trial)
         if why == "lost":
-            self._enqueue(_Attempt(lease.cell, lease.attempt + 1), trial)
+            self._enqueue(Attempt(lease.cell, lease.attempt + 1), trial)
 
     def release(self, lease: Lease) -> None:
         """Give the cell back unfinished (a clean stop): the attempt is told FAIL, `lost`, and the cell waits again."""
@@ -433,7 +314,7 @@ class Study(StudyView):
 
     def _repair(self, cells: Iterable[Cell] = ()) -> None:
         """Enqueue exactly those of `cells` and of the cells known that need an attempt."""
-        last: dict[int, tuple[_Attempt, FrozenTrial]] = {}
+        last: dict[int, tuple[Attempt, FrozenTrial]] = {}
         settled = set()
         for attempt, trial in self._attempts():
             last[attempt.cell.number] = (attempt, trial)
@@ -441,12 +322,12 @@ class Study(StudyView):
                 settled.add(attempt.cell.number)
         for cell in cells:
             if cell.number not in last:
-                self._enqueue(_Attempt(cell, 1), None)
+                self._enqueue(Attempt(cell, 1), None)
         for number, (attempt, trial) in sorted(last.items()):
             if number not in settled and trial.user_attrs.get("reason") == "lost":
-                self._enqueue(_Attempt(attempt.cell, attempt.number + 1), trial)
+                self._enqueue(Attempt(attempt.cell, attempt.number + 1), trial)
 
-    def _enqueue(self, attempt: _Attempt, like: FrozenTrial | None) -> None:
+    def _enqueue(self, attempt: Attempt, like: FrozenTrial | None) -> None:
         """A drawn cell keeps its parameters and distributions, so that samplers learn from the attempt that ends."""
         template = create_trial(
             state=TrialState.WAITING,
@@ -456,7 +337,7 @@ class Study(StudyView):
         )
         self._storage.create_new_trial(self._study_id, template)
 
-    def _draw(self, search: Search) -> tuple[_Attempt, int]:
+    def _draw(self, search: Search) -> tuple[Attempt, int]:
         """A new cell, as a WAITING attempt that becomes one by its last write; returns it with its trial id.
 
         Not by optuna.Study.ask: that would claim the waiting cells first, which were just found not to fit.
@@ -464,11 +345,11 @@ class Study(StudyView):
         trial_id = self._storage.create_new_trial(self._study_id, create_trial(state=TrialState.WAITING))
         trial = Trial(self._optuna(), trial_id)
         drawn = {name: _suggest(trial, name, each) for name, each in search.distributions.items()}
-        attempt = _Attempt(Cell(trial.number, dict(search.decode(drawn))), 1)
+        attempt = Attempt(Cell(trial.number, dict(search.decode(drawn))), 1)
         self._storage.set_trial_user_attr(trial_id, "cell", attempt.stored())
         return attempt, trial_id
 
-    def _claim(self, attempt: _Attempt, trial_id: int) -> Lease | None:
+    def _claim(self, attempt: Attempt, trial_id: int) -> Lease | None:
         try:
             won = self._storage.set_trial_state_values(trial_id, TrialState.RUNNING)
         except UpdateFinishedTrialError:
@@ -533,34 +414,6 @@ class Study(StudyView):
             self._search.sampler.reseed_rng()
 
 
-def status_of(cell: Cell, attempts: Sequence[FrozenTrial]) -> CellStatus:
-    """How far a cell is, by all attempts at it (at least one, in order of creation).
-
-    A finished attempt wins (the first), then a running one, then a waiting one. Otherwise the last failure says it:
-    final, or `lost`, and then the cell is waiting for whoever opens the study next.
-    """
-    ranks = {TrialState.COMPLETE: 3, TrialState.PRUNED: 3, TrialState.RUNNING: 2, TrialState.WAITING: 1}
-    best = max(ranks.get(trial.state, 0) for trial in attempts)
-    of_best = [trial for trial in attempts if ranks.get(trial.state, 0) == best]
-    shown = of_best[0] if best == 3 else of_best[-1]
-    state, reason = cast(State, shown.state.name), None
-    if state == "FAIL":
-        reason = cast(Reason, shown.user_attrs.get("reason", "error"))
-        if reason == "lost":
-            state, reason = "WAITING", None
-    idle = state == "WAITING"
-    return CellStatus(
-        cell=cell,
-        state=state,
-        value=shown.value if best == 3 else None,
-        reason=reason,
-        attempts=sum(trial.state != TrialState.WAITING for trial in attempts),
-        step=None if idle else max(shown.intermediate_values, default=None),
-        started=None if idle else _utc(shown.datetime_start),
-        finished=None if idle else _utc(shown.datetime_complete),
-    )
-
-
 def _as_json(params: Mapping[str, Any]) -> str:
     """To compare with what is on disk: JSON tells true from 1 and makes lists of tuples."""
     return json.dumps(dict(params), sort_keys=True)
@@ -582,8 +435,3 @@ def _fresh(lease: Lease) -> Iterator[None]:
         yield
     except UpdateFinishedTrialError as error:
         raise StaleLease(lease, "finished") from error
-
-
-def _utc(local: datetime | None) -> datetime | None:
-    # Optuna hands out local time without a zone.
-    return None if local is None else local.astimezone(UTC)

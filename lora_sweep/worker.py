@@ -19,12 +19,13 @@ from lora_sweep import model as model_room
 from lora_sweep.config import Config, DataConfig, LauncherConfig, ModelConfig, StudyConfig
 from lora_sweep.data import Data, Report
 from lora_sweep.errors import StudyError, UserError
+from lora_sweep.ledger import Reason
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Capacity, Exhausted, Pack, Settings, Trial
 from lora_sweep.records import Base, Cell, Evaluation, Fault
 from lora_sweep.run import Ended, Outcome, Run
 from lora_sweep.space import Sweep
-from lora_sweep.study import Lease, Reason, Study
+from lora_sweep.study import Lease, Study
 from lora_sweep.tracking import Tracker, read_result, write_whole
 
 Stop = Callable[[], bool]

@@ -21,6 +21,7 @@ from lora_sweep import model as model_room
 from lora_sweep.config import Config
 from lora_sweep.data import Data, TokenSet
 from lora_sweep.errors import StudyError
+from lora_sweep.ledger import StudyView
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Trial
 from lora_sweep.pick import pick
@@ -343,7 +344,7 @@ def finish_all(study: Study) -> list[int]:
 
 
 def who_runs(folder: Path) -> dict[int, int]:
-    return {number: runs for number, (_, runs) in Study.read(folder).folded().items()}
+    return {number: runs for number, (_, runs) in StudyView.read(folder).folded().items()}
 
 
 def test_one_cell_of_a_class_runs_and_the_others_point_to_it(tmp_path: Path) -> None:
@@ -351,7 +352,7 @@ def test_one_cell_of_a_class_runs_and_the_others_point_to_it(tmp_path: Path) -> 
         assert finish_all(study) == [0, 1, 2]
         assert (study.size, study.counts()["COMPLETE"]) == (6, 3)
     assert who_runs(tmp_path) == {3: 0, 5: 0, 4: 2}
-    assert Study.read(tmp_path).folded()[5][0] == cells(6)[5]
+    assert StudyView.read(tmp_path).folded()[5][0] == cells(6)[5]
 
 
 def test_a_new_cell_equal_to_an_old_one_points_to_it_and_does_not_run(tmp_path: Path) -> None:

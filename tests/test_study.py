@@ -32,8 +32,9 @@ import lora_sweep.journal as journal_module
 import lora_sweep.study as study_module
 from lora_sweep.asha import Asha
 from lora_sweep.errors import ConfigError, OutOfRoom, StudyError
+from lora_sweep.ledger import StudyView, status_of
 from lora_sweep.records import Cell
-from lora_sweep.study import Lease, Search, StaleLease, Study, status_of
+from lora_sweep.study import Lease, Search, StaleLease, Study
 
 SPACE = {
     "log2_rank": IntDistribution(1, 6),
@@ -444,7 +445,7 @@ def test_a_folder_that_cannot_be_a_study_is_the_users_mistake(tmp_path: Path) ->
     with pytest.raises(StudyError, match="file"):
         Study.open(tmp_path / "file" / "s", name="s", cells=grid(1))
     with pytest.raises(StudyError, match="no study here"):
-        Study.read(tmp_path / "nothing")
+        StudyView.read(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
 
 
@@ -454,7 +455,7 @@ def test_a_relative_folder_stays_where_it_was(tmp_path: Path, monkeypatch: pytes
     with Study.open("outputs/s", name="s", cells=grid(1)) as study:
         monkeypatch.chdir("elsewhere")
         study.tell(ask(study), "COMPLETE", 1.0)
-    assert Study.read("../outputs/s").counts()["COMPLETE"] == 1
+    assert StudyView.read("../outputs/s").counts()["COMPLETE"] == 1
 
 
 def test_a_closed_study_and_a_view_write_nothing(tmp_path: Path) -> None:
@@ -465,7 +466,7 @@ def test_a_closed_study_and_a_view_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="closed"):
         study.ask(anything)
     assert study.counts()["RUNNING"] == 1
-    assert not hasattr(Study.read(tmp_path), "ask")
+    assert not hasattr(StudyView.read(tmp_path), "ask")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -819,7 +820,7 @@ def test_a_second_process_is_refused_while_the_first_lives_and_not_after_kill_9(
         with pytest.raises(StudyError, match=rf"process {worker.pid} on .*one process at a time") as caught:
             Study.open(tmp_path, name="s", cells=grid(4))
         assert "\n" not in str(caught.value)
-        assert Study.read(tmp_path).counts()["WAITING"] == 1
+        assert StudyView.read(tmp_path).counts()["WAITING"] == 1
         kill_worker(worker)
     with Study.open(tmp_path, name="s", cells=grid(4)) as study:
         with pytest.raises(StudyError, match=f"process {os.getpid()} "):
@@ -830,10 +831,10 @@ def test_a_second_process_is_refused_while_the_first_lives_and_not_after_kill_9(
 def test_a_view_follows_a_writer_without_disturbing_it(tmp_path: Path) -> None:
     with start_worker(tmp_path, 60) as worker:
         wait_for(worker, "work")
-        view, seen = Study.read(tmp_path), []
+        view, seen = StudyView.read(tmp_path), []
         while worker.poll() is None:
             seen.append(view.counts())
-            assert sum(Study.read(tmp_path).counts().values()) == 60
+            assert sum(StudyView.read(tmp_path).counts().values()) == 60
         seen.append(view.counts())
     assert worker.returncode == 0
     done = [counts["COMPLETE"] for counts in seen]
@@ -856,12 +857,12 @@ def test_a_lock_left_behind_by_a_killed_writer_delays_nobody(tmp_path: Path) -> 
 def test_a_torn_tail_is_skipped_by_readers_and_cut_by_the_next_writer(tmp_path: Path, tail: bytes) -> None:
     with Study.open(tmp_path, name="s", cells=grid(2)) as study:
         study.tell(ask(study), "COMPLETE", 1.0)
-        view = Study.read(tmp_path)
+        view = StudyView.read(tmp_path)
         with (tmp_path / "study.journal").open("ab") as file:
             file.write(tail)
-        assert view.counts() == Study.read(tmp_path).counts() == study.counts()
+        assert view.counts() == StudyView.read(tmp_path).counts() == study.counts()
         study.tell(ask(study), "COMPLETE", 2.0)
-        assert view.counts()["COMPLETE"] == Study.read(tmp_path).counts()["COMPLETE"] == 2
+        assert view.counts()["COMPLETE"] == StudyView.read(tmp_path).counts()["COMPLETE"] == 2
     for line in (tmp_path / "study.journal").read_bytes().split(b"\n")[:-1]:
         assert "worker_id" in json.loads(line)
     assert_each_finished_once(tmp_path, {0, 1})
@@ -870,7 +871,7 @@ def test_a_torn_tail_is_skipped_by_readers_and_cut_by_the_next_writer(tmp_path: 
 def test_a_journal_that_is_only_a_torn_line_is_begun_anew(tmp_path: Path) -> None:
     (tmp_path / "study.journal").write_bytes(b'{"op_co')
     with pytest.raises(StudyError, match="never begun"):
-        Study.read(tmp_path)
+        StudyView.read(tmp_path)
     with Study.open(tmp_path, name="s", cells=grid(1)) as study:
         assert study.counts()["WAITING"] == 1
 
@@ -880,7 +881,7 @@ def test_damage_in_the_middle_of_the_journal_is_named_not_guessed_at(tmp_path: P
     lines = (tmp_path / "study.journal").read_bytes().splitlines(keepends=True)
     (tmp_path / "study.journal").write_bytes(b"".join([lines[0], lines[1][:20] + b"\n", *lines[2:]]))
     with pytest.raises(StudyError, match=r"study\.journal: damaged"):
-        Study.read(tmp_path)
+        StudyView.read(tmp_path)
 
 
 def test_a_full_disk_is_out_of_room_leaves_no_half_record_and_work_goes_on_later(tmp_path: Path) -> None:
@@ -900,7 +901,7 @@ def test_a_full_disk_is_out_of_room_leaves_no_half_record_and_work_goes_on_later
         assert halfway == before
         study.report_rung({lease: 1.0}, 10)
         study.tell(lease, "COMPLETE", 1.0)
-    assert Study.read(tmp_path).statuses()[0].step == 10
+    assert StudyView.read(tmp_path).statuses()[0].step == 10
 
 
 def test_a_storage_that_went_away_is_out_of_room_and_not_begun_anew(tmp_path: Path) -> None:

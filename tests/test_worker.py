@@ -24,12 +24,12 @@ from lora_sweep import data as data_room
 from lora_sweep import launch, results, space
 from lora_sweep.blueprint import Blueprint
 from lora_sweep.errors import NoSafeAnswer, OutOfRoom, StudyError
+from lora_sweep.ledger import StudyView
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack.passes import Passes
 from lora_sweep.pick import pick
 from lora_sweep.progress import Show
 from lora_sweep.records import Base, Cell, Evaluation
-from lora_sweep.study import Study
 from lora_sweep.tracking import Record
 
 SMALL = {
@@ -77,7 +77,7 @@ def run(path: Path, *overrides: str, stop_after: int | None = None) -> tuple[Sil
     assert space.check(sweep)[1] == []
     watcher = Silent()
     finished = launch.launch(sweep, watcher, lambda: stop_after is not None and watcher.steps > stop_after)
-    return watcher, finished, results.rows(Study.read(Path("outputs/ask")))
+    return watcher, finished, results.rows(StudyView.read(Path("outputs/ask")))
 
 
 GRID = {"method.rank": "choice(2, 4)", "optimizer.base_lr": "choice(1e-3, 3e-3)", "optimizer.ratio": "choice(1, 4)"}
@@ -192,7 +192,9 @@ def test_a_slot_is_refilled_while_the_result_of_the_last_trial_is_being_written(
     def noted(self: Passes, slots: Any) -> Any:
         if any(slot is not None and slot.trial.cell.number == 1 for slot in slots):
             if not second_trains.is_set():
-                told_too_early.extend(s for s in Study.read(Path("outputs/ask")).statuses() if s.state == "COMPLETE")
+                told_too_early.extend(
+                    s for s in StudyView.read(Path("outputs/ask")).statuses() if s.state == "COMPLETE"
+                )
             second_trains.set()
         return train(self, slots)
 
@@ -235,7 +237,7 @@ def test_a_disk_that_fills_up_ends_the_study_and_costs_no_cell(
     with pytest.raises(OutOfRoom, match="no space left"):
         run(path)
     monkeypatch.setattr(Record, verb, whole)
-    counts = Study.read(Path("outputs/ask")).counts()
+    counts = StudyView.read(Path("outputs/ask")).counts()
     assert counts["RUNNING"] == 0
     assert counts["COMPLETE"] == (2 if verb == "finish" else 0)
     _, finished, table = run(path)
@@ -363,7 +365,7 @@ def test_ctrl_c_stops_cleanly_says_how_to_go_on_and_a_second_process_is_refused(
     assert process.returncode == 130, err
     assert "the same command goes on" in out
     assert "Traceback" not in err
-    status = Study.read(in_folder / "outputs/ask").counts()
+    status = StudyView.read(in_folder / "outputs/ask").counts()
     assert status["RUNNING"] == 0
     assert status["WAITING"] == 8
 
