@@ -14,8 +14,9 @@ from lora_sweep.config import DataConfig
 from lora_sweep.data import encoding, example, retention, source, store, tokens
 from lora_sweep.data.encoding import Placed
 from lora_sweep.data.example import Parsed
+from lora_sweep.data.reading import Row, Unreadable
 from lora_sweep.data.report import Report
-from lora_sweep.data.source import Source, Unreadable
+from lora_sweep.data.source import Source
 from lora_sweep.data.tokens import TokenSet
 from lora_sweep.errors import ConfigError
 from lora_sweep.records import Example, Fault
@@ -136,7 +137,7 @@ def _head_faults(
     return []
 
 
-def _head(path: str) -> Iterator[source.Row]:
+def _head(path: str) -> Iterator[Row]:
     return itertools.islice(source.of_path(path).rows(), HEAD_ROWS)
 
 

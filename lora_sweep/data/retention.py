@@ -14,8 +14,9 @@ from lora_sweep.config import DataConfig
 from lora_sweep.data import encoding, example, source
 from lora_sweep.data.encoding import Placed
 from lora_sweep.data.example import Parsed
+from lora_sweep.data.reading import Unreadable
 from lora_sweep.data.report import Part, Tally
-from lora_sweep.data.source import Source, Unreadable
+from lora_sweep.data.source import Source
 from lora_sweep.data.tokens import Encoded, TokenSet
 from lora_sweep.errors import ConfigError
 from lora_sweep.records import Example, Fault
