@@ -123,7 +123,11 @@ def plan(sweep: SweepFile, overrides: Overrides = None, as_json: Json = False) -
     for rank, count in made["adapter_parameters"].items():
         table.add_row(f"adapter, rank {rank}", f"{count:,} parameters, {made['adapter_mib'][rank]:,.1f} MiB")
     rows = "" if made["train_rows"] == made["train_examples"] else f", packed into {made['train_rows']:,} rows"
-    table.add_row("examples", f"{made['train_examples']:,} to train on{rows}, {made['eval_examples']:,} to evaluate on")
+    held_out = made["eval_examples_held_out"]
+    of = f" of {held_out:,} held out (data.eval_size)" if held_out > made["eval_examples"] else ""
+    table.add_row(
+        "examples", f"{made['train_examples']:,} to train on{rows}, {made['eval_examples']:,}{of} to evaluate on"
+    )
     table.add_row("tokens", f"{made['tokens']:,} to train on, {made['train_tokens']:,} of them counted")
     lengths = made["lengths"]
     table.add_row(

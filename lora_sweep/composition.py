@@ -224,6 +224,7 @@ def _readable(group: str, error: ValidationError) -> list[Fault]:
 
 def _rule(message: str) -> str:
     rule = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    rule = rule.replace("String should have at least 1 character", "must not be empty")
     rule = re.sub(r"a dictionary or an instance of \w+", "a mapping", rule)
     return rule.replace("greater than or equal to", "at least")
 

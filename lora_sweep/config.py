@@ -27,6 +27,8 @@ Share = Annotated[_Number, Field(ge=0, lt=1)]
 Whole = Annotated[_Integer, Field(ge=0)]
 Seed = Annotated[_Integer, Field(ge=0, lt=2**32)]
 Count = Annotated[_Integer, Field(ge=1)]
+Text = Annotated[str, StringConstraints(min_length=1)]
+"""Never empty: a shell variable that is not set would name the working directory."""
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 _FORBID = ConfigDict(extra="forbid")
@@ -42,10 +44,10 @@ class ModelConfig:
     __pydantic_config__ = _FORBID
 
     name: Name
-    path: str | None
+    path: Text | None
     """Hub id, checkpoint folder or .gguf file; `embedded:tiny` is the base in the package, `package:NAME/FILE` a file
     in an installed Python package."""
-    revision: str | None
+    revision: Text | None
     """Commit or tag of a hub id; null: the newest."""
     dtype: Literal["auto", "fp32", "bf16", "fp64"]
     """Of the frozen base; adapters are fp32 (fp64 on an fp64 base). auto: the checkpoint's own, fp32 where it declares
@@ -63,22 +65,22 @@ class DataConfig:
     __pydantic_config__ = _FORBID
 
     name: Literal["facts", "style", "real_facts", "files", "hub"]
-    path: str | None
+    path: Text | None
     """`files`: a file (.jsonl, .json, .csv, .parquet, .arrow, .txt) or a folder of them. `hub`: a data set's id."""
-    subset: str | None
+    subset: Text | None
     """Of a hub data set that has several."""
-    split: str | None
+    split: Text | None
     """Of a hub data set: the one to train on."""
-    revision: str | None
+    revision: Text | None
     """Commit or tag of a hub data set; null: the newest."""
-    eval_path: str | None
+    eval_path: Text | None
     """Evaluation file or folder; null: a share of the training data, held out by a hash of each example."""
-    eval_split: str | None
+    eval_split: Text | None
     """Of a hub data set: the one to evaluate on; null: a share of `split`."""
     eval_share: Annotated[_Number, Field(gt=0, lt=1)]
     columns: dict[str, str]
     """The data's own names for `text`, `prompt`, `completion` or `messages`, e.g. `{prompt: question}`."""
-    chat_template: str | None
+    chat_template: Text | None
     """Jinja file for `messages`; null: the tokenizer's own."""
     subjects: Count | None
     """Facts, style: people. Real facts: cities and elements. Null for data of your own."""
@@ -90,7 +92,7 @@ class DataConfig:
     """At most so many evaluation examples; null: all."""
     probe_size: Count
     """Training examples measured like the evaluation set."""
-    retention: str | None
+    retention: Text | None
     """Text on which forgetting is measured: a file or folder like `path`, or `embedded:tiny`, what its base knows."""
     retention_size: Count
     """At most so many stretches of max_length tokens of it."""
@@ -205,7 +207,7 @@ class TrackerConfig:
     name: Literal["wandb", "none"]
     mode: Literal["offline", "online"]
     project: Name
-    entity: str | None
+    entity: Text | None
     tags: list[str]
 
 

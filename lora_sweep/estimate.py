@@ -121,6 +121,7 @@ def _data(data: Data) -> dict[str, Any]:
     return {
         "train_examples": report.train.examples,
         "eval_examples": data.evaluation.examples,
+        "eval_examples_held_out": report.evaluation.examples,
         "train_rows": len(data.train),
         "tokens": report.train.tokens,
         "train_tokens": report.train.counted,

@@ -5,7 +5,8 @@ import json
 import re
 import shutil
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,14 @@ def check(model: ModelConfig, target_modules: Any) -> list[Fault]:
     if faults:
         return faults
     try:
-        config = read_config(model)
-        faults = _quantisation_faults(model, config) or weight_faults(source(model), model.path)
-        if faults:
-            return faults
-        shape = skeleton(config, source(model))
-    except UNREADABLE as error:
-        return [unreadable(error, model, "cannot be read")]
+        with _reading(model, "cannot be read"):
+            config = read_config(model)
+            faults = _quantisation_faults(model, config) or weight_faults(source(model), model.path)
+            if faults:
+                return faults
+            shape = skeleton(config, source(model))
+    except ConfigError as error:
+        return list(error.faults)
     return target_faults(shape, target_modules)
 
 
@@ -97,6 +99,8 @@ def stored_quantisation(config: Any) -> str | None:
     found = getattr(config, "quantization_config", None)
     if not found:
         return None
+    if isinstance(found, str):
+        return found
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
     return str(getattr(method, "value", method) or "bitsandbytes")
 
@@ -209,6 +213,20 @@ def _hollow(model: Any, dtypes: dict[str, torch.dtype]) -> Any:
     return model
 
 
+@contextmanager
+def _reading(model: ModelConfig, rule: str) -> Iterator[None]:
+    """ConfigError, in one line, for whatever is raised on files that cannot be understood.
+
+    tokenizers raises a bare Exception on a file newer than itself, and configurations fail in the code of each model.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise ConfigError([unreadable(error, model, rule)]) from error
+
+
 def tokenizer(model: ModelConfig) -> Any:
     """The base's tokenizer alone; no weights are read. Raises ConfigError."""
     return _tokenizer(model, _found(model))
@@ -223,10 +241,8 @@ def _found(model: ModelConfig) -> Source:
 
 
 def _tokenizer(model: ModelConfig, at: Source) -> Any:
-    try:
+    with _reading(model, "its tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(at.name_or_path, **at.arguments)
-    except UNREADABLE as error:
-        raise ConfigError([unreadable(error, model, "its tokenizer cannot be loaded")]) from error
 
 
 def load(model: ModelConfig, device: torch.device, keep_in: Path | None = None) -> LoadedBase:
@@ -290,10 +306,8 @@ def weight_of(base: Any, name: str) -> torch.Tensor | None:
 
 def _config(model: ModelConfig, at: Source) -> Any:
     """`read_config`, or ConfigError where it cannot be read or not be quantised as asked."""
-    try:
+    with _reading(model, "cannot be loaded"):
         config = read_config(model, at)
-    except UNREADABLE as error:
-        raise ConfigError([unreadable(error, model, "cannot be loaded")]) from error
     faults = _quantisation_faults(model, config)
     if faults:
         raise ConfigError(faults)

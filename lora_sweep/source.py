@@ -177,6 +177,8 @@ def unreadable(error: BaseException, model: ModelConfig, rule: str) -> Fault:
     if why is not None:
         return hub_fault(why, "model", str(path), model.revision)
     told = "it ends in the middle" if isinstance(error, struct.error) else _one_line(error)
+    if not isinstance(error, UNREADABLE):
+        told = f"{type(error).__name__}: {told}"
     return Fault(key, f"{rule}: {told}", path)
 
 

@@ -71,7 +71,7 @@ def test_the_defaults_list_is_all_that_config_yaml_holds() -> None:
 # -- the knobs ----------------------------------------------------------------------------------------------------
 
 NAME = (["a", "A1._-", "x" * 100], ["", "../x", "a/b", "a b", ".hidden", "-x", "x" * 101, "a\n", None])
-TEXT_OR_NULL = (["x", None], [5, ["x"]])
+TEXT_OR_NULL = (["x", None], [5, ["x"], ""])
 COUNT = ([1, 10**9], [0, -1, 1.5, "many", True, None, [1]])
 COUNT_OR_NULL = ([1, None], [0, -1, 1.5, "many", True])
 WHOLE = ([0, 7], [-1, 0.5, "x", False, None])

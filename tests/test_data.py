@@ -112,6 +112,13 @@ def test_the_completion_and_the_end_are_counted_the_prompt_is_read(template: str
     assert lists(encoded[1]) == ([*begins, A, B, C, D, E, EOS], [False] + [True] * (5 + len(begins)))
 
 
+@pytest.mark.parametrize("template", [None, "<s> $A", "<s> $A </s>"])
+def test_special_tokens_that_a_text_brings_are_not_doubled(template: str | None) -> None:
+    encoded = data_room.encode([("<s> a", "b </s>"), ("", "<s> a b </s>")], words(template))
+    assert lists(encoded[0]) == ([BOS, A, B, EOS], [False, False, True, True])
+    assert lists(encoded[1]) == ([BOS, A, B, EOS], [False, True, True, True])
+
+
 def test_a_tokenizer_without_an_end_counts_what_there_is() -> None:
     tokenizer = words("<s> $A")
     tokenizer.eos_token = None
@@ -332,6 +339,22 @@ def test_other_columns_are_not_minded_and_ones_own_names_may_be_given(mine: Writ
     named = replace(named, eval_path=named.path, path=str(Path(str(named.path)).with_name("train.jsonl")))
     Path(str(named.path)).write_text(json.dumps({"question": "a", "answer": "c"}) + "\n")
     assert rows(data_room.load(named, words(None)).train) == {(A, C, EOS)}
+
+
+def test_what_is_not_named_keeps_its_name_and_a_name_that_no_row_has_is_told(mine: Write, tmp_path: Path) -> None:
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"question": "h", "completion": "h"}) + "\n")
+    config = mine([{"question": "a b", "completion": "c", "prompt": "d"}], eval_path=str(tmp_path / "eval.jsonl"))
+    data = data_room.load(replace(config, columns={"prompt": "question"}), words(None))
+    assert rows(data.train) == {(A, B, C, EOS)}
+    assert data.report.warnings() == []
+    data = data_room.load(replace(config, columns={"prompt": "question", "tools": "functions"}), words(None))
+    assert data.report.warnings() == ["data.columns: no row has `functions`"]
+
+
+@pytest.mark.parametrize("columns", [{"text": "a", "prompt": "b"}, {"messages": "a", "completion": "b"}])
+def test_columns_that_do_not_go_together_are_a_fault(mine: Write, columns: dict[str, str]) -> None:
+    (fault,) = faults_of(mine(texts(3), columns=columns))
+    assert fault.startswith("data.columns: must name what goes together: text; prompt and completion; ")
 
 
 def test_a_column_of_no_known_meaning_is_a_fault(mine: Write) -> None:
@@ -725,6 +748,26 @@ def test_what_others_swept_out_of_the_cache_is_prepared_anew(
     again = data_room.load(config, words(None))
     assert again.report == first.report
     assert rows(again.train) == rows(first.train)
+
+
+def test_other_special_tokens_which_a_chat_template_writes_are_prepared_anew(mine: Write, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %} {{ m['content'] }} {{ eos_token }}{% endfor %}"
+    )
+    talk = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    config = whole(mine([talk], chat_template=str(tmp_path / "chat.jinja")))
+    tokenizer = words(None)
+    (before,) = rows(data_room.load(config, tokenizer).train)
+    tokenizer.bos_token = "<pad>"
+    (after,) = rows(data_room.load(config, tokenizer).train)
+    assert (before[0], after[0]) == (BOS, 0)
+
+
+def test_what_is_prepared_may_be_read_by_others(mine: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data_room.load(whole(mine(texts(30))), words(None))
+    (folder,) = (tmp_path / "cache" / "lora_sweep").iterdir()
+    assert folder.stat().st_mode & 0o055 == 0o055
 
 
 def test_a_cache_that_cannot_be_written_or_is_full_is_told_in_a_line(

@@ -80,6 +80,7 @@ ROOMS: dict[str, set[str]] = {
     "tokenizers": {"tiny"},
     "jinja2": {"data"},
     "datasets": {"data", "cli"},
+    "pyarrow": {"data"},
     "huggingface_hub": {"source"},
     "bitsandbytes": {"quant", "pack"},
     "optuna": {"axis", "samplers", "space", "study", "ledger", "journal", "asha"},

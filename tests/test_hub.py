@@ -259,6 +259,9 @@ def online(launched: Path, hub: Hub) -> dict[str, Said]:
         "no subset": [*DATA, "data.path=org/set"],
         "split": [*SET, "data.split=tran"],
         "eval split": [*SET, "data.subset=large"],
+        "few": [*DATA[:-1], "data.path=org/plain", 'data.split="train[:4]"', 'data.eval_split="train[12:]"'],
+        "most": [*DATA[:-1], "data.path=org/plain", 'data.split="train[:12]"', 'data.eval_split="train[12:]"'],
+        "rest": [*DATA[:-1], "data.path=org/plain", 'data.split="train[12:]"', 'data.eval_split="train[:12]"'],
     }
     process = started(launched, list(commands.values()), environment(launched / "home", hub.server.url))
     return dict(zip(commands, said(process), strict=True))
@@ -266,6 +269,13 @@ def online(launched: Path, hub: Hub) -> dict[str, Said]:
 
 def test_a_data_set_without_a_revision_is_the_newest_with_its_splits(online: dict[str, Said]) -> None:
     for name, trained, evaluated in (("newest", 30, 6), ("plain", 16, 4)):
+        assert online[name].code == 0, online[name].err
+        made = json.loads(online[name].out)
+        assert (made["train_examples"], made["eval_examples"]) == (trained, evaluated)
+
+
+def test_each_slice_of_a_split_is_a_set_of_its_own(online: dict[str, Said]) -> None:
+    for name, trained, evaluated in (("few", 4, 4), ("most", 12, 4), ("rest", 4, 12)):
         assert online[name].code == 0, online[name].err
         made = json.loads(online[name].out)
         assert (made["train_examples"], made["eval_examples"]) == (trained, evaluated)

@@ -252,6 +252,9 @@ def test_code_beside_a_checkpoint_makes_base_and_skeleton_when_it_is_trusted(
         {"hidden_size": "wide"},
         {"hidden_size": -1},
         {"num_attention_heads": 7},
+        {"num_attention_heads": 0},
+        {"dtype": "float99"},
+        {"quantization_config": "nf4"},
     ],
 )
 def test_a_config_that_is_no_causal_language_model_is_one_fault(
@@ -268,6 +271,14 @@ def test_a_config_that_is_no_config_is_one_fault(checkpoint: Checkpoint, text: s
     (folder / "config.json").write_text(text)
     (fault,) = faults_of(path=str(folder))
     assert fault.startswith("model.path: cannot be read: ")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"eos_token": 5}'])
+def test_settings_of_a_tokenizer_that_are_none_are_one_fault(checkpoint: Checkpoint, text: str) -> None:
+    folder = checkpoint()
+    (folder / "tokenizer_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"^model\.path: its tokenizer cannot be loaded: [^\n]+$"):
+        model_room.tokenizer(model_config(path=str(folder)))
 
 
 def test_weights_that_are_torn_are_the_users_to_mend(checkpoint: Checkpoint) -> None:
@@ -313,7 +324,11 @@ def test_weights_of_another_shape_are_one_fault(checkpoint: Checkpoint) -> None:
         model_room.load(model_config(path=str(folder)), CPU)
 
 
-@pytest.mark.parametrize("text", [None, "{", '{"model": {}}'])
+NEWER = json.dumps({"version": "1.0", "model": {"type": "Newer"}, "pre_tokenizer": {"type": "Newer"}})
+"""Of a tokenizers that is newer than the one here."""
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"model": {}}', NEWER])
 def test_a_tokenizer_loads_alone_or_is_one_fault(checkpoint: Checkpoint, text: str | None) -> None:
     folder = checkpoint()
     (folder / "model.safetensors").write_bytes(b"no weights are read")

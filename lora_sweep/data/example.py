@@ -8,10 +8,14 @@ from typing import Any
 
 from lora_sweep.data import chat
 from lora_sweep.data.chat import ChatFault, Conversation
+from lora_sweep.data.reading import without_nulls
 from lora_sweep.records import Example
 
 COLUMNS = ("text", "prompt", "completion", "messages", "tools")
 """What a column may mean: plain text; a prompt (not counted) and its completion; a conversation, with its tools."""
+
+FORMS = (("text",), ("prompt", "completion"), ("prompt", "completion", "tools"), ("messages",), ("messages", "tools"))
+"""What makes an example."""
 
 _HALF = re.compile("[\ud800-\udfff]")
 
@@ -19,13 +23,10 @@ Parsed = Example | Conversation
 
 
 def parse(record: Any, columns: Mapping[str, str]) -> Parsed | str:
-    """An example, or what is wrong with the record. `columns`: meaning -> the data's own name; empty: the same."""
+    """An example, or what is wrong with the record. `columns`: meaning -> the data's own name, where it has another."""
     if not isinstance(record, Mapping):
         return "is no JSON object"
-    if columns:
-        known = {meaning: record.get(name) for meaning, name in columns.items()}
-    else:
-        known = {name: record.get(name) for name in COLUMNS}
+    known = {meaning: record.get(columns.get(meaning, meaning)) for meaning in meanings(columns)}
     known = {name: value for name, value in known.items() if value is not None}
     if "messages" in known:
         return _conversation(known["messages"], known.get("tools"), 0)
@@ -36,9 +37,16 @@ def parse(record: Any, columns: Mapping[str, str]) -> Parsed | str:
         return _pair(prompt, completion)
     if "text" in known:
         return _text(known["text"])
-    wanted = " and ".join(f"`{name}`" for name in columns.values()) if columns else ""
+    form = next((form for form in FORMS if columns and columns.keys() <= set(form)), ())
+    wanted = " and ".join(f"`{columns.get(meaning, meaning)}`" for meaning in form)
     names = ", ".join(f"`{name}`" for name in record) or "nothing"
     return f"has no {wanted or '`text`, no `prompt` with a `completion` and no `messages`'}, but {names}"
+
+
+def meanings(columns: Mapping[str, str]) -> tuple[str, ...]:
+    """What is read where these are named: the forms that hold them all; nothing where they do not go together."""
+    read = {meaning for form in FORMS if columns.keys() <= set(form) for meaning in form}
+    return tuple(meaning for meaning in COLUMNS if meaning in read)
 
 
 def _text(text: Any) -> Parsed | str:
@@ -67,7 +75,7 @@ def _conversation(messages: Any, tools: Any, counted_from: int) -> Parsed | str:
         chat.check(messages, counted_from)
     except ChatFault as fault:
         return str(fault)
-    if broken := _whole(json.dumps(messages, ensure_ascii=False)):
+    if broken := _whole(json.dumps(messages, ensure_ascii=False, default=str)):
         return broken
     return Conversation(messages, tools, counted_from)
 
@@ -86,5 +94,7 @@ def digest(example: Parsed) -> int:
     if isinstance(example, Example):
         content = f"{example.prompt}\0{example.completion}"
     else:
-        content = json.dumps([example.messages, example.tools, example.counted_from], sort_keys=True, default=str)
+        # The same conversation is the same one in a columnar file, whose objects have keys without value.
+        known = without_nulls([example.messages, example.tools, example.counted_from])
+        content = json.dumps(known, sort_keys=True, default=str)
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8])

@@ -72,6 +72,9 @@ def check(data: DataConfig) -> list[Fault]:
         for name in data.columns
         if name not in example.COLUMNS
     ]
+    if not faults and not example.meanings(data.columns):
+        rule = "must name what goes together: " + "; ".join(" and ".join(form) for form in example.FORMS)
+        faults.append(Fault("data.columns", rule, ", ".join(data.columns)))
     faults += _unread(data)
     if faults:
         return faults
@@ -201,8 +204,8 @@ def _brought(data: DataConfig, tokenizer: Any, progress: Progress) -> tuple[Toke
     train, evaluation = _sources(data)
     template = _template_text(data)
     settings = {
-        "train": train.digest,
-        "evaluation": data.eval_share if evaluation is None else evaluation.digest,
+        "train": [train.digest, train.files],
+        "evaluation": data.eval_share if evaluation is None else [evaluation.digest, evaluation.files],
         "columns": data.columns,
         "chat_template": template,
         "max_length": data.max_length,
@@ -212,11 +215,12 @@ def _brought(data: DataConfig, tokenizer: Any, progress: Progress) -> tuple[Toke
     plain = store.report(folder, SETS)
     if plain is None:
         work = _Preparation(data, tokenizer, template, progress)
-        plain = store.write(folder, lambda aside: work.write(aside, train, evaluation))
+        plain = store.write(folder, SETS, lambda aside: work.write(aside, train, evaluation))
     sources = {each.name: each.digest for each in (train, evaluation) if each is not None}
     if template is not None:
         sources[str(data.chat_template)] = hashlib.sha256(template.encode()).hexdigest()
-    report = Report.of({**plain, "sources": sources})
+    passed_over = [name for each in (train, evaluation) if each is not None for name in each.passed_over]
+    report = Report.of({**plain, "sources": sources, "passed_over": passed_over})
     return store.read(folder, "train"), store.read(folder, "evaluation"), report
 
 
@@ -266,7 +270,8 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     """Of all that decides its tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
-    rest = (type(tokenizer).__name__, tokenizer.eos_token_id, tokenizer.chat_template)
+    special = tokenizer.special_tokens_map  # which templates write
+    rest = (type(tokenizer).__name__, tokenizer.eos_token_id, tokenizer.chat_template, sorted(special.items()))
     return hashlib.sha256(f"{content}\0{rest}".encode()).hexdigest()
 
 
@@ -279,6 +284,7 @@ class _Preparation:
         self._writers: dict[str, store.Writer] = {}
         self._waiting: dict[str, list[Placed]] = {"train": [], "evaluation": []}
         self._characters = 0
+        self._unseen = set(data.columns.values())
 
     def write(self, folder: Path, train: Source, evaluation: Source | None) -> dict[str, Any]:
         """Returns the report; raises ConfigError where training would be meaningless."""
@@ -286,6 +292,7 @@ class _Preparation:
             self._writers = {"train": to_train, "evaluation": to_evaluation}
             self._read(train, evaluation)
         _refuse_nothing(self._data, self._report)
+        self._report.unseen = sorted(self._unseen)
         return self._report.plain()
 
     def _read(self, train: Source, evaluation: Source | None) -> None:
@@ -307,11 +314,12 @@ class _Preparation:
 
     def _examples(self, read: Source, key: str) -> Iterator[Placed]:
         report, rows, broken = self._report, 0, self._report.broken.count
-        report.passed_over += read.passed_over
         try:
             for row in read.rows():
                 rows += 1
                 self._progress(read.name, row.share)
+                if self._unseen and isinstance(row.record, Mapping):
+                    self._unseen -= row.record.keys()
                 parsed = row.broken or example.parse(row.record, self._data.columns)
                 if isinstance(parsed, str):
                     report.broken.add(f"{row.where}: {parsed}")

@@ -5,9 +5,11 @@ Formats of lines (JSONL, CSV, text) are read here, since whoever mends a file ne
 """
 
 import csv
+import glob
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import datasets
+from pyarrow import parquet
 
 MAX_LINE_BYTES = 2**26
 """Of a line: a longer one is told and passed over."""
@@ -139,13 +142,18 @@ def _read_csv(file: Path) -> Iterator[Row]:
     # A byte that is no UTF-8 becomes half a surrogate pair, which the example's own check tells with its line.
     text = partial(io.TextIOWrapper, encoding="utf-8-sig", errors="surrogateescape", newline="")
     with file.open("rb") as raw, text(_plain(file, raw)) as stream:
-        reader = csv.reader(stream, delimiter=comma)
+        # Strict: else a quote that is never closed swallows all rows behind it without a word.
+        reader = csv.reader(stream, delimiter=comma, strict=True)
         columns: list[str] | None = None
         while True:
+            first = reader.line_num + 1
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                yield Row(f"{file}:{reader.line_num}", None, f"is no CSV ({error})")
+                lines = range(first, max(first, reader.line_num) + 1)
+                opened = f", in the row that begins at line {first}" if len(lines) > 1 else ""
+                for line in lines:
+                    yield Row(f"{file}:{line}", None, f"is no CSV ({error}{opened})")
                 continue
             if cells is None:
                 return
@@ -160,15 +168,17 @@ def _read_csv(file: Path) -> Iterator[Row]:
             if len(cells) != len(columns):
                 broken = f"has {len(cells)} fields, the header names {len(columns)}"
             record = dict(zip(columns, cells, strict=False))
-            yield Row(f"{file}:{reader.line_num}", record, broken, raw.tell() / size)
+            yield Row(f"{file}:{first}", record, broken, raw.tell() / size)
 
 
 def _read_columnar(file: Path) -> Iterator[Row]:
     builder = {".parquet": "parquet", ".arrow": "arrow"}[str(kind(file))]
     try:
-        rows = datasets.load_dataset(builder, data_files=str(file), split="train", streaming=True)
+        count = parquet.read_metadata(file).num_rows if builder == "parquet" else 0
+        # Escaped: `datasets` takes a name for a pattern, and data[1].parquet for data1.parquet.
+        rows = datasets.load_dataset(builder, data_files=glob.escape(str(file)), split="train", streaming=True)
         for place, record in enumerate(rows, start=1):
-            yield Row(f"{file}, row {place}", record)
+            yield Row(f"{file}, row {place}", _filled(record), share=place / count if count else 0.0)
     except OSError:
         raise
     except Exception as error:  # datasets' and pyarrow's: no common base
@@ -182,14 +192,27 @@ def of_files(files: list[Path]) -> Iterator[Row]:
         try:
             for row in READERS[str(kind(file))](file):
                 yield Row(row.where, row.record, row.broken, (before + row.share * size) / total)
-        except (OSError, EOFError, gzip.BadGzipFile) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise Unreadable(getattr(error, "strerror", None) or f"{file}: {one_line(error)}") from error
         before += size
 
 
+def without_nulls(value: Any) -> Any:
+    """Without the keys that hold nothing: a columnar file gives every object all keys that any of them has."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [without_nulls(each) for each in value]
+    return value
+
+
+def _filled(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: without_nulls(value) for name, value in record.items()}
+
+
 def of_dataset(name: str, rows: Any) -> Iterator[Row]:
     for place, record in enumerate(rows, start=1):
-        yield Row(f"{name}, row {place}", record, share=place / len(rows))
+        yield Row(f"{name}, row {place}", _filled(record), share=place / len(rows))
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -58,6 +58,8 @@ class Report:
     """Training examples that stand in the evaluation set too, removed from training."""
     unretained: Tally = field(default_factory=Tally)
     """Rows of the retention text that could not be read."""
+    unseen: list[str] = field(default_factory=list)
+    """Columns that data.columns names and no row has."""
     passed_over: list[str] = field(default_factory=list)
     """Files of a folder that are no data."""
 
@@ -77,6 +79,8 @@ class Report:
         if self.passed_over:
             shown = ", ".join(self.passed_over[:SHOWN]) + (", ..." if len(self.passed_over) > SHOWN else "")
             lines.append(f"data: {len(self.passed_over)} files of the folder are no data and were passed over: {shown}")
+        if self.unseen:
+            lines.append(f"data.columns: no row has {', '.join(f'`{name}`' for name in self.unseen)}")
         if self.broken.count:
             lines.append(f"data: {self.broken.count:,} of {self.rows:,} rows were skipped: {self.broken.told()}")
         if self.duplicates.count:

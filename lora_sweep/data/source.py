@@ -17,7 +17,9 @@ from lora_sweep.errors import ConfigError
 from lora_sweep.records import Fault
 from lora_sweep.source import Refusal, cached_commit, hub_fault, refusal
 
-_SPLIT = re.compile(r"(?:^|[-_./])(train|test|eval|evaluation|valid|validation|dev)(?:[-_./]|$)")
+_SPLIT = re.compile(
+    r"(?:^|[-_./])(train|training|test|testing|eval|evaluation|val|valid|validation|dev|holdout|held[-_]?out)(?:[-_./]|$)"
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Source:
     digest: str
     """Of the content."""
     rows: Callable[[], Iterator[Row]]
+    files: tuple[str, ...] = ()
+    """As its rows are told of."""
     passed_over: tuple[str, ...] = ()
     """Files of a folder that are no data."""
     is_lines: bool = False
@@ -54,7 +58,8 @@ def of_path(path: str) -> Source:
     if at.is_dir():
         _refuse_other_splits(at, files)
     is_lines = all(kind(file) == ".txt" for file in files)
-    return Source(path, _digest(tuple(files)), lambda: of_files(files), other, is_lines)
+    names = tuple(map(str, files))
+    return Source(path, _digest(tuple(files)), lambda: of_files(files), names, other, is_lines)
 
 
 def of_hub(data: DataConfig, split: str, key: str) -> Source:
@@ -72,7 +77,9 @@ def of_hub(data: DataConfig, split: str, key: str) -> Source:
         raise ConfigError([_hub_fault(error, data, split, key)]) from error
     name = f"{data.path}[{split}]"
     files = tuple(Path(each["filename"]) for each in loaded.cache_files)
-    return Source(name, _digest(files), lambda: of_dataset(name, loaded))
+    # A slice is read from the same files as the whole.
+    digest = hashlib.sha256(f"{_digest(files)}[{split}]".encode()).hexdigest()
+    return Source(name, digest, lambda: of_dataset(name, loaded))
 
 
 def _at_commit(loaded: Any, data: DataConfig, split: str) -> Any:
@@ -115,13 +122,26 @@ def _refusal(error: Exception, told: str) -> Refusal | None:
 
 
 def _files(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
-    inside = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path, folder))
-    files = [path for path in inside if kind(path) is not None]
-    return files, tuple(str(path.relative_to(folder)) for path in inside if path not in files)
+    """(data files, names of the others), linked folders included. What begins with a dot is not there."""
+    files, other = [], []
+    for path in sorted(_walk(folder, frozenset())):
+        inside = path.relative_to(folder)
+        is_data = kind(path) is not None and not any(part.startswith("_") for part in inside.parts)
+        files.append(path) if is_data else other.append(str(inside))
+    return files, tuple(other)
 
 
-def _is_hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
+    here = folder.resolve()
+    if here in above:  # a link to a folder that it lies in
+        return
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _walk(path, above | {here})
+        elif path.is_file():
+            yield path
 
 
 def _refuse_other_splits(folder: Path, files: list[Path]) -> None:
@@ -132,7 +152,7 @@ def _refuse_other_splits(folder: Path, files: list[Path]) -> None:
         if match := _SPLIT.search(inside.as_posix().lower()):
             # The folder of a split, where it has one of its own.
             depth = inside.as_posix()[: match.end()].count("/")
-            found.setdefault(match[1], folder.joinpath(*inside.parts[: depth or None]))
+            found.setdefault(match[1].removesuffix("ing"), folder.joinpath(*inside.parts[: depth or None]))
     if "train" in found and len(found) > 1:
         other = next(file for split, file in found.items() if split != "train")
         raise Unreadable(f"holds files of several splits; give data.path={found['train']} data.eval_path={other}")

@@ -23,7 +23,7 @@ import numpy as np
 from lora_sweep.data.tokens import Encoded, TokenSet
 from lora_sweep.errors import OutOfRoom, UserError
 
-VERSION = 2
+VERSION = 3
 """Of everything that decides which tokens come out: raised when the code makes others."""
 
 REPORT = "report.json"
@@ -63,8 +63,8 @@ class Writer:
         np.frombuffer(self._ends_so_far, dtype=np.int64).tofile(self._ends)
 
 
-def write(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Lets `make` fill a folder and returns its report; the folder appears whole or not at all.
+def write(folder: Path, names: Sequence[str], make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Lets `make` fill a folder with the sets of these names and returns its report; it appears whole or not at all.
 
     Raises UserError where the cache cannot be written, OutOfRoom where it is full.
     """
@@ -73,8 +73,11 @@ def write(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any
         _sweep_out(folder.parent)
         aside = Path(tempfile.mkdtemp(prefix=".aside-", dir=folder.parent))
         try:
-            report = make(aside)
-            (aside / REPORT).write_text(json.dumps(report), encoding="utf-8")
+            told = make(aside)
+            (aside / REPORT).write_text(json.dumps(told), encoding="utf-8")
+            aside.chmod(0o755)  # others may share the cache
+            if folder.is_dir() and report(folder, names) is None:
+                _set_aside(folder)
             try:
                 aside.rename(folder)
             except OSError:
@@ -82,7 +85,13 @@ def write(folder: Path, make: Callable[[Path], dict[str, Any]]) -> dict[str, Any
                     raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    return report
+    return told
+
+
+def _set_aside(torn: Path) -> None:
+    aside = tempfile.TemporaryDirectory(prefix=".aside-", dir=torn.parent, ignore_cleanup_errors=True)
+    with aside as folder, suppress(FileNotFoundError):  # another process has done so
+        torn.rename(Path(folder) / torn.name)
 
 
 @contextmanager
@@ -114,7 +123,6 @@ def report(folder: Path, names: Sequence[str]) -> dict[str, Any] | None:
             return found
     except (OSError, ValueError):
         pass
-    shutil.rmtree(folder, ignore_errors=True)
     return None
 
 
@@ -125,12 +133,13 @@ def _is_whole(folder: Path, name: str) -> bool:
 
 
 def read(folder: Path, name: str) -> TokenSet:
-    """The set, mapped from disk."""
-    offsets = np.fromfile(folder / f"{name}.ends", dtype=np.int64)
-    if offsets[-1] == 0:
-        return TokenSet.of([])
-    tokens = np.memmap(folder / f"{name}.tokens", dtype=np.int32, mode="r")
-    counted = np.memmap(folder / f"{name}.counted", dtype=np.bool_, mode="r")
+    """The set, mapped from disk. Raises UserError where it cannot be read."""
+    with _cache_errors(folder.parent):
+        offsets = np.fromfile(folder / f"{name}.ends", dtype=np.int64)
+        if offsets[-1] == 0:
+            return TokenSet.of([])
+        tokens = np.memmap(folder / f"{name}.tokens", dtype=np.int32, mode="r")
+        counted = np.memmap(folder / f"{name}.counted", dtype=np.bool_, mode="r")
     with suppress(OSError):  # it may be another's
         os.utime(folder)  # whoever clears the cache by age sees what is in use
     return TokenSet(tokens, counted, offsets, np.arange(len(offsets) - 1))

@@ -201,7 +201,7 @@ def encode(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> list[Encoded]:
     """(prompt, completion) -> ids and mask: special tokens exactly once, the end of text counted, the prompt not."""
     if not pairs:
         return []
-    ends = tokenizer.eos_token_id
+    ends, begins = tokenizer.eos_token_id, tokenizer.bos_token_id
     prompts = _ids([prompt for prompt, _ in pairs], tokenizer, special=True)
     bare = _following([completion for _, completion in pairs], tokenizer)
     encoded = []
@@ -211,6 +211,11 @@ def encode(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> list[Encoded]:
         elif before and before[-1] == ends:
             before = before[:-1]
         ids = [*before, *after]
+        if begins is not None and ids[:2] == [begins, begins]:
+            # The text brought its own, and the tokenizer another.
+            ids, before = ids[1:], before[1:]
+        if ends is not None and ids[-2:] == [ends, ends]:
+            ids = ids[:-1]
         if ends is not None and ids[-1:] != [ends]:
             ids.append(ends)
         # The first token has nothing before it to be predicted from.
