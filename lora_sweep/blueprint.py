@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -135,7 +136,7 @@ class Blueprint:
         for name, (A, B) in weights.items():
             tensors[f"{keys[name]}.lora_A.weight"] = A.detach().cpu().contiguous()
             tensors[f"{keys[name]}.lora_B.weight"] = B.detach().cpu().contiguous()
-        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        save(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
     def _format(self, config: LoraConfig) -> Future[Format]:
         targets = str(config.target_modules)
@@ -166,6 +167,14 @@ class Blueprint:
                 yield adapted
             finally:
                 adapted.unload()
+
+
+def save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """As safetensors. Raises OSError where it cannot be written: theirs is another."""
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def _layers(adapted: Any) -> Iterator[tuple[str, LoraLayer]]:

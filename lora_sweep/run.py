@@ -19,7 +19,7 @@ from lora_sweep.config import Config
 from lora_sweep.ledger import Reason
 from lora_sweep.pack import Pack, Trial
 from lora_sweep.records import Base, Cell, Diagnosis, Evaluation, Finding
-from lora_sweep.tracking import Record, Tracker, read_rows, write_whole
+from lora_sweep.tracking import Record, Tracker, disk, read_rows, write_whole
 
 Outcome = Literal["COMPLETE", "PRUNED", "FAIL"]
 Ended = tuple[float | None, tuple[str, ...]]
@@ -43,6 +43,8 @@ class Run:
         self._pack, self._base, self._config, self._writer = pack, base, config, writer
         self._broken: Exception | None = None
         """What the first write that failed has raised; none is tried after it."""
+        self._logged: Future[None] | None = None
+        """The row of the last evaluation."""
         resume_step = None
         self.before: dict[int, float] = {}
         """Step -> evaluation loss of what an earlier attempt recorded up to the checkpoint."""
@@ -71,11 +73,14 @@ class Run:
     def take(self, evaluation: Evaluation) -> None:
         """Records the evaluation; the adapter of the best one will lie in adapter/.
 
-        Raises what an earlier write has raised: OutOfRoom, say.
+        Waits for the row of the evaluation before: a disk that is slower than the training holds it up, else what is
+        to be written would fill the memory. Raises what an earlier write has raised: OutOfRoom, say.
         """
+        if self._logged is not None:
+            self._logged.result()
         if self._broken is not None:
             raise self._broken
-        self._aside(lambda: self._opened.log(evaluation))
+        self._logged = self._aside(lambda: self._opened.log(evaluation))
         self.step, self._last = evaluation.step, evaluation
         if self._best is None or evaluation.eval_loss < self._best.eval_loss:
             self._best = evaluation
@@ -87,7 +92,12 @@ class Run:
     def keep(self) -> None:
         """What a kill after it is written costs nothing of."""
         write = self._pack.checkpoint(self.slot)
-        self._aside(lambda: write(self._checkpoint))
+
+        def keep() -> None:
+            with disk(self.folder):
+                write(self._checkpoint)
+
+        self._aside(keep)
 
     @property
     def failed(self) -> Reason | None:
@@ -133,7 +143,8 @@ class Run:
     # -- in the writer's thread ----------------------------------------------------------------------------------------
 
     def _open(self, tracker: Tracker, resume_step: int | None) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with disk(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "config.yaml", to_yaml(asdict(self._config)))
         if resume_step is None:
             shutil.rmtree(self.folder / "adapter", ignore_errors=True)
@@ -154,10 +165,11 @@ class Run:
     def _export(self, write: Callable[[Path], tuple[str, ...]]) -> None:
         """Whole or not at all: a reader never sees half an adapter."""
         aside, adapter = self.folder / ".adapter", self.folder / "adapter"
-        shutil.rmtree(aside, ignore_errors=True)
-        self._lost_on_save = write(aside)
-        shutil.rmtree(adapter, ignore_errors=True)
-        aside.rename(adapter)
+        with disk(self.folder):
+            shutil.rmtree(aside, ignore_errors=True)
+            self._lost_on_save = write(aside)
+            shutil.rmtree(adapter, ignore_errors=True)
+            aside.rename(adapter)
 
     def _finish(self, state: Outcome, reason: Reason | None, best_gain: float | None) -> Ended:
         last, value = self._last, self.best_loss if math.isfinite(self.best_loss) else None

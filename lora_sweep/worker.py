@@ -87,7 +87,14 @@ class Bench:
         known = Known(self.folder / "capacity.json", f"{config.model} {config.data} {settings} {self.device.type}")
         pack = Pack(loaded, self.data(config.data, loaded), settings, bank_rank, known.too_wide)
         try:
-            yield pack, pack.evaluate_base()
+            try:
+                measured = pack.evaluate_base()
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    "train.eval_batch_size: an evaluation of the base alone does not fit into the device's memory; "
+                    "lower it or data.max_length"
+                ) from error
+            yield pack, measured
             known.keep(pack.capacity)
         except Exhausted as error:
             known.keep(pack.capacity)
@@ -204,7 +211,7 @@ class _Shift:
         beat = _heartbeat(self._watcher, stop)
 
         def heartbeat() -> bool:
-            self._settle()
+            self._settle(self._pack.capacity.slots)
             return beat()
 
         try:
@@ -219,11 +226,11 @@ class _Shift:
                     continue
                 self._tell_choice()
                 if not evaluations:
-                    self._settle(waits=True)
+                    self._settle(0)
                     self._give_back()
                     return False
                 self._conclude({evaluation.cell: evaluation for evaluation in evaluations})
-            self._settle(waits=True)
+            self._settle(0)
         except BaseException:
             # A bug or a full disk must not cost the other cells their turn.
             self._give_back()
@@ -250,7 +257,7 @@ class _Shift:
         """Leases trials until the pack is full; whether there is any in it."""
         if self._study.draws and self._pack.has_room:
             # What is drawn next builds on what has ended.
-            self._settle(waits=True)
+            self._settle(0)
         while self._pack.has_room and (lease := self._study.ask(self._suits)) is not None:
             if not _told_before(self._study, self._sweep, lease, self._watcher):
                 self._admit(lease)
@@ -264,13 +271,29 @@ class _Shift:
     def _admit(self, lease: Lease) -> None:
         folder = self._study.trial_folder(lease.cell.number)
         config = self._sweep.config(lease.cell)
-        run = Run(self._pack, self._base, lease.cell, config, folder, self._tracker, self._writer)
+        try:
+            run = Run(self._pack, self._base, lease.cell, config, folder, self._tracker, self._writer)
+        except torch.OutOfMemoryError:
+            self._refuse(lease)
+            return
+        except BaseException:
+            self._study.release(lease)
+            raise
         self._runs[lease] = run
         self._looked_ahead = False
         for step, loss in run.before.items():
             # A rung passed by an earlier attempt counts for the others; its verdict was to go on.
             self._study.report_rung({lease: loss}, step)
         self._watcher.admitted(lease.cell, run.slot, run.step)
+
+    def _refuse(self, lease: Lease) -> None:
+        """There is no memory for one trial more than there are; alone, it does not fit at all."""
+        if self._runs:
+            self._pack.capacity.slots = len(self._runs)
+            self._study.release(lease)
+        else:
+            self._study.tell(lease, "FAIL", why="memory")
+            self._watcher.ended(lease.cell, "FAIL", None, ())
 
     def _conclude(self, evaluations: dict[int, Evaluation]) -> None:
         due = {lease: evaluations[lease.cell.number] for lease in self._runs if lease.cell.number in evaluations}
@@ -301,12 +324,15 @@ class _Shift:
         self._ending[lease] = _Ending(run, state, reason, run.finish(state, reason, self._best_gains))
         if state == "FAIL":
             # Its values at the rungs count against the others until it is told.
-            self._settle(waits=True)
+            self._settle(0)
 
-    def _settle(self, waits: bool = False) -> None:
-        """Tells those that have ended, in this order, whose results are written: of all, or so far."""
+    def _settle(self, most: int) -> None:
+        """Tells those that have ended, in this order, whose results are written; waits until at most so many are left.
+
+        Each that is left holds its adapter in memory, and would be trained again after a kill.
+        """
         for lease, ending in list(self._ending.items()):
-            if not (waits or ending.written.done()):
+            if len(self._ending) <= most and not ending.written.done():
                 return
             value, flags = ending.written.result()
             state, folder = ending.state, ending.run.folder
@@ -319,7 +345,7 @@ class _Shift:
     def _give_back(self) -> None:
         """All that is not told yet; what can still be told is."""
         with suppress(Exception):  # it is on its way up already, or is the reason why we are here
-            self._settle(waits=True)
+            self._settle(0)
         unfinished = {lease: ending.run for lease, ending in self._ending.items()} | self._runs
         self._ending.clear()
         self._runs.clear()

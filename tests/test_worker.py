@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from lora_sweep.blueprint import Blueprint
 from lora_sweep.errors import NoSafeAnswer, OutOfRoom, StudyError
 from lora_sweep.ledger import StudyView
 from lora_sweep.model import LoadedBase
+from lora_sweep.pack import Pack
 from lora_sweep.pack.passes import Passes
 from lora_sweep.pick import pick
 from lora_sweep.progress import Show
@@ -206,6 +208,79 @@ def test_a_slot_is_refilled_while_the_result_of_the_last_trial_is_being_written(
     assert not told_too_early, "told before the result was written"
     assert watcher.ends == [(0, "COMPLETE"), (1, "COMPLETE")]
     assert [row["state"] for row in table] == ["COMPLETE", "COMPLETE"]
+
+
+def test_a_disk_slower_than_the_training_holds_it_up_and_fills_no_memory(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish, untold = Record.finish, []
+
+    def slow(self: Record, *given: Any, **named: Any) -> None:
+        time.sleep(0.3)
+        finish(self, *given, **named)
+
+    def counted(self: Passes, slots: Any) -> Any:
+        folders = Path("outputs/ask/trials").glob("*/result.json")
+        known = max(slot.trial.cell.number for slot in slots if slot is not None)
+        untold.append(known - len(list(folders)))
+        return train(self, slots)
+
+    train = Passes.train
+    monkeypatch.setattr(Record, "finish", slow)
+    monkeypatch.setattr(Passes, "train", counted)
+    path = write_sweep(in_folder, {"train.seed": "range(0, 12)"}, train={"slots": 2, "max_steps": 2, "eval_every": 1})
+    watcher, finished, _ = run(path)
+    assert finished
+    assert len(watcher.ends) == 12
+    assert max(untold) <= 4, "two train, two wait, none more"
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_trial_that_finds_no_memory_waits_for_room_and_fails_where_it_is_alone(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    admit, asked = Pack.admit, []
+
+    def short(self: Pack, trial: Any) -> int:
+        asked.append((trial.cell.number, len(self.live)))
+        if len(self.live) == slots - 1 and (slots > 1 or trial.cell.number == 0):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return admit(self, trial)
+
+    monkeypatch.setattr(Pack, "admit", short)
+    _, finished, table = run(write_sweep(in_folder, {"train.seed": "range(0, 3)"}, train={"slots": slots}))
+    assert finished
+    assert [row["state"] for row in table] == ["FAIL" if slots == 1 else "COMPLETE", "COMPLETE", "COMPLETE"]
+    assert table[0]["reason"] == ("memory" if slots == 1 else None)
+    assert [live for _, live in asked].count(slots - 1) == (3 if slots == 1 else 1), "it is asked for once"
+
+
+FILLS_UP = """
+    import resource, sys
+    from pathlib import Path
+    from lora_sweep import launch, space
+    from lora_sweep.errors import OutOfRoom
+    class Watcher:
+        def __getattr__(self, name):
+            return lambda *_: None
+        def admitted(self, *_):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    sweep, _ = space.read("ask.yaml", [])
+    try:
+        launch.launch(sweep, Watcher(), lambda: False)
+    except OutOfRoom as error:
+        print(error)
+"""
+
+
+def test_an_adapter_that_finds_no_room_on_the_disk_is_told_like_any_file(in_folder: Path) -> None:
+    write_sweep(in_folder, GRID)
+    command = [sys.executable, "-c", textwrap.dedent(FILLS_UP)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "make room, then launch again to resume" in done.stdout
+    counts = StudyView.read(Path("outputs/ask")).counts()
+    assert (counts["WAITING"], counts["RUNNING"]) == (8, 0)
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

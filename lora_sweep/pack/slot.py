@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import get_scheduler
 
 from lora_sweep import health
+from lora_sweep.blueprint import save
 from lora_sweep.health import MOMENTS, AdaptedModule, Chart, Side, Stepped
 from lora_sweep.pack import optimizers
 from lora_sweep.pack.bank import Bank, Banks, Which
@@ -244,7 +244,7 @@ class Slot:
         def write(folder: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             aside = folder / f".{CHECKPOINT}"
-            save_file(copies, aside, metadata)
+            save(copies, aside, metadata)
             with aside.open("rb") as file:
                 os.fsync(file.fileno())
             aside.rename(folder / CHECKPOINT)

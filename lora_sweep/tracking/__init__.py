@@ -11,6 +11,7 @@ does or fails to do costs neither the training nor a row on disk.
 from lora_sweep.tracking.record import (
     RESULT,
     Record,
+    disk,
     read_base_losses,
     read_evaluation,
     read_result,
@@ -24,6 +25,7 @@ __all__ = [
     "RESULT",
     "Record",
     "Tracker",
+    "disk",
     "read_base_losses",
     "read_evaluation",
     "read_result",

@@ -58,7 +58,7 @@ class Record:
 
         Raises OutOfRoom where the folder can't be written.
         """
-        with _disk(folder):
+        with disk(folder):
             rows = _cut(folder, -1 if resume_step is None else resume_step)
             _write_evaluation(_npz(folder, "base"), base.eval_losses, {})
             record = cls(folder, cell, rows[-1]["step"] if rows else -1, tracker.wandb_id(cell.number), None)
@@ -77,7 +77,7 @@ class Record:
         rows = [row for row in _rows(evaluation) if row["step"] > self._last]
         if not rows:
             return
-        with _disk(self.folder):
+        with disk(self.folder):
             # The arrays first: a row with an evaluation promises its file.
             last = {f"module/{metric}": values[-1] for metric, values in evaluation.reading.values.items()}
             last |= {"module/name": np.array(evaluation.reading.modules), "module/delta_rel": evaluation.delta_rel}
@@ -109,7 +109,7 @@ class Record:
         if self._run is not None:
             cause = next((finding.cause for finding in verdict), None)
             self._run.finish(whole | _told([*verdict, *findings]) | {"cause": cause}, picture)
-        with _disk(self.folder):
+        with disk(self.folder):
             self._metrics.close()
             if picture is not None:
                 _replace(self.folder / HEAT_MAP, picture)
@@ -276,7 +276,7 @@ def _cut(folder: Path, step: int) -> list[Row]:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a file whole or not at all, by temporary name and rename. Raises OutOfRoom where it can't be written."""
-    with _disk(path.parent):
+    with disk(path.parent):
         _replace(path, text.encode())
 
 
@@ -299,7 +299,8 @@ def _flush(file: BinaryIO) -> None:
 
 
 @contextmanager
-def _disk(folder: Path) -> Iterator[None]:
+def disk(folder: Path) -> Iterator[None]:
+    """What cannot be written into the folder is OutOfRoom."""
     try:
         yield
     except OSError as error:
