@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_sweep import model as model_room
@@ -339,6 +340,51 @@ def test_positions_that_do_not_count_get_no_logits_and_lose_nothing(base64: Load
     assert heads == [33, 33, len(places), len(places)]
     for whole, part in zip(*gradients, strict=True):
         assert torch.allclose(whole, part, rtol=1e-12, atol=1e-14)
+
+
+class Asked(TorchDispatchMode):
+    """Which operations hand a number to the host: on a GPU it waits there for all that is under way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"):
+            self.found.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_pass_asks_nothing_of_the_device(base: LoadedBase, is_packed: bool) -> None:
+    output = OutputLayer(base.model, Pass())
+    ids = torch.randint(0, 1000, (4, 12), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(6).repeat(2).expand(4, 12) if is_packed else None
+    with Asked() as asked:
+        losses = output.losses(ids, positions)
+    assert asked.found == []
+    halves = torch.cat([output.losses(half) for half in ids.split(6, dim=1)], dim=1)
+    if is_packed:
+        assert largest_difference(losses[:, [*range(5), *range(6, 11)]], halves) < 1e-5
+    else:
+        assert torch.equal(
+            losses,
+            functional.cross_entropy(
+                base.model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+            ).view(4, 11),
+        )
+
+
+@pytest.mark.parametrize("beside", ["alone", "together"])
+def test_rows_of_one_example_take_the_path_of_rows_of_several_whoever_stands_beside_them(
+    base: LoadedBase, beside: str
+) -> None:
+    """Else the kernel, and the last bits, would depend on what the other rows hold."""
+    output = OutputLayer(base.model, Pass())
+    ids = torch.randint(0, 1000, (2, 12), generator=torch.Generator().manual_seed(0))
+    one, two = torch.arange(12), torch.arange(6).repeat(2)
+    first = output.losses(ids, torch.stack([one, two]))[0]
+    assert torch.equal(first, output.losses(ids, torch.stack([one, one if beside == "alone" else two]))[0])
 
 
 def tiny_stranger(kind: str) -> Any:

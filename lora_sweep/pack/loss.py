@@ -1,11 +1,13 @@
 """Next-token cross-entropy without ever holding all logits."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import masking_utils
 
 from lora_sweep.pack.linear import PackedLinear, Pass
 
@@ -108,7 +110,8 @@ class OutputLayer:
     def _run(part: Any, input_ids: Tensor, position_ids: Tensor | None) -> Any:
         # transformers takes positions that begin anew, without a mask, as examples that must not see one another.
         where = {} if position_ids is None else {"position_ids": position_ids}
-        return part(input_ids=input_ids, use_cache=False, **where)
+        with _known(_one_example if position_ids is None else _examples):
+            return part(input_ids=input_ids, use_cache=False, **where)
 
     def _logits(self, hidden: Tensor, first: int) -> Tensor:
         assert self._head is not None
@@ -116,6 +119,31 @@ class OutputLayer:
         logits: Tensor = self._head(hidden)
         self._now.first_position = 0
         return logits
+
+
+@contextmanager
+def _known(examples: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Whether rows hold several examples is known here.
+
+    transformers looks at all positions of each pass: the host would wait for the device, and the attention kernel, so
+    the last bits, would depend on whether any row of any slot holds two.
+    """
+    theirs = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = examples
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = theirs
+
+
+def _one_example(_: Tensor) -> None:
+    return None
+
+
+def _examples(position_ids: Tensor) -> Tensor:
+    """(rows, T) which example of its row a token is of."""
+    begins = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1) != 1
+    return begins.cumsum(-1)
 
 
 def _loss_dtype(states: Tensor) -> torch.dtype:
