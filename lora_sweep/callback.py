@@ -4,11 +4,14 @@ from lora_sweep import HealthCallback
 trainer = Trainer(..., callbacks=[HealthCallback(ratio=16)])
 """
 
+import functools
 import json
 import logging
+import math
 import statistics
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,30 @@ from lora_sweep import adapters, composition, health, quant
 from lora_sweep.errors import UserError
 from lora_sweep.health import AdaptedModule, Asked, Chart, Side, Snapshot, Stepped
 from lora_sweep.records import Diagnosis, Finding
+from lora_sweep.tracking import write_whole
+from lora_sweep.tracking.wandb_run import plain
 
 HEALTH = "health.json"
 _START, _END = 1, 3
 """Logged losses that stand for the base and for the trained adapter, where nothing was evaluated at step 0."""
 
 _log = logging.getLogger(__name__)
+
+
+def _observing(event: Callable[..., Any]) -> Callable[..., Any]:
+    """What watches a training must not end it: a mistake in here is logged with its traceback, once, and it stops."""
+
+    @functools.wraps(event)
+    def guarded(self: "HealthCallback", args: Any, state: Any, control: Any, **told: Any) -> Any:
+        if not self._has_failed:
+            try:
+                event(self, args, state, control, **told)
+            except Exception:
+                self._has_failed = True
+                _log.exception("HealthCallback: a mistake of its own in %s; it looks no more", event.__name__)
+        return control
+
+    return guarded
 
 
 @dataclass(frozen=True)
@@ -63,7 +84,7 @@ class HealthCallback(TrainerCallback):
     `ratio`: LoRA+'s lr of B over lr of A that was asked for; None: as the optimizer's groups have it before the first
     step, which a scheduler may have flattened by then. `action`: `stop` ends a training whose adapter cannot learn any
     more. `rules`: keys of conf/health/default.yaml. Findings are warned of by `logging`, and lie in `findings` and in
-    health.json in the output folder. Raises ConfigError for a rule that is none.
+    health.json in the output folder. Raises ConfigError for a rule that is none, and nothing while it watches.
     """
 
     def __init__(self, ratio: float | None = None, action: str = "flag", **rules: Any) -> None:
@@ -74,14 +95,17 @@ class HealthCallback(TrainerCallback):
         self._chart: Chart | None = None
         self._asked = Asked(ratio)
         self._before: Snapshot | None = None
+        self._knows_way = True
         self._lost: tuple[str, ...] = ()
         self._base_loss: float | None = None
         self._eval_loss: float | None = None
         self._logged: list[float] = []
         self._warned: set[str] = set()
+        self._has_failed = False
 
     # -- transformers' events ----------------------------------------------------------------------------------------
 
+    @_observing
     def on_train_begin(self, args: Any, state: Any, control: Any, **told: Any) -> None:
         model, optimizer = told["model"], told["optimizer"]
         self._modules = list(_loras(model))
@@ -96,17 +120,23 @@ class HealthCallback(TrainerCallback):
             fp16_gradients=bool(args.fp16) or any(each.B.dtype == torch.float16 for each in self._modules),
         )
 
+    @_observing
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **told: Any) -> None:
         step = state.global_step + 1
         if self._chart is not None and self._chart.is_due(step, step == state.max_steps):
             self._before = health.snapshot([(each.A, each.B.T) for each in self._modules])
 
+    @_observing
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **told: Any) -> None:
         if self._chart is None:
             return
         optimizer = told["optimizer"]
         A, B = (next(self._groups(optimizer, side), None) for side in "AB")
-        lr_A, lr_B = (float((group or optimizer.param_groups[0])["lr"]) for group in (A, B))
+        lr_A, lr_B = (_number(group or optimizer.param_groups[0], "lr") for group in (A, B))
+        if lr_A is None or lr_B is None:
+            # Steps are counted all the same.
+            self._knows_way, lr_A, lr_B = False, 1.0, 1.0
+            self._asked = replace(self._asked, ratio=None)
         self._chart.stepped(lr_A, lr_B, 1.0 if B is None else _shrink(B))
         if self._before is None:
             return
@@ -115,19 +145,21 @@ class HealthCallback(TrainerCallback):
         self._chart.take(state.global_step + 1, health.look(looked_at, self._before))
         self._before = None
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **told: Any) -> Any:
+    @_observing
+    def on_step_end(self, args: Any, state: Any, control: Any, **told: Any) -> None:
         chart = self._chart
         if chart is None or not chart.ends_window or state.global_step == state.max_steps:
-            return control
+            return
         self._conclude()
         if self._rules.action == "stop" and health.cannot_learn(chart.reading(), self._asked):
             control.should_training_stop = True
-        return control
 
+    @_observing
     def on_log(self, args: Any, state: Any, control: Any, **told: Any) -> None:
         if "loss" in (told.get("logs") or {}):
             self._logged.append(float(told["logs"]["loss"]))
 
+    @_observing
     def on_evaluate(self, args: Any, state: Any, control: Any, **told: Any) -> None:
         loss = (told.get("metrics") or {}).get("eval_loss")
         if loss is not None and state.global_step == 0:
@@ -135,11 +167,13 @@ class HealthCallback(TrainerCallback):
         elif loss is not None:
             self._eval_loss = float(loss)
 
+    @_observing
     def on_save(self, args: Any, state: Any, control: Any, **told: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._modules and state.is_world_process_zero and (folder / adapters.CONFIG).is_file():
             self._lost = self._lost_in(folder)
 
+    @_observing
     def on_train_end(self, args: Any, state: Any, control: Any, **told: Any) -> None:
         if self._chart is None:
             return
@@ -148,7 +182,7 @@ class HealthCallback(TrainerCallback):
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             made = {"findings": [asdict(each) for each in self.findings], "diagnosis": asdict(self.diagnosis())}
-            (folder / HEALTH).write_text(json.dumps(made, indent=2) + "\n")
+            write_whole(folder / HEALTH, json.dumps(plain(made), allow_nan=False, indent=2) + "\n")
 
     # -- what it says ------------------------------------------------------------------------------------------------
 
@@ -174,19 +208,22 @@ class HealthCallback(TrainerCallback):
         weights = np.array([each.base_norm / each.scaling if each.scaling else np.inf for each in self._modules])
         last = reading.values["product"][-1] if len(reading.steps) else np.full(len(self._modules), np.nan)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return health.Seen(reading, self._asked, last / weights, self._rules.min_delta_rel, self._lost)
+            delta_rel = last / weights
+        return health.Seen(reading, self._asked, delta_rel, self._rules.min_delta_rel, self._lost, self._knows_way)
 
     def _gain(self) -> tuple[float | None, float]:
         """(gain over the base, what could be chance): of evaluations if one came first, else of logged losses."""
-        if len(self._logged) < _START + _END:
+        finite = [loss for loss in self._logged if math.isfinite(loss)]
+        if len(finite) < _START + _END:
             return None, 0.0
-        end = self._logged[-_END:]
-        start, stop = statistics.mean(self._logged[:_START]), statistics.mean(end)
+        end = finite[-_END:]
+        start, stop = statistics.mean(finite[:_START]), statistics.mean(end)
         if self._base_loss is not None and self._eval_loss is not None:
             start, stop = self._base_loss, self._eval_loss
         # How far the loss wanders from one log to the next; no errors by example are to be had here.
         chance = self._rules.min_gain_standard_errors * statistics.stdev(end)
-        return start - stop, max(self._rules.min_gain_of_base * start, chance)
+        gain = start - stop
+        return gain if math.isfinite(gain) else None, max(self._rules.min_gain_of_base * start, chance)
 
     def _lost_in(self, folder: Path) -> tuple[str, ...]:
         try:
@@ -206,8 +243,8 @@ class HealthCallback(TrainerCallback):
         if self._ratio is not None:
             return self._ratio
         A, B = (next(self._groups(optimizer, side), None) for side in "AB")
-        rates = [float(group.get("initial_lr", group["lr"])) for group in (A, B) if group is not None]
-        return rates[1] / rates[0] if len(rates) == 2 and rates[0] > 0 else None
+        rates = [_number(group, "initial_lr") or _number(group, "lr") for group in (A, B) if group is not None]
+        return rates[1] / rates[0] if len(rates) == 2 and rates[0] and rates[1] else None
 
 
 def _loras(model: Any) -> Iterator[_Lora]:
@@ -234,7 +271,7 @@ def _side(optimizer: Any, groups: Mapping[int, dict[str, Any]], module: _Lora, w
     found += [moments["m"], moments["v"]] if known else [None, None]
     value, gradient, m, v = (each if each is None or which == "A" else each.T for each in found)
     betas = group.get("betas", (0.0, 0.0))
-    stepped = Stepped(_shrink(group), float(group.get("eps", 0.0)), tuple(betas), int(state.get("step", 0)))
+    stepped = Stepped(_shrink(group), _number(group, "eps") or 0.0, tuple(betas), int(state.get("step", 0)))
     assert value is not None
     return Side(value, gradient, m, v, stepped)
 
@@ -242,9 +279,15 @@ def _side(optimizer: Any, groups: Mapping[int, dict[str, Any]], module: _Lora, w
 def _coupled(group: Mapping[str, Any]) -> float:
     """Weight decay that is added to the gradient, as Adam and SGD of torch have it; 0 where decay is decoupled."""
     decoupled = group.get("decoupled_weight_decay", "momentum" not in group)
-    return 0.0 if decoupled else float(group.get("weight_decay", 0.0))
+    return 0.0 if decoupled else _number(group, "weight_decay") or 0.0
 
 
 def _shrink(group: Mapping[str, Any]) -> float:
-    apart = not _coupled(group)
-    return 1 - float(group.get("lr", 0.0)) * float(group.get("weight_decay", 0.0)) if apart else 1.0
+    lr, decay = _number(group, "lr"), _number(group, "weight_decay")
+    return 1.0 if _coupled(group) or lr is None or decay is None else 1 - lr * decay
+
+
+def _number(group: Mapping[str, Any], key: str) -> float | None:
+    """None where the group has none: Adafactor has a pair for eps, and no rate where it makes its own."""
+    found = group.get(key)
+    return float(found) if isinstance(found, Real | Tensor) else None

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,98 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import PrinterCallback, TrainerCallback
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import Adafactor, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from lora_sweep import HealthCallback
+from lora_sweep import HealthCallback, health
 from lora_sweep.bench.faults import FAULTS, Outcome, Training, train
+from lora_sweep.bench.stock import UNCOUNTED, collate
+from lora_sweep.data import encode
 from lora_sweep.errors import ConfigError
 from lora_sweep.model import LoadedBase
 from lora_sweep.tiny import world
 
 SHORT = Training(seed=0, steps=25)
+
+
+class _Constant(LRScheduler):
+    """Leaves each group the rate that it has, or has not."""
+
+    def get_lr(self) -> list[Any]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
+def adapted(model: Any) -> Any:
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def fitted(
+    base: LoadedBase,
+    folder: Path,
+    watch: HealthCallback,
+    adapt: Callable[[Any], Any] = adapted,
+    optimizer: Callable[[list[Tensor]], Any] | None = None,
+    resume: Path | None = None,
+    **settings: Any,
+) -> Trainer:
+    """A training by transformers' Trainer with its own defaults but for `settings`; the base is left as it was."""
+    told = {
+        "max_steps": 25, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 5,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "remove_unused_columns": False,
+        "label_names": ["labels"], "use_cpu": True, "log_level": "error",
+    }  # fmt: skip
+    rows = []
+    examples = world.style(seed=0).train
+    for ids, counted in encode([(each.prompt, each.completion) for each in examples], base.tokenizer):
+        labels = [token if counts else UNCOUNTED for token, counts in zip(ids, counted, strict=True)]
+        rows.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)})
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = adapt(base.model)
+        made = optimizer([each for each in model.parameters() if each.requires_grad]) if optimizer else None
+        constant = made and _Constant(made)
+        trainer = Trainer(
+            model,
+            TrainingArguments(output_dir=str(folder), **told | settings),
+            data_collator=collate,
+            train_dataset=rows,
+            eval_dataset=rows[:24],
+            optimizers=(made, constant),
+            callbacks=[watch],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    finally:
+        model.unload()
+        base.model.eval()
+    return trainer
+
+
+def written(folder: Path) -> Any:
+    """health.json, which must be JSON to everybody."""
+
+    def refused(word: str) -> None:
+        raise ValueError(word)
+
+    return json.loads((folder / "health.json").read_text(), parse_constant=refused)
+
+
+@pytest.fixture
+def heard() -> Iterator[list[str]]:
+    """What the callback says in the log, while it says it."""
+    found: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    ear, logger = Ear(), logging.getLogger("lora_sweep")
+    logger.addHandler(ear)
+    yield found
+    logger.removeHandler(ear)
 
 
 @pytest.mark.parametrize(
@@ -108,3 +191,40 @@ def test_in_trl_a_healthy_training_is_left_alone_and_faults_are_named(
         sft(base, tmp_path / "ratio", [asked])
         assert [each.flag for each in asked.findings] == ["ratio_lost"]
     assert sum("not_stepped" in record.message for record in caplog.records) == 1, "said once"
+
+
+# -- whatever the training does ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_optimizer_with_a_pair_for_eps_or_without_a_rate_is_watched_in_peace(
+    base: LoadedBase, tmp_path: Path, heard: list[str]
+) -> None:
+    watch = HealthCallback()
+    fitted(base, tmp_path, watch, optim="adafactor")
+    assert (watch.findings, heard) == ((), [])
+    own_rate, asked = (lambda parameters: Adafactor(parameters, lr=None)), HealthCallback(ratio=16)
+    assert fitted(base, tmp_path, asked, optimizer=own_rate).state.global_step == 25
+    assert (asked.findings, heard) == ((), [])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_losses_that_are_no_numbers_end_no_training_and_health_json_stays_json(
+    base: LoadedBase, tmp_path: Path, heard: list[str]
+) -> None:
+    hot = {"learning_rate": 1e6, "logging_nan_inf_filter": False, "max_grad_norm": 0.0}
+    assert fitted(base, tmp_path, HealthCallback(), **hot).state.global_step == 25
+    assert not any("mistake" in each for each in heard)
+    assert written(tmp_path)["diagnosis"]["gain"] is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_mistake_of_its_own_is_shown_once_and_ends_no_training(
+    base: LoadedBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(health, "look", lambda *_: 1 / 0)
+    assert fitted(base, tmp_path, HealthCallback()).state.global_step == 25
+    (record,) = (each for each in caplog.records if each.name.startswith("lora_sweep"))
+    assert record.levelno == logging.ERROR
+    assert record.exc_info is not None
+    assert record.exc_info[0] is ZeroDivisionError

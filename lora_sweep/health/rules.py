@@ -60,6 +60,9 @@ class Seen:
     min_delta_rel: float
     lost: Collection[str] = ()
     """Modules whose file does not hold what memory does."""
+    knows_way: bool = True
+    """Whether the sums are over every step since the start, at the rates it was taken at. Else nothing is said of how
+    far A and B came on their way."""
 
     @cached_property
     def looks(self) -> list[int]:
@@ -79,7 +82,9 @@ class Seen:
 
     @cached_property
     def rho(self) -> Numbers:
-        """(modules,) rms(B) / sqrt(sum of lr_B^2) at the end of the window."""
+        """(modules,) rms(B) / sqrt(sum of lr_B^2) at the end of the window; nan where the way is not known."""
+        if not self.knows_way:
+            return np.full(len(self.reading.modules), np.nan)
         found: Numbers = self.of("rms_B", [self.early])[0] / np.sqrt(self.reading.tallies[self.early].lr_B_squared)
         return found
 
@@ -192,7 +197,7 @@ def _a_frozen(seen: Seen) -> Found:
     later = [i for i in seen.looks if seen.reading.tallies[i].stepped > 1] or seen.looks
     moved = seen.of("moved_A", later).mean(0)
     with np.errstate(all="ignore"):
-        slow = seen.of("rms_A", seen.looks[:1])[0] / seen.reading.tally.lr_A
+        slow = seen.of("rms_A", seen.looks[:1])[0] / (seen.reading.tally.lr_A if seen.knows_way else np.nan)
     evidence = {"moved_A": moved, "moved_needed": A_STILL, "size_over_way": slow, "size_over_way_allowed": A_SLOW}
     return Found((moved < A_STILL) | (slow > A_SLOW), evidence)
 
