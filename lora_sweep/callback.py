@@ -4,12 +4,14 @@ from lora_sweep import HealthCallback
 trainer = Trainer(..., callbacks=[HealthCallback(ratio=16)])
 """
 
+import base64
 import functools
 import json
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from lora_sweep import adapters, composition, health, quant
 from lora_sweep.errors import UserError
@@ -35,18 +38,18 @@ _START, _END = 1, 3
 _log = logging.getLogger(__name__)
 
 
-def _observing(event: Callable[..., Any]) -> Callable[..., Any]:
+def _observing(called: Callable[..., Any]) -> Callable[..., Any]:
     """What watches a training must not end it: a mistake in here is logged with its traceback, once, and it stops."""
 
-    @functools.wraps(event)
-    def guarded(self: "HealthCallback", args: Any, state: Any, control: Any, **told: Any) -> Any:
+    @functools.wraps(called)
+    def guarded(self: "HealthCallback", *given: Any, **told: Any) -> Any:
         if not self._has_failed:
             try:
-                event(self, args, state, control, **told)
+                return called(self, *given, **told)
             except Exception:
                 self._has_failed = True
-                _log.exception("HealthCallback: a mistake of its own in %s; it looks no more", event.__name__)
-        return control
+                _log.exception("HealthCallback: a mistake of its own in %s; it looks no more", called.__name__)
+        return None
 
     return guarded
 
@@ -78,7 +81,7 @@ class _Lora:
         return float(self.layer.scaling[self.adapter])
 
 
-class HealthCallback(TrainerCallback):
+class HealthCallback(TrainerCallback, ExportableState):
     """Looks at the LoRA of a PEFT model while it trains, and names what keeps it from learning.
 
     `ratio`: LoRA+'s lr of B over lr of A that was asked for; None: as the optimizer's groups have it before the first
@@ -89,13 +92,14 @@ class HealthCallback(TrainerCallback):
 
     def __init__(self, ratio: float | None = None, action: str = "flag", **rules: Any) -> None:
         self.findings: tuple[Finding, ...] = ()
+        self._given = {"ratio": ratio, "action": action, **rules}
         self._rules = composition.section("health", {"action": action, **rules})
         self._ratio = ratio
         self._modules: list[_Lora] = []
         self._chart: Chart | None = None
         self._asked = Asked(ratio)
         self._before: Snapshot | None = None
-        self._knows_way = True
+        self._knows_way, self._knows_start = True, True
         self._lost: tuple[str, ...] = ()
         self._base_loss: float | None = None
         self._eval_loss: float | None = None
@@ -109,12 +113,20 @@ class HealthCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **told: Any) -> None:
         model, optimizer = told["model"], told["optimizer"]
         self._modules = list(_loras(model))
+        past = self._past(state)
         if not self._modules:
             _log.warning("HealthCallback: the model has no LoRA of PEFT's in any linear, nothing is looked at")
             return
+        self._forget()
         self._chart = Chart(tuple(each.name for each in self._modules), state.max_steps, self._rules.look_every)
+        if past is not None:
+            self._chart.restore(past["chart"], _unpacked(past["looks"], past["chart"]["seen"], self._modules))
+        self._knows_way = state.global_step == 0 or (past is not None and past["knows_way"])
+        for row in state.log_history:
+            self._take(row, row["step"])
+        self._knows_start = state.global_step == 0 or bool(self._logged)
         self._asked = Asked(
-            ratio=self._asked_ratio(optimizer),
+            ratio=self._asked_ratio(optimizer) if past is None or self._ratio is not None else past["ratio"],
             coupled_decay=max((_coupled(group) for group in self._groups(optimizer, "B")), default=0.0),
             is_low_precision=any(each.B.dtype.itemsize < 4 for each in self._modules),
             fp16_gradients=bool(args.fp16) or any(each.B.dtype == torch.float16 for each in self._modules),
@@ -156,16 +168,8 @@ class HealthCallback(TrainerCallback):
 
     @_observing
     def on_log(self, args: Any, state: Any, control: Any, **told: Any) -> None:
-        if "loss" in (told.get("logs") or {}):
-            self._logged.append(float(told["logs"]["loss"]))
-
-    @_observing
-    def on_evaluate(self, args: Any, state: Any, control: Any, **told: Any) -> None:
-        loss = (told.get("metrics") or {}).get("eval_loss")
-        if loss is not None and state.global_step == 0:
-            self._base_loss = float(loss)
-        elif loss is not None:
-            self._eval_loss = float(loss)
+        # Of an evaluation too.
+        self._take(told.get("logs") or {}, state.global_step)
 
     @_observing
     def on_save(self, args: Any, state: Any, control: Any, **told: Any) -> None:
@@ -183,6 +187,39 @@ class HealthCallback(TrainerCallback):
             folder.mkdir(parents=True, exist_ok=True)
             made = {"findings": [asdict(each) for each in self.findings], "diagnosis": asdict(self.diagnosis())}
             write_whole(folder / HEALTH, json.dumps(plain(made), allow_nan=False, indent=2) + "\n")
+
+    # -- what a checkpoint keeps -------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What trainer_state.json keeps of it, so that a training that is resumed is judged as a whole."""
+        return {"args": self._given, "attributes": {"kept": self._kept()}}
+
+    @_observing
+    def _kept(self) -> dict[str, Any] | None:
+        if self._chart is None:
+            return None
+        chart, looks = self._chart.state()
+        return {
+            "modules": [each.name for each in self._modules],
+            "ratio": self._asked.ratio,
+            "knows_way": self._knows_way,
+            "chart": chart,
+            "looks": _packed(looks),
+        }
+
+    def _past(self, state: Any) -> Mapping[str, Any] | None:
+        """What the checkpoint that is resumed from keeps of it; None where it was not there, or saw another adapter."""
+        nothing = {"args": self._given, "attributes": {"kept": None}}
+        # transformers can save the state of a callback only where the checkpoint before had one.
+        stored = state.stateful_callbacks.setdefault(type(self).__name__, nothing)
+        found = stored["attributes"]["kept"] if state.global_step and isinstance(stored, dict) else None
+        return found if found and found["modules"] == [each.name for each in self._modules] else None
+
+    def _forget(self) -> None:
+        """A callback may see several trainings; a base that was evaluated before the first is still the base."""
+        if self._chart is not None:
+            self._base_loss = None
+        self._before, self._eval_loss, self._logged, self._lost, self._warned = None, None, [], (), set()
 
     # -- what it says ------------------------------------------------------------------------------------------------
 
@@ -211,10 +248,19 @@ class HealthCallback(TrainerCallback):
             delta_rel = last / weights
         return health.Seen(reading, self._asked, delta_rel, self._rules.min_delta_rel, self._lost, self._knows_way)
 
+    def _take(self, row: Mapping[str, Any], step: int) -> None:
+        """A row of the trainer's log."""
+        if "loss" in row:
+            self._logged.append(float(row["loss"]))
+        if "eval_loss" in row and step == 0:
+            self._base_loss = float(row["eval_loss"])
+        elif "eval_loss" in row:
+            self._eval_loss = float(row["eval_loss"])
+
     def _gain(self) -> tuple[float | None, float]:
         """(gain over the base, what could be chance): of evaluations if one came first, else of logged losses."""
         finite = [loss for loss in self._logged if math.isfinite(loss)]
-        if len(finite) < _START + _END:
+        if len(finite) < _START + _END or not self._knows_start:
             return None, 0.0
         end = finite[-_END:]
         start, stop = statistics.mean(finite[:_START]), statistics.mean(end)
@@ -245,6 +291,16 @@ class HealthCallback(TrainerCallback):
         A, B = (next(self._groups(optimizer, side), None) for side in "AB")
         rates = [_number(group, "initial_lr") or _number(group, "lr") for group in (A, B) if group is not None]
         return rates[1] / rates[0] if len(rates) == 2 and rates[0] and rates[1] else None
+
+
+def _packed(looks: Tensor) -> str:
+    """As one line of text; (looks, modules, metrics) float64."""
+    return base64.b64encode(zlib.compress(looks.numpy().tobytes())).decode()
+
+
+def _unpacked(packed: str, seen: Sequence[Any], modules: Sequence[Any]) -> Tensor:
+    numbers = np.frombuffer(zlib.decompress(base64.b64decode(packed)), np.float64)
+    return torch.from_numpy(numbers.reshape(len(seen), len(modules), -1).copy())
 
 
 def _loras(model: Any) -> Iterator[_Lora]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -228,3 +229,57 @@ def test_a_mistake_of_its_own_is_shown_once_and_ends_no_training(
     assert record.levelno == logging.ERROR
     assert record.exc_info is not None
     assert record.exc_info[0] is ZeroDivisionError
+
+
+# -- resumed from a checkpoint -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("restores", [False, True], ids=["a new callback", "transformers restores it"])
+def test_a_resumed_training_is_judged_as_the_whole(
+    base: LoadedBase, tmp_path: Path, heard: list[str], restores: bool
+) -> None:
+    settings = {"max_steps": 30, "logging_steps": 1, "restore_callback_states_from_checkpoint": restores}
+    whole, again = HealthCallback(), HealthCallback()
+    fitted(base, tmp_path, whole, save_strategy="steps", save_steps=25, **settings)
+    trainer = fitted(base, tmp_path, again, resume=tmp_path / "checkpoint-25", **settings)
+    if restores:
+        (again,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, HealthCallback))
+    assert (whole.findings, again.findings, heard) == ((), (), [])
+    assert again.diagnosis().gain == whole.diagnosis().gain
+    assert again._seen().reading.tallies == whole._seen().reading.tallies
+    for name, values in whole._seen().reading.values.items():
+        assert np.array_equal(again._seen().reading.values[name], values, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_of_a_checkpoint_that_knows_nothing_the_way_until_then_is_not_judged(
+    base: LoadedBase, tmp_path: Path, heard: list[str]
+) -> None:
+    """And what is seen from there on is."""
+    settings = {"max_steps": 30, "logging_steps": 1, "save_strategy": "steps", "save_steps": 25}
+    whole = HealthCallback()
+    fitted(base, tmp_path, whole, **settings)
+    file = tmp_path / "checkpoint-25" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    del state["stateful_callbacks"]["HealthCallback"]
+    file.write_text(json.dumps(state))
+    watch, asked = HealthCallback(), HealthCallback(ratio=16)
+    fitted(base, tmp_path, watch, resume=file.parent, **settings | {"save_steps": 2})
+    assert (watch.findings, heard) == ((), [])
+    assert watch.diagnosis().gain == whole.diagnosis().gain, "the log is there"
+    fitted(base, tmp_path, asked, resume=file.parent, **settings)
+    assert [each.flag for each in asked.findings] == ["ratio_lost"]
+    state["log_history"] = []
+    file.write_text(json.dumps(state))
+    fitted(base, tmp_path, watch, resume=file.parent, **settings | {"save_strategy": "no"})
+    assert (watch.findings, watch.diagnosis().gain) == ((), None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_second_training_is_judged_by_itself(base: LoadedBase, tmp_path: Path) -> None:
+    watch = HealthCallback()
+    fitted(base, tmp_path, watch, eval_on_start=True, eval_strategy="steps", eval_steps=25)
+    assert watch.findings == ()
+    fitted(base, tmp_path, watch, learning_rate=1e-6)
+    assert [each.cause for each in watch.findings] == ["lr_too_small"]

@@ -265,6 +265,18 @@ def test_a_chart_goes_on_from_its_checkpoint() -> None:
     assert all(np.array_equal(one.values[name], other.values[name]) for name in METRICS)
 
 
+@pytest.mark.gpu
+def test_a_chart_that_was_read_or_restored_goes_on_on_the_device() -> None:
+    chart, again = Chart(("a",), 100, 50), Chart(("a",), 100, 50)
+    for step in (1, 2, 3):
+        chart.stepped(1e-3, 1e-2, 0.999)
+        chart.take(step, torch.full((1, len(METRICS)), float(step), dtype=torch.float64, device="cuda"))
+        assert chart.reading().values["rms_A"][:, 0].tolist() == [1.0, 2.0, 3.0][:step]
+    again.restore(*chart.state())
+    again.take(4, torch.full((1, len(METRICS)), 4.0, dtype=torch.float64, device="cuda"))
+    assert again.reading().values["rms_A"][:, 0].tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
 # -- the rules -----------------------------------------------------------------------------------------------------
 
 HEALTHY: dict[str, float] = {

@@ -77,9 +77,13 @@ class Chart:
     def _on_host(self) -> Any:
         if not self._seen:
             return np.empty((0, len(self.modules), len(METRICS)))
-        together = torch.stack([rows for _, _, rows in self._seen]).cpu()
-        self._seen = [(step, tally, rows) for (step, tally, _), rows in zip(self._seen, together, strict=True)]
-        return together.numpy()
+        # What was read before lies on the host already.
+        fresh = [place for place, (_, _, rows) in enumerate(self._seen) if rows.device.type != "cpu"]
+        if fresh:
+            fetched = torch.stack([self._seen[place][2] for place in fresh]).cpu()
+            for place, rows in zip(fresh, fetched, strict=True):
+                self._seen[place] = (*self._seen[place][:2], rows)
+        return torch.stack([rows for _, _, rows in self._seen]).numpy()
 
     # -- a checkpoint --------------------------------------------------------------------------------------------------
 
