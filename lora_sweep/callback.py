@@ -58,11 +58,19 @@ def _observing(called: Callable[..., Any]) -> Callable[..., Any]:
 class _Lora:
     """One adapted linear of a PEFT model; its tensors are asked for anew at each look, as they may be replaced."""
 
-    name: str
+    path: str
+    """In the base."""
     layer: Any
     """peft's LoraLayer."""
     adapter: str
+    config: Any
+    """peft's LoraConfig, as far as the model tells."""
     base_norm: float
+
+    @property
+    def name(self) -> str:
+        """Of the module, and of the adapter where there are several."""
+        return self.path if len(self.layer.lora_A) == 1 else f"{self.path} ({self.adapter})"
 
     @property
     def A(self) -> Tensor:
@@ -115,6 +123,7 @@ class HealthCallback(TrainerCallback, ExportableState):
         self._modules = list(_loras(model))
         past = self._past(state)
         if not self._modules:
+            self._chart = None
             _log.warning("HealthCallback: the model has no LoRA of PEFT's in any linear, nothing is looked at")
             return
         self._forget()
@@ -174,8 +183,9 @@ class HealthCallback(TrainerCallback, ExportableState):
     @_observing
     def on_save(self, args: Any, state: Any, control: Any, **told: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._modules and state.is_world_process_zero and (folder / adapters.CONFIG).is_file():
-            self._lost = self._lost_in(folder)
+        if self._modules and state.is_world_process_zero:
+            names = dict.fromkeys(each.adapter for each in self._modules)
+            self._lost = tuple(module for adapter in names for module in self._lost_in(folder, adapter))
 
     @_observing
     def on_train_end(self, args: Any, state: Any, control: Any, **told: Any) -> None:
@@ -271,12 +281,27 @@ class HealthCallback(TrainerCallback, ExportableState):
         gain = start - stop
         return gain if math.isfinite(gain) else None, max(self._rules.min_gain_of_base * start, chance)
 
-    def _lost_in(self, folder: Path) -> tuple[str, ...]:
+    def _lost_in(self, root: Path, adapter: str) -> Iterator[str]:
+        """Modules of this adapter whose file under `root` does not hold what memory does."""
+        modules = {each.path: each for each in self._modules if each.adapter == adapter}
+        *_, one = modules.values()
+        # PEFT saves `default` in the folder itself, others in folders of their names; transformers the only one so.
+        folder = root / adapter if (root / adapter / adapters.CONFIG).is_file() else root
+        is_its_own = folder != root or adapter == "default" or len(one.layer.lora_A) == 1
+        if not is_its_own or not (folder / adapters.CONFIG).is_file():
+            return
+        foreign = [field for field in adapters.FOREIGN if getattr(one.config, field, None)]
+        pickled = (folder / adapters.PICKLE).is_file() and not (folder / adapters.WEIGHTS).is_file()
+        if foreign or pickled:
+            what = f"{foreign[0]} is set" if foreign else "the weights are a pickle"
+            _log.warning("HealthCallback: %s: %s, so what was saved is not compared with memory", folder, what)
+            return
         try:
-            return adapters.lost(folder, {each.name: (each.A, each.B) for each in self._modules})
+            lost = adapters.lost(folder, {path: (each.A, each.B) for path, each in modules.items()})
         except UserError as error:
             _log.warning("HealthCallback: %s", error)
-            return tuple(each.name for each in self._modules)
+            lost = tuple(modules)
+        yield from (modules[path].name for path in lost)
 
     # -- the optimizer -----------------------------------------------------------------------------------------------
 
@@ -305,14 +330,16 @@ def _unpacked(packed: str, seen: Sequence[Any], modules: Sequence[Any]) -> Tenso
 
 def _loras(model: Any) -> Iterator[_Lora]:
     """Every linear with an active LoRA."""
-    for path, layer in getattr(model, "module", model).named_modules():
+    whole = getattr(model, "module", model)
+    configs = getattr(whole, "peft_config", {})
+    for path, layer in whole.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear):
                 weight = quant.dequantised(layer.get_base_layer())
                 norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
-                yield _Lora(path.removeprefix("base_model.model."), layer, adapter, norm)
+                yield _Lora(path.removeprefix("base_model.model."), layer, adapter, configs.get(adapter), norm)
 
 
 def _side(optimizer: Any, groups: Mapping[int, dict[str, Any]], module: _Lora, which: str) -> Side:

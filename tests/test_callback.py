@@ -12,11 +12,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Adafactor, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lora_sweep import HealthCallback, health
+from lora_sweep.adapters import WEIGHTS
 from lora_sweep.bench.faults import FAULTS, Outcome, Training, train
 from lora_sweep.bench.stock import UNCOUNTED, collate
 from lora_sweep.data import encode
@@ -283,3 +285,81 @@ def test_a_second_training_is_judged_by_itself(base: LoadedBase, tmp_path: Path)
     assert watch.findings == ()
     fitted(base, tmp_path, watch, learning_rate=1e-6)
     assert [each.cause for each in watch.findings] == ["lr_too_small"]
+
+
+# -- what was saved ----------------------------------------------------------------------------------------------------
+
+OTHER = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def named(model: Any) -> Any:
+    return get_peft_model(model, OTHER, adapter_name="mine")
+
+
+def second_of_two(model: Any) -> Any:
+    made = adapted(model)
+    made.add_adapter("other", OTHER)
+    made.set_adapter("other")
+    return made
+
+
+def both(model: Any) -> Any:
+    made = second_of_two(model)
+    made.base_model.set_adapter(["default", "other"])
+    return made
+
+
+class _Spoiling(HealthCallback):
+    """Finds the files under a checkpoint spoilt by somebody before it sees them."""
+
+    def __init__(self, spoilt: str, spoil: Callable[[Path], None]) -> None:
+        super().__init__()
+        self._spoilt, self._spoil = spoilt, spoil
+
+    def on_save(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+        self._spoil(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self._spoilt / WEIGHTS)
+        super().on_save(args, state, control, **told)
+
+
+def zeroed(file: Path) -> None:
+    save_file({name: torch.zeros_like(each) for name, each in load_file(file).items()}, file, {"format": "pt"})
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 4, "save_only_model": True}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("adapt", "folder", "modules"), [(named, "mine", 28), (second_of_two, "other", 28), (both, "other", 56)]
+)
+def test_each_adapter_is_compared_with_its_own_file(
+    base: LoadedBase, tmp_path: Path, heard: list[str], adapt: Callable[[Any], Any], folder: str, modules: int
+) -> None:
+    watch = HealthCallback()
+    fitted(base, tmp_path, watch, adapt, **SAVING)
+    assert "lost_on_save" not in [each.flag for each in watch.findings]
+    for spoil in (zeroed, cut):
+        spoilt = _Spoiling(folder, spoil)
+        fitted(base, tmp_path, spoilt, adapt, **SAVING)
+        (lost,) = (each for each in spoilt.findings if each.flag == "lost_on_save")
+        assert lost.sentence.startswith(f"lost_on_save in 28 of {modules} modules"), lost.sentence
+    assert sum("truncated or damaged" in each for each in heard) == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_plain_lora_on_disk_is_not_compared_and_that_is_said(
+    base: LoadedBase, tmp_path: Path, heard: list[str]
+) -> None:
+    def with_parameters(model: Any) -> Any:
+        config = LoraConfig(r=8, target_modules=["q_proj"], target_parameters=["mlp.gate_proj.weight"])
+        return get_peft_model(model, config)
+
+    watch = HealthCallback()
+    fitted(base, tmp_path, watch, with_parameters, **SAVING)
+    assert "lost_on_save" not in [each.flag for each in watch.findings]
+    (said,) = (each for each in heard if "compared" in each)
+    assert "target_parameters is set" in said
