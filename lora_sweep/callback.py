@@ -35,6 +35,9 @@ HEALTH = "health.json"
 _START, _END = 1, 3
 """Logged losses that stand for the base and for the trained adapter, where nothing was evaluated at step 0."""
 
+_ADAM = {f"{library}.optim.{name}" for library in ("torch", "bitsandbytes") for name in ("adam", "adamw")}
+"""Modules of the optimizers whose step is AdamW's: m / (sqrt(v) + eps), bias corrected."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -349,8 +352,9 @@ def _side(optimizer: Any, groups: Mapping[int, dict[str, Any]], module: _Lora, w
     state = optimizer.state.get(parameter, {})
     found = [parameter, parameter.grad]
     moments = {health.MOMENTS[key]: value for key, value in state.items() if key in health.MOMENTS}
-    # In 8 bits a moment means nothing without its scales.
-    known = len(moments) == 2 and all(moment.dtype.is_floating_point for moment in moments.values())
+    # In 8 bits a moment means nothing without its scales; others than Adam step otherwise by moments of these names.
+    is_adam = type(getattr(optimizer, "optimizer", optimizer)).__module__ in _ADAM and not group.get("amsgrad")
+    known = is_adam and len(moments) == 2 and all(moment.dtype.is_floating_point for moment in moments.values())
     found += [moments["m"], moments["v"]] if known else [None, None]
     value, gradient, m, v = (each if each is None or which == "A" else each.T for each in found)
     betas = group.get("betas", (0.0, 0.0))

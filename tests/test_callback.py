@@ -1,5 +1,6 @@
 """Faults in real runs of transformers' Trainer and of TRL are named, and healthy trainings left alone."""
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -212,6 +213,22 @@ def test_an_optimizer_with_a_pair_for_eps_or_without_a_rate_is_watched_in_peace(
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "optimizer",
+    [torch.optim.RAdam, torch.optim.NAdam, functools.partial(torch.optim.AdamW, amsgrad=True)],
+    ids=["RAdam", "NAdam", "AMSGrad"],
+)
+def test_of_adams_relatives_the_rates_are_those_of_their_groups(
+    base: LoadedBase, tmp_path: Path, heard: list[str], optimizer: Any
+) -> None:
+    watch, asked = HealthCallback(), HealthCallback(ratio=16)
+    fitted(base, tmp_path, watch, optimizer=optimizer)
+    assert (watch.findings, heard) == ((), [])
+    fitted(base, tmp_path, asked, optimizer=optimizer, max_steps=4)
+    assert [(each.flag, each.evidence["ratio"]) for each in asked.findings] == [("ratio_lost", 1.0)]
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_losses_that_are_no_numbers_end_no_training_and_health_json_stays_json(
     base: LoadedBase, tmp_path: Path, heard: list[str]
 ) -> None:
@@ -250,6 +267,7 @@ def test_a_resumed_training_is_judged_as_the_whole(
     assert (whole.findings, again.findings, heard) == ((), (), [])
     assert again.diagnosis().gain == whole.diagnosis().gain
     assert again._seen().reading.tallies == whole._seen().reading.tallies
+    assert np.isfinite(whole._seen().reading.values["lr_B"]).all(), "AdamW's rates are measured from what moved"
     for name, values in whole._seen().reading.values.items():
         assert np.array_equal(again._seen().reading.values[name], values, equal_nan=True)
 
