@@ -174,7 +174,8 @@ class HealthCallback(TrainerCallback, ExportableState):
         chart = self._chart
         if chart is None or not chart.ends_window or state.global_step == state.max_steps:
             return
-        self._conclude()
+        # The rate may still be warming up: only what more steps cannot mend is told now.
+        self._tell(health.certain(self._seen(), self._rules))
         if self._rules.action == "stop" and health.cannot_learn(chart.reading(), self._asked):
             control.should_training_stop = True
 
@@ -194,7 +195,8 @@ class HealthCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **told: Any) -> None:
         if self._chart is None:
             return
-        self._conclude()
+        verdict = health.verdict(self.diagnosis(), None, self._rules)
+        self._tell((*verdict, *health.own_findings(self._seen(), None, self._rules)))
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -241,12 +243,9 @@ class HealthCallback(TrainerCallback, ExportableState):
         gain, noise = self._gain()
         return Diagnosis(gain, noise, *health.causes(self._seen()))
 
-    def _conclude(self) -> None:
-        self.findings = (
-            *health.verdict(self.diagnosis(), None, self._rules),
-            *health.own_findings(self._seen(), None, self._rules),
-        )
-        for finding in self.findings:
+    def _tell(self, findings: tuple[Finding, ...]) -> None:
+        self.findings = findings
+        for finding in findings:
             if finding.flag not in self._warned:
                 self._warned.add(finding.flag)
                 _log.warning("%s: %s", finding.flag, finding.sentence)

@@ -3,7 +3,7 @@
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
@@ -48,6 +49,7 @@ def fitted(
     adapt: Callable[[Any], Any] = adapted,
     optimizer: Callable[[list[Tensor]], Any] | None = None,
     resume: Path | None = None,
+    others: Sequence[TrainerCallback] = (),
     **settings: Any,
 ) -> Trainer:
     """A training by transformers' Trainer with its own defaults but for `settings`; the base is left as it was."""
@@ -74,7 +76,7 @@ def fitted(
             train_dataset=rows,
             eval_dataset=rows[:24],
             optimizers=(made, constant),
-            callbacks=[watch],
+            callbacks=[watch, *others],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -248,6 +250,34 @@ def test_a_mistake_of_its_own_is_shown_once_and_ends_no_training(
     assert record.levelno == logging.ERROR
     assert record.exc_info is not None
     assert record.exc_info[0] is ZeroDivisionError
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_rate_that_is_still_warming_up_is_no_reason_to_warn(
+    base: LoadedBase, tmp_path: Path, heard: list[str]
+) -> None:
+    watch = HealthCallback()
+    fitted(base, tmp_path, watch, max_steps=100, warmup_steps=100, learning_rate=4e-4, logging_steps=2)
+    assert (watch.findings, heard) == ((), [])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_no_more_steps_can_mend_is_warned_of_when_the_window_ends(
+    base: LoadedBase, tmp_path: Path, heard: list[str]
+) -> None:
+    class Listening(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+            assert (state.global_step < 20) == (not heard)
+
+    def with_dead_layer(model: Any) -> Any:
+        made = adapted(model)
+        for module in made.get_submodule("base_model.model.model.layers.1").modules():
+            if isinstance(module, LoraLayer):
+                module.lora_A["default"].weight.data.zero_()
+        return made
+
+    fitted(base, tmp_path, HealthCallback(ratio=16), with_dead_layer, others=[Listening()])
+    assert [each.partition(":")[0] for each in heard] == ["partially_trapped", "ratio_lost"]
 
 
 # -- resumed from a checkpoint -----------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Trainings by transformers' Trainer, PEFT and torch's optimizers, and how each cause is provoked in one."""
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -172,7 +174,7 @@ class Outcome:
     gain: float
     """Evaluation loss of the base minus that at the end, nats per token, the loss's scale undone."""
     named: tuple[str, ...]
-    """All that was said: flags and causes."""
+    """All that was said: flags and causes, in the end or on the way."""
 
 
 def train(base: LoadedBase, training: Training, folder: Path) -> Outcome:
@@ -205,7 +207,8 @@ def train(base: LoadedBase, training: Training, folder: Path) -> Outcome:
             callbacks=callbacks,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        with _listening() as heard:
+            trainer.train()
         losses = [row["eval_loss"] / training.loss_scale for row in trainer.state.log_history if "eval_loss" in row]
     finally:
         for module in model.modules():
@@ -214,7 +217,30 @@ def train(base: LoadedBase, training: Training, folder: Path) -> Outcome:
         model.unload()
         base.model.eval()
     said = [word for finding in watch.findings for word in (finding.flag, finding.cause) if word is not None]
-    return Outcome(losses[0] - losses[-1], tuple(said))
+    # What was warned of on the way was said too, whatever is found in the end.
+    return Outcome(losses[0] - losses[-1], (*said, *(flag for flag in heard if flag not in said)))
+
+
+@contextmanager
+def _listening() -> Iterator[list[str]]:
+    """The flags that the callback warns of in the log, which nobody else hears meanwhile."""
+    found: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage().partition(":")[0])
+
+    ear, logger = Ear(), logging.getLogger("lora_sweep.callback")
+    before = logger.level, logger.propagate
+    logger.addHandler(ear)
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    try:
+        yield found
+    finally:
+        logger.removeHandler(ear)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 class _Zeroing(TrainerCallback):

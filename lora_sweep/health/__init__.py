@@ -11,7 +11,7 @@ from lora_sweep.health.group import delta_rel, measurements
 from lora_sweep.health.histogram import BIN_EDGES
 from lora_sweep.health.look import MOMENTS, AdaptedModule, Side, Snapshot, Stepped, look, snapshot
 from lora_sweep.health.rules import CAUSES, Asked, Seen, causes
-from lora_sweep.health.verdict import best_gains, cannot_learn, diagnose, own_findings, seen, verdict
+from lora_sweep.health.verdict import best_gains, cannot_learn, certain, diagnose, own_findings, seen, verdict
 
 __all__ = [
     "BIN_EDGES",
@@ -28,6 +28,7 @@ __all__ = [
     "best_gains",
     "cannot_learn",
     "causes",
+    "certain",
     "delta_rel",
     "diagnose",
     "forgetting",

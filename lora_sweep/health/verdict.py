@@ -45,6 +45,14 @@ def own_findings(what: Seen, how: Course | None, config: HealthConfig) -> tuple[
     return tuple(made)
 
 
+def certain(what: Seen, config: HealthConfig) -> tuple[Finding, ...]:
+    """What holds of a training that goes on, however its rate and its losses do from here: worst first."""
+    trapping, _ = rules.causes(what)
+    hopeless = tuple(cause for cause in trapping if cause.name in HOPELESS)
+    ratio_lost = (finding for finding in _of_causes(what) if finding.flag == "ratio_lost")
+    return (*verdict(Diagnosis(None, 0.0, hopeless, hopeless), None, config), *ratio_lost)
+
+
 def _of_causes(what: Seen) -> Iterator[Finding]:
     # A that hardly moves where B does is LoRA-FA by accident; where neither does it says nothing new.
     works = bool(np.nanmedian(what.delta_rel) >= what.min_delta_rel) if np.isfinite(what.delta_rel).any() else True
