@@ -254,7 +254,7 @@ class StudyConfig:
     """`all`: the adapter of every finished trial; k: of the best k only."""
     fold: Annotated[Literal["exact", "near", "off"], BeforeValidator(_yaml_off)]
     """Of cells that are the same run one is run for all. exact: equal by algebra; near: also those that differ by eps,
-    a clip that may bind or the rounding of a 16-bit base; off: every cell is run."""
+    a clip that may bind or the rounding of a 16-bit base or of 8-bit moments; off: every cell is run."""
     verify_fold: Whole
     """Of so many classes of equal cells, drawn at random, a second cell is run and compared."""
 

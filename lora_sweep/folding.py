@@ -26,8 +26,13 @@ Fold = Literal["exact", "near", "off"]
 Form = Literal["lora", "rslora", "loraplus"]
 Reason = Literal["eps", "clip", "rounding"]
 
-SYMMETRIC = ("loraplus",)
-"""Optimizers for which the symmetry is proved; elsewhere cells must agree in s, lr_B and wd_B themselves."""
+SYMMETRIC = ("adamw", "paged_adamw", "adamw_8bit", "paged_adamw_8bit")
+"""Values of optimizer.optim for which the symmetry is proved: AdamW's step, by its moments in any form that scales with
+them. Elsewhere (SGD steps by g_B itself) cells must agree in s and lr_B themselves."""
+
+EIGHT_BITS = ("adamw_8bit", "paged_adamw_8bit")
+"""Moments are kept in units of their block's largest, so that what scales by a power of two keeps its 8 bits; any other
+factor rounds some of them to their neighbours, which is far above the rounding of fp32."""
 
 EXACT_SIZE = 1e-5
 """Largest relative difference of training losses in fp32 over HELD_STEPS: rounding, as between packed and alone."""
@@ -42,7 +47,7 @@ CLIP_SIZE = 0.05
 """Two members under torch's clipping, when the clip binds: nobody knows beforehand whether it does."""
 
 ROUNDING_SIZE = 0.02
-"""A base in 16 bits or fewer rounds differently after another rounding of the adapter's part."""
+"""A base in 16 bits or fewer, or moments in 8, round differently after another rounding of the adapter's part."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ class _Run:
     bits: tuple[Any, ...]
     """Equal where q is a power of two and every float is then a power of two times the other."""
     in_full: bool
-    """Base and adapters in fp32 or fp64."""
+    """Base, adapters and their moments in fp32 or fp64."""
     eps: float
 
     @property
@@ -111,6 +116,10 @@ def _odd(value: Fraction) -> Fraction:
     """The value without its powers of two."""
     top, bottom = value.numerator, value.denominator
     return Fraction(top // (top & -top), bottom // (bottom & -bottom))
+
+
+def _is_symmetric(config: Config) -> bool:
+    return config.optimizer.optim in SYMMETRIC and config.method.name == "lora"
 
 
 def _run(config: Config) -> _Run:
@@ -137,11 +146,13 @@ def _run(config: Config) -> _Run:
         rest=json.dumps(rest, sort_keys=True),
         slope_squared=s_squared * lr_B**2,
         decay_B=decay_B,
-        own=() if optimizer.name in SYMMETRIC and method.name == "lora" else (s_squared, lr_B),
+        own=() if _is_symmetric(config) else (s_squared, lr_B),
         eps_over_s_squared=eps_squared if optimizer.eps_rule == "scaled" else eps_squared / s_squared,
         clip_weight_squared=clip_weight_squared,
         bits=(_odd(lr_B), power_of_four or method.use_rslora, decay_B == 0 or optimizer.decay_rule),
-        in_full=config.model.dtype in ("fp32", "fp64") and config.model.quantization is None,
+        in_full=config.model.dtype in ("fp32", "fp64")
+        and config.model.quantization is None
+        and optimizer.optim not in EIGHT_BITS,
         eps=optimizer.eps,
     )
 
@@ -165,7 +176,7 @@ def classes(configs: Mapping[int, Config], fold: Fold) -> tuple[SameRun, ...]:
     """{cell number: its configuration} in classes, by their lowest number; each cell is in one.
 
     `exact`: only cells that are equal by algebra share a class; `near`: also those that differ by eps, a clip that may
-    bind, or the rounding of a 16-bit base; `off`: none.
+    bind, or the rounding of a 16-bit base or of 8-bit moments; `off`: none.
     """
     groups: dict[Any, list[tuple[int, _Run]]] = {}
     for number in sorted(configs):
@@ -183,9 +194,10 @@ def in_form(config: Config, form: Form) -> tuple[Config, Grade]:
     alpha and the ratio are rounded to doubles. Raises ConfigError where the symmetry is not proved.
     """
     method, optimizer = config.method, config.optimizer
-    if optimizer.name not in SYMMETRIC or method.name != "lora":
-        remedy = f"leave it out, or use one of {', '.join(SYMMETRIC)}"
-        raise ConfigError([Fault("pick.form", f"under {optimizer.name} no other form is the same run", form, remedy)])
+    if not _is_symmetric(config):
+        rule = f"under optimizer.optim={optimizer.optim} no other form is known to be the same run"
+        remedy = f"leave it out; there is one for {', '.join(SYMMETRIC)}"
+        raise ConfigError([Fault("pick.form", rule, form, remedy)])
     rank = method.rank
     s = method.alpha / (math.sqrt(rank) if method.use_rslora else rank)
     alpha, ratio = {
@@ -248,8 +260,13 @@ class Coordinates:
     dropout: float
 
 
-def coordinates(config: Config) -> Coordinates:
-    """The effective coordinates of a trial. The initial A's size, 1 / sqrt(3 d_in), is the base's and left out."""
+def coordinates(config: Config) -> Coordinates | None:
+    """The effective coordinates of a trial, or None where the symmetry is not proved, so that there are none.
+
+    The initial A's size, 1 / sqrt(3 d_in), is the base's and left out.
+    """
+    if not _is_symmetric(config):
+        return None
     method, optimizer = config.method, config.optimizer
     run = _run(config)
     return Coordinates(

@@ -233,9 +233,10 @@ def class_lines(made: Mapping[str, Any]) -> list[str]:
     if len(made["classes"]) > CLASSES_SHOWN:
         lines.append(f"... and {len(made['classes']) - CLASSES_SHOWN} more classes; --json has them all")
     if near := made["near"]:
+        scaled = "; under optimizer.eps_rule, decay_rule and clip_rule=scaled they are exact"
         lines.append(
             f"study.fold=near would leave {near['distinct_runs']} runs, equal up to {near['size']:.0e} of the loss "
-            f"({', '.join(near['reasons'])}); under optimizer.eps_rule, decay_rule and clip_rule=scaled they are exact"
+            f"({', '.join(near['reasons'])}){'' if 'rounding' in near['reasons'] else scaled}"
         )
     return lines
 

@@ -178,6 +178,7 @@ class Run:
         verdict: tuple[Finding, ...] = ()
         if diagnosis is not None and last is not None and not last.diverged:
             verdict = health.verdict(diagnosis, best_gain, self._config.health)
+        effective = folding.coordinates(self._config)
         result = {
             "params": dict(self.cell.params),
             "eval_loss": value,
@@ -188,7 +189,7 @@ class Run:
             "probe_loss": last and last.probe_loss,
             "gap": last and last.gap,
             "forgetting": last and health.forgetting(self._base, last),
-            "effective": asdict(folding.coordinates(self._config)),
+            "effective": effective and asdict(effective),
             "steps": self.step,
             "tokens": last and last.tokens,
             "seconds": last and last.seconds,

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, get_scheduler
 
 from lora_sweep import folding, space
 from lora_sweep import model as model_room
-from lora_sweep.config import Config
+from lora_sweep.config import Config, OptimizerConfig
 from lora_sweep.data import Data, TokenSet
-from lora_sweep.errors import StudyError
+from lora_sweep.errors import ConfigError, StudyError
 from lora_sweep.ledger import StudyView
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Trial
@@ -153,16 +153,34 @@ def test_cells_that_differ_in_anything_else_are_other_runs(word: str) -> None:
     assert grades(pair(("method.alpha=8", "optimizer.ratio=4"), other), fold="near") == [None]
 
 
-def test_another_optimizer_folds_only_what_it_cannot_tell_apart() -> None:
-    powers = pair(("method.alpha=32", "optimizer.ratio=1"), ("method.alpha=8", "optimizer.ratio=4"))
-    same_s = pair(("method.rank=4", "method.alpha=8"), ("method.rank=4", "method.alpha=4", "method.use_rslora=true"))
+def test_each_optimizer_folds_only_what_is_proved_for_it() -> None:
+    powers = ("method.alpha=32", "optimizer.ratio=1"), ("method.alpha=8", "optimizer.ratio=4")
+    thirds = ("method.alpha=48", "optimizer.ratio=1"), ("method.alpha=16", "optimizer.ratio=3")
+    one_s = ("method.rank=4", "method.alpha=8"), ("method.rank=4", "method.alpha=4", "method.use_rslora=true")
 
-    def under(configs: dict[int, Config]) -> dict[int, Config]:
-        changed: Any = "other"
-        return {number: replace(c, optimizer=replace(c.optimizer, name=changed)) for number, c in configs.items()}
+    def under(optim: str, fold: folding.Fold = "exact") -> list[str | None]:
+        shared = (*SCALED, f"optimizer.optim={optim}")
+        return grades(*(pair(*each, shared=shared) for each in (powers, thirds, one_s)), fold=fold)
 
-    assert grades(powers, same_s) == ["bitwise", "bitwise"]
-    assert grades(under(powers), under(same_s), fold="near") == [None, "bitwise"]
+    found = {optim: under(optim) for optim in get_args(get_type_hints(OptimizerConfig)["optim"])}
+    assert found == {
+        "adamw": ["bitwise", "exact", "bitwise"],
+        "paged_adamw": ["bitwise", "exact", "bitwise"],
+        # What is not a power of two rounds 8-bit moments otherwise.
+        "adamw_8bit": ["bitwise", None, "bitwise"],
+        "paged_adamw_8bit": ["bitwise", None, "bitwise"],
+        "sgd": [None, None, "bitwise"],
+    }
+    assert under("adamw_8bit", "near") == ["bitwise", "near: rounding, up to 2e-02", "bitwise"]
+    assert under("sgd", "near") == [None, None, "bitwise"]
+
+
+@pytest.mark.parametrize("form", ["lora", "rslora", "loraplus"])
+def test_under_sgd_there_are_no_effective_coordinates_and_no_other_form(form: folding.Form) -> None:
+    config = sweep_of(*SCALED, "optimizer.optim=sgd", "optimizer.ratio=4").base()
+    assert folding.coordinates(config) is None
+    with pytest.raises(ConfigError, match=r"pick\.form: under optimizer\.optim=sgd no other form .*\(leave it out"):
+        folding.in_form(config, form)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -176,6 +194,7 @@ def test_the_effective_coordinates_are_those_of_the_class(schedule: str, warmup:
         shared,
     ).values()
     mine, twin = folding.coordinates(one), folding.coordinates(other)
+    assert mine is not None
     assert mine.log_X == pytest.approx(math.log(8 / 4 * 16 * 4 * 2e-4))
     assert mine.log_Y == pytest.approx(-math.log(2e-4))
     assert (mine.log2_rank, mine.dropout) == (4, 0.1)
@@ -316,6 +335,28 @@ def test_members_of_an_exact_class_differ_by_rounding_only(stranger: tuple[Loade
     knobs: dict[str, Any] = {"eps_rule": "scaled", "rank": 4, "base_lr": 1e-3, "batch_size": 2}
     found = difference(stranger, [trial(0, alpha=12.0, ratio=1.0, **knobs), trial(1, alpha=4.0, ratio=3.0, **knobs)])
     assert 0 < found < folding.EXACT_SIZE
+
+
+def test_eight_bit_moments_keep_the_bits_of_powers_of_two_and_of_nothing_else(
+    base: LoadedBase, style: Data, trial: MakeTrial
+) -> None:
+    # Moments have 8 bits from 4,096 numbers a tensor on: rank 32 of width 128.
+    knobs: dict[str, Any] = {"optim": "adamw_8bit", "rank": 32, "base_lr": 1e-3, "weight_decay": 1.0, **RULES}
+    assert difference((base, style), twins(trial, **knobs, max_steps=8, eval_every=8, max_grad_norm=0.1)) == 0
+    knobs |= {"max_steps": 30, "eval_every": 30, "batch_size": 2}
+
+    def thirds(optim: str) -> list[Trial]:
+        asked = knobs | {"optim": optim}
+        return [trial(0, alpha=96.0, ratio=1.0, **asked), trial(1, alpha=32.0, ratio=3.0, **asked)]
+
+    exact, rounded = (difference((base, style), thirds(optim)) for optim in ("adamw", "adamw_8bit"))
+    assert 0 < exact < folding.EXACT_SIZE < rounded < folding.ROUNDING_SIZE
+
+
+def test_under_sgd_members_of_an_adamw_class_are_other_runs(
+    stranger: tuple[LoadedBase, Data], trial: MakeTrial
+) -> None:
+    assert difference(stranger, twins(trial, optim="sgd", base_lr=0.1)) > folding.CLIP_SIZE
 
 
 def test_a_base_in_bf16_keeps_the_bits_of_a_class(trial: MakeTrial) -> None:
@@ -473,6 +514,8 @@ def test_the_winner_can_be_written_in_any_form_of_the_same_run(form: folding.For
     odd = replace(config, method=replace(config.method, rank=8))
     written, grade = folding.in_form(odd, form)
     one, other = folding.coordinates(odd), folding.coordinates(written)
+    assert one is not None
+    assert other is not None
     assert (other.log_X, other.kappa_B) == pytest.approx((one.log_X, one.kappa_B))
     assert grade.name == ("bitwise" if form == "rslora" else "exact")
 

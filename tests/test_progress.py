@@ -164,3 +164,11 @@ def test_flags_and_reasons_are_counted_with_their_cells() -> None:
 )
 def test_durations_read_like_a_clock(seconds: float | None, text: str) -> None:
     assert progress.duration(seconds) == text
+
+
+def test_the_scaled_rules_are_offered_only_where_they_make_cells_exact() -> None:
+    near = {"distinct_runs": 5, "size": 1e-3}
+    (line,) = progress.class_lines({"classes": [], "near": near | {"reasons": ["clip", "eps"]}})
+    assert line.endswith("(clip, eps); under optimizer.eps_rule, decay_rule and clip_rule=scaled they are exact")
+    (line,) = progress.class_lines({"classes": [], "near": near | {"reasons": ["rounding"]}})
+    assert line.endswith("of the loss (rounding)")
