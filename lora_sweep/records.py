@@ -231,7 +231,8 @@ class Diagnosis:
             tuple(Cause(**{**each, "modules": tuple(each["modules"])}) for each in plain[key])
             for key in ("causes", "causes_without_gain")
         )
-        return cls(plain["gain"], plain["noise"], causes, without)
+        # Older versions wrote null where one evaluation example had no standard error.
+        return cls(plain["gain"], plain["noise"] or 0.0, causes, without)
 
 
 @dataclass(frozen=True)

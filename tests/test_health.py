@@ -415,7 +415,10 @@ def test_a_diagnosis_survives_json() -> None:
     from dataclasses import asdict
 
     made = diagnosis(0.02, 0.25, 1.0)
-    assert Diagnosis.of_plain(json.loads(json.dumps(asdict(made)))) == made
+    plain = json.loads(json.dumps(asdict(made)))
+    assert Diagnosis.of_plain(plain) == made
+    older = Diagnosis.of_plain(plain | {"noise": None})
+    assert older == replace(made, noise=0.0), "of one evaluation example, as it was written once"
 
 
 def test_best_gains_are_at_equal_steps_of_trials_on_the_same_base() -> None:

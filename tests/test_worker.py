@@ -180,6 +180,17 @@ def test_an_adapter_that_learned_nothing_is_flagged_and_never_picked(in_folder: 
         pick(Path("outputs/ask"))
 
 
+def test_one_evaluation_example_has_no_error_and_hides_no_gain(in_folder: Path) -> None:
+    axes = {"optimizer.base_lr": "choice(1e-6, 3e-3)"}
+    _, finished, table = run(write_sweep(in_folder, axes, data={"eval_size": 1}, train={"max_steps": 20}))
+    assert finished
+    for row in table:
+        made = json.loads((in_folder / f"outputs/ask/trials/{row['number']:04d}/result.json").read_text())
+        allowed = space.read("ask.yaml", [])[0].base().health.min_gain_of_base
+        assert made["diagnosis"]["noise"] == pytest.approx(allowed * row["base_loss"])
+    assert [(row["flags"], row["cause"]) for row in table] == [(["zero_trapped"], "lr_too_small"), ([], None)]
+
+
 def test_a_slot_is_refilled_while_the_result_of_the_last_trial_is_being_written(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

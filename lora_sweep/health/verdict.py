@@ -31,7 +31,9 @@ def diagnose(base: Base, last: Evaluation, what: Seen, own: Sequence[Finding], c
     A trial that diverged has no gain because of that: rules that ask why there is none have nothing to add.
     """
     gain, error = course.paired_gain(base, last)
-    noise = max(config.min_gain_standard_errors * error, config.min_gain_of_base * base.eval_loss)
+    # One example alone has no error to be paired.
+    chance = config.min_gain_standard_errors * error if np.isfinite(error) else 0.0
+    noise = max(chance, config.min_gain_of_base * base.eval_loss)
     trapping, all_found = rules.causes(what)
     diverged = any(finding.flag == "diverged" for finding in own)
     return Diagnosis(gain if np.isfinite(gain) else None, noise, trapping, trapping if diverged else all_found)
