@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -105,7 +106,10 @@ def read(folder: Path, allow_pickle: bool = False) -> Saved:
             remedy = " (if you trust it: --allow-pickle)" if (folder / PICKLE).is_file() else ""
             raise UserError(f"{error}{remedy}") from None
     tensors, size = _tensors(folder)
+    astray = [key for key in tensors if not key.startswith(PREFIX)]
     factors, extras = _split(folder, tensors, config)
+    if astray:
+        notes += (f"{len(astray)} tensors ({astray[0]}, ...) are not named {PREFIX}..., so PEFT loads none of them",)
     return Saved(folder, config, factors, extras, size, notes + _ambiguous(config, factors))
 
 
@@ -193,6 +197,9 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], int]:
     return tensors, file.stat().st_size
 
 
+PREFIX = "base_model.model."
+"""How the name of what PEFT loads begins; all else in the file it passes over."""
+
 PARTS = {
     "lora_A.weight": "A",
     "lora_B.weight": "B",
@@ -210,7 +217,9 @@ def _split(folder: Path, tensors: dict[str, Tensor], config: Any) -> tuple[dict[
     embeddings: set[str] = set()
     extras: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix("base_model.model.")
+        if not key.startswith(PREFIX):
+            continue
+        name = key.removeprefix(PREFIX)
         ending = next((ending for ending in PARTS if name.endswith(f".{ending}")), None)
         if ending is None:
             extras[name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = tensor
@@ -240,8 +249,9 @@ def _factors(where: str, module: str, found: dict[str, Tensor], config: Any, is_
     )
     if not A.shape[0] == B.shape[1] == rank:
         raise UserError(f"{where}: rank must be {rank!r} as {CONFIG} says, got A {tuple(A.shape)}, B {tuple(B.shape)}")
-    if not isinstance(alpha, int | float):
-        raise UserError(f"{where}: lora_alpha must be a number, got {alpha!r}")
+    # Python reads NaN, Infinity and whole numbers of any size from JSON.
+    if not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
+        raise UserError(f"{where}: lora_alpha must be a finite number, got {str(alpha)[:40]!r}")
     scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
     magnitude = found.get("magnitude")
     for part, each in (("lora_magnitude_vector", magnitude), ("lora_B.bias", found.get("bias"))):

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lora_sweep import cli
+from lora_sweep import adapters, cli
 from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.inspection import Inspection, inspect
 
@@ -33,10 +33,10 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 WEIGHTS = "adapter_model.safetensors"
 
 
-def llama() -> LlamaForCausalLM:
+def llama(tied: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, tie_word_embeddings=False, **sizes))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, tie_word_embeddings=tied, **sizes))
 
 
 def trained(model: Any, steps: int = 4) -> Any:
@@ -169,6 +169,23 @@ def test_a_value_that_is_not_finite_breaks_the_adapter(make: Make, value: float)
     assert name in made.sentence
     (spoilt,) = [each for each in made.modules if each.nonfinite]
     assert (spoilt.name, spoilt.nonfinite, spoilt.delta_norm, spoilt.norm_A) == (name, 3, None, None)
+
+
+@pytest.mark.parametrize("size", [1e200, 1e100])
+def test_factors_whose_product_is_beyond_fp64_break_the_adapter(make: Make, run: Any, size: float, base: str) -> None:
+    folder, _ = make()
+    name = "base_model.model.model.layers.0.self_attn.k_proj"
+    huge = {f"{name}.lora_A.weight": (4, 32), f"{name}.lora_B.weight": (16, 4)}
+    change(
+        folder,
+        lambda tensors: tensors.update(
+            {key: torch.full(shape, size, dtype=torch.float64) for key, shape in huge.items()}
+        ),
+    )
+    code, out, err = run("inspect", str(folder), "--json", "--base", base)
+    (adapter,) = json.loads(out)["adapters"]
+    assert (code, err, adapter["verdict"]) == (0, "", "broken")
+    assert "so large that BA is not finite in model.layers.0.self_attn.k_proj" in adapter["sentence"]
 
 
 def test_dora_is_measured_as_peft_merges_it(make: Make, base: str) -> None:
@@ -325,6 +342,30 @@ def test_modules_saved_whole_are_told_apart_from_lora(make: Make, base: str) -> 
     assert one(folder).verdict == "broken"
 
 
+def test_a_tied_weight_saved_whole_is_held_against_the_base_by_either_name(make: Make, tmp_path: Path) -> None:
+    llama(tied=True).save_pretrained(tmp_path / "tied")
+    for name in ("lm_head", "embed_tokens"):
+        folder, _ = make(steps=0, on=llama(tied=True), name=name, modules_to_save=[name])
+        (extra,) = one(folder, str(tmp_path / "tied")).extras
+        assert (extra.name.split(".")[-2], extra.delta_rel) == (name, 0)
+
+
+def test_what_peft_does_not_load_is_not_there_and_told(make: Make) -> None:
+    folder, model = make()
+    weights = {name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for name, layer in layers(model)}
+    assert adapters.lost(folder, weights) == ()
+    tensors = load_file(folder / WEIGHTS)
+    bare = {key.removeprefix("base_model.model."): each for key, each in tensors.items()}
+    save_file(bare, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.warns(match="Found missing adapter keys"):
+        loaded = PeftModel.from_pretrained(llama(), str(folder))
+    assert not any(bool(layer.lora_B["default"].weight.any()) for _, layer in layers(loaded)), "PEFT loads nothing"
+    made = one(folder)
+    assert made.verdict == "empty"
+    assert any("16 tensors" in note and "PEFT loads none of them" in note for note in made.notes)
+    assert adapters.lost(folder, weights) == tuple(weights)
+
+
 def test_a_trained_bias_keeps_a_module_alive(make: Make) -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=4))
     with pytest.warns(match="have invalid shape"):  # PEFT holds its own bias for a torn matrix
@@ -426,7 +467,10 @@ def test_another_kind_of_adapter_is_one_clear_error(tmp_path: Path) -> None:
         (lambda config: "{", "cannot be read as JSON"),
         (lambda config: [], "names no peft_type"),
         (lambda config: config | {"r": 8}, "rank must be 8 as adapter_config.json says, got A (4, 32), B (16, 4)"),
-        (lambda config: config | {"lora_alpha": "many"}, "lora_alpha must be a number, got 'many'"),
+        (lambda config: config | {"lora_alpha": "many"}, "lora_alpha must be a finite number, got 'many'"),
+        (lambda config: config | {"lora_alpha": math.nan}, "lora_alpha must be a finite number, got 'nan'"),
+        (lambda config: config | {"lora_alpha": math.inf}, "lora_alpha must be a finite number, got 'inf'"),
+        (lambda config: config | {"lora_alpha": 10**400}, "lora_alpha must be a finite number, got '1000"),
         (lambda config: config | {"rank_pattern": {"(": 3}}, "PEFT cannot read it"),
         (lambda config: config | {"alpha_pattern": [1]}, "PEFT cannot read it"),
         (lambda config: config | {"task_type": "WHAT"}, "PEFT cannot read it"),

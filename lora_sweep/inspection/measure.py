@@ -1,5 +1,6 @@
 """Tensors of one adapter -> measurements -> verdict. Pure; everything is computed in fp64."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -45,7 +46,7 @@ class ModuleMeasurement:
     nonfinite: int
     """Elements that are NaN or infinite, of all its tensors."""
     delta_norm: float | None
-    """s |BA|."""
+    """s |BA|; None where a factor is not finite, or so large that the product is not."""
     stable_rank: float | None
     """|BA|^2 / (largest singular value of BA)^2, between 1 and rank; None where BA = 0."""
     delta_rel: float | None
@@ -100,9 +101,10 @@ def measure(name: str, factors: Factors, start: ZeroStart | None, weight: Tensor
     A, B = factors.A.detach().double(), factors.B.detach().double()
     held = [A, B, *(each.double() for each in (factors.bias, factors.magnitude) if each is not None)]
     nonfinite = sum(int((~each.isfinite()).sum()) for each in held)
-    finite = nonfinite == 0
     delta_norm = stable_rank = delta_rel = deviation = None
-    if finite:
+    most = abs(factors.scaling) * float(torch.linalg.vector_norm(A)) * float(torch.linalg.vector_norm(B))
+    # Of fp64 factors the product, or its square, may be too large for fp64.
+    if nonfinite == 0 and math.isfinite(most * most):
         core = torch.linalg.qr(B, mode="r").R @ torch.linalg.qr(A.T, mode="r").R.T
         singular = torch.linalg.svdvals(core)
         norm = float(torch.linalg.vector_norm(singular))
@@ -175,8 +177,8 @@ def _against(weight: Tensor, A: Tensor, B: Tensor, factors: Factors) -> tuple[fl
         c = m / norms
         change += float(((c - 1).square() * squares + 2 * (c - 1) * c * mixed + c.square() * own).clamp(min=0).sum())
         deviation = max(deviation, float((m / squares.sqrt() - 1).abs().max()))
-    relative = (change / base) ** 0.5 if base else None
-    return relative, None if factors.magnitude is None else deviation
+    relative = (change / base) ** 0.5 if base and math.isfinite(change) else None
+    return relative, deviation if factors.magnitude is not None and math.isfinite(deviation) else None
 
 
 def measure_extra(
@@ -189,7 +191,8 @@ def measure_extra(
     if base is not None and base.shape == tensor.shape and not nonfinite:
         whole = base.detach().double()
         norm = float(torch.linalg.vector_norm(whole))
-        delta_rel = float(torch.linalg.vector_norm(plain - whole)) / norm if norm else None
+        moved = _finite(torch.linalg.vector_norm(plain - whole))
+        delta_rel = moved / norm if norm and moved is not None else None
     parts = name.split(".")[:-1]
     kind: Literal["modules_to_save", "bias", "tokens", "other"] = "other"
     if "trainable_tokens" in name:
@@ -211,6 +214,9 @@ def judge(modules: Sequence[ModuleMeasurement], extras: Sequence[ExtraMeasuremen
     dead = {each.name: each.dead for each in modules if each.dead is not None}
     if broken:
         return "broken", f"NaN or infinite values in {_named(broken)}"
+    too_large = [each.name for each in modules if each.delta_norm is None]
+    if too_large:
+        return "broken", f"values so large that BA is not finite in {_named(too_large)}"
     if not modules:
         return "empty", f"no LoRA weights at all{beside}"
     if not dead:

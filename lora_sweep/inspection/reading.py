@@ -113,7 +113,8 @@ def _inspected(saved: Saved, base: str | None, loaded: Any) -> Inspection:
     modules = tuple(
         measure(name, each, starts[name], _weight(saved, name, loaded)) for name, each in saved.factors.items()
     )
-    parameters = {} if loaded is None else dict(loaded.named_parameters())
+    # A tied weight has two names.
+    parameters = {} if loaded is None else dict(loaded.named_parameters(remove_duplicate=False))
     extras = tuple(
         measure_extra(name, tensor, config.modules_to_save or [], parameters.get(name))
         for name, tensor in saved.extras.items()
