@@ -15,8 +15,9 @@ from lora_sweep.health import BIN_EDGES
 from lora_sweep.ledger import JOURNAL
 from lora_sweep.records import Base, Cell, Evaluation, Fault
 from lora_sweep.run import Outcome
+from lora_sweep.search import Search
 from lora_sweep.space import Sweep
-from lora_sweep.study import Search, Study
+from lora_sweep.study import Study
 from lora_sweep.tracking import Tracker, read_result, read_rows, write_whole
 from lora_sweep.worker import Stop, Watcher, device, work
 from lora_sweep.worker import train as train_one

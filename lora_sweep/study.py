@@ -20,13 +20,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, get_args
 
 import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.pruners import BasePruner, HyperbandPruner, SuccessiveHalvingPruner
-from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
@@ -35,6 +33,7 @@ from lora_sweep.errors import StudyError
 from lora_sweep.journal import Journal, disk_errors, hold
 from lora_sweep.ledger import JOURNAL, Attempt, Reason, StudyView
 from lora_sweep.records import Cell
+from lora_sweep.search import Search
 
 
 class StaleLease(StudyError):
@@ -56,29 +55,6 @@ class Lease:
     """1 for the first attempt at the cell, 2 after one loss, ..."""
     trial: int
     """Optuna's trial id: names the attempt in the storage."""
-
-
-@dataclass(frozen=True)
-class Search:
-    """Where sampled cells come from. Raises ValueError when it cannot serve."""
-
-    sampler: BaseSampler
-    distributions: Mapping[str, BaseDistribution]
-    """Optuna's parameter name -> distribution; the same for the whole life of the study."""
-    n_trials: int
-    """Cells in all; lost attempts don't count."""
-    decode: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
-    """Optuna's parameters (e.g. a log2 rank) -> the config values that Cell.params holds."""
-    hold: int = 8
-    """At most so many cells are drawn that don't fit and wait: each is drawn knowing less than it could."""
-
-    def __post_init__(self) -> None:
-        if self.n_trials < 1 or self.hold < 1:
-            raise ValueError(f"n_trials and hold must be at least 1, got {self.n_trials} and {self.hold}")
-        if not self.distributions:
-            raise ValueError("distributions must name at least one parameter")
-        if isinstance(self.sampler, GridSampler | BruteForceSampler):
-            raise ValueError(f"{type(self.sampler).__name__} runs cells twice in parallel: give the grid as `cells`")
 
 
 class Study(StudyView):
@@ -344,8 +320,7 @@ class Study(StudyView):
         """
         trial_id = self._storage.create_new_trial(self._study_id, create_trial(state=TrialState.WAITING))
         trial = Trial(self._optuna(), trial_id)
-        drawn = {name: _suggest(trial, name, each) for name, each in search.distributions.items()}
-        attempt = Attempt(Cell(trial.number, dict(search.decode(drawn))), 1)
+        attempt = Attempt(Cell(trial.number, search.params(trial)), 1)
         self._storage.set_trial_user_attr(trial_id, "cell", attempt.stored())
         return attempt, trial_id
 
@@ -417,16 +392,6 @@ class Study(StudyView):
 def _as_json(params: Mapping[str, Any]) -> str:
     """To compare with what is on disk: JSON tells true from 1 and makes lists of tuples."""
     return json.dumps(dict(params), sort_keys=True)
-
-
-def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
-    if isinstance(distribution, FloatDistribution):
-        low, high = distribution.low, distribution.high
-        return trial.suggest_float(name, low, high, step=distribution.step, log=distribution.log)
-    if isinstance(distribution, IntDistribution):
-        low, high = distribution.low, distribution.high
-        return trial.suggest_int(name, low, high, step=distribution.step, log=distribution.log)
-    return trial.suggest_categorical(name, cast(Any, distribution).choices)
 
 
 @contextmanager

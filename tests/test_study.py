@@ -34,7 +34,8 @@ from lora_sweep.asha import Asha
 from lora_sweep.errors import ConfigError, OutOfRoom, StudyError
 from lora_sweep.ledger import StudyView, status_of
 from lora_sweep.records import Cell
-from lora_sweep.study import Lease, Search, StaleLease, Study
+from lora_sweep.search import Search
+from lora_sweep.study import Lease, StaleLease, Study
 
 SPACE = {
     "log2_rank": IntDistribution(1, 6),
