@@ -1,12 +1,13 @@
 """What was seen of one adapter over its training: a look now and then, and sums over every step."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_sweep.health.look import METRICS
@@ -33,8 +34,14 @@ class Chart:
     max_steps: int
     every: int
     _tally: Tally = field(default_factory=Tally)
-    _seen: list[tuple[int, Tally, Tensor]] = field(default_factory=list)
-    """(step, sums up to it, (modules, METRICS))."""
+    _seen: list[tuple[int, Tally]] = field(default_factory=list)
+    """(step, sums up to it) of each look."""
+    _unread: list[Tensor] = field(default_factory=list)
+    """The latest looks (modules, METRICS), where they lie."""
+
+    def __post_init__(self) -> None:
+        self._read: NDArray[np.float64] = np.empty((0, len(self.modules), len(METRICS)))
+        """The looks before those, on the host."""
 
     def is_due(self, step: int, at_evaluation: bool) -> bool:
         """Whether to look after this step, the next one."""
@@ -47,7 +54,8 @@ class Chart:
 
     def take(self, step: int, rows: Tensor) -> None:
         """A look (modules, METRICS), after `stepped`. Kept where it lies until somebody reads."""
-        self._seen.append((step, self._tally, rows))
+        self._seen.append((step, self._tally))
+        self._unread.append(rows)
 
     @property
     def tally(self) -> Tally:
@@ -68,22 +76,18 @@ class Chart:
         return Reading(
             modules=self.modules,
             window=window(self.max_steps),
-            steps=tuple(step for step, _, _ in self._seen),
-            tallies=tuple(tally for _, tally, _ in self._seen),
+            steps=tuple(step for step, _ in self._seen),
+            tallies=tuple(tally for _, tally in self._seen),
             values={name: found[:, :, column] for column, name in enumerate(METRICS)},
             tally=self._tally,
         )
 
-    def _on_host(self) -> Any:
-        if not self._seen:
-            return np.empty((0, len(self.modules), len(METRICS)))
-        # What was read before lies on the host already.
-        fresh = [place for place, (_, _, rows) in enumerate(self._seen) if rows.device.type != "cpu"]
-        if fresh:
-            fetched = torch.stack([self._seen[place][2] for place in fresh]).cpu()
-            for place, rows in zip(fresh, fetched, strict=True):
-                self._seen[place] = (*self._seen[place][:2], rows)
-        return torch.stack([rows for _, _, rows in self._seen]).numpy()
+    def _on_host(self) -> NDArray[np.float64]:
+        """(looks, modules, METRICS); only what came since the last time is brought from the device, at once."""
+        if self._unread:
+            self._read = np.concatenate([self._read, torch.stack(self._unread).cpu().numpy()])
+            self._unread = []
+        return self._read
 
     # -- a checkpoint --------------------------------------------------------------------------------------------------
 
@@ -91,10 +95,11 @@ class Chart:
         """(plain values, (looks, modules, METRICS)) that `restore` takes."""
         plain = {
             "tally": self._tally.plain(),
-            "seen": [[step, tally.plain()] for step, tally, _ in self._seen],
+            "seen": [[step, tally.plain()] for step, tally in self._seen],
         }
         return plain, torch.from_numpy(self._on_host()).clone()
 
-    def restore(self, plain: Mapping[str, Any], rows: Sequence[Tensor] | Tensor) -> None:
+    def restore(self, plain: Mapping[str, Any], rows: Tensor) -> None:
         self._tally = Tally(*plain["tally"])
-        self._seen = [(step, Tally(*tally), each) for (step, tally), each in zip(plain["seen"], rows, strict=True)]
+        self._seen = [(step, Tally(*tally)) for step, tally in plain["seen"]]
+        self._read, self._unread = rows.numpy(), []

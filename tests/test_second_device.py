@@ -1,0 +1,99 @@
+"""A pack on a device that is not the host's: its tensors lie together, whatever it is asked to do."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from second_device import CUDA, Mixed, SecondDevice, second_device
+
+from lora_sweep.data import Data
+from lora_sweep.model import LoadedBase
+from lora_sweep.pack import Pack, Settings, Trial
+from lora_sweep.records import Evaluation
+
+MakeTrial = Callable[..., Trial]
+SHARED = {"max_steps": 6, "eval_every": 2, "slots": 2, "batch_size": 1, "base_lr": 1e-3, "target_modules": ["o_proj"]}
+
+
+@pytest.fixture
+def device() -> Iterator[SecondDevice]:
+    with second_device() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def few(style: Data) -> Data:
+    return replace(style, evaluation=style.evaluation.take(np.arange(4)), probe=style.probe.take(np.arange(2)))
+
+
+def there(base: LoadedBase) -> LoadedBase:
+    """A copy of the base on the second device."""
+    return replace(base, model=copy.deepcopy(base.model).to(CUDA))
+
+
+def test_what_torch_does_not_mix_is_not_mixed_here(device: SecondDevice) -> None:
+    host, far = torch.ones(3), torch.ones(3, device="cuda")
+    assert (host.device.type, far.device, far.is_cuda) == ("cpu", CUDA, True)
+    assert (far[:2] * 2).device == far.sum().to(torch.float64).device == torch.zeros_like(far).device == CUDA
+    assert far.cpu().device == far.to("cpu").device == host.device
+    assert host.to(far).device == host.cuda().device == CUDA
+    for mix in (
+        lambda: far + host,
+        lambda: torch.stack([host, far]),
+        lambda: torch.stack([host.sum(), far.sum()]),
+        lambda: host[far.long()],
+        lambda: torch._foreach_add_([far.sum()], [host.sum()]),
+        lambda: far.numpy(),
+    ):
+        with pytest.raises(Mixed):
+            mix()
+    far[torch.tensor([0])] = host.sum()
+    far.copy_(host)
+    assert (far + host.sum()).tolist() == [4.0] * 3
+
+
+def trained(
+    base: LoadedBase, data: Data, trials: list[Trial], folder: Path
+) -> tuple[list[Evaluation], dict[str, torch.device]]:
+    """Three evaluations, before the last the second slot is restored; and where its optimizer's state lies."""
+    pack, made = Pack(base, data, Settings.of(trials[0]), 32), []
+    try:
+        pack.evaluate_base()
+        for each in trials:
+            pack.admit(each)
+        made += pack.advance()
+        made += pack.advance()
+        pack.checkpoint(1)(folder)
+        pack.export(0)(folder / "exported")
+        pack.evict(1)
+        assert pack.restore(trials[1], folder) == 1
+        places = {path: value.device for _, path, value in pack._at(1)._state() if isinstance(value, torch.Tensor)}
+        made += pack.advance()
+    finally:
+        pack.close()
+    return made, places
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"optim": "sgd", "momentum": 0.9, "base_lr": 0.3},
+    ],
+    ids=["sgd"],
+)
+def test_a_pack_is_evaluated_kept_and_restored_on_its_device(
+    base: LoadedBase, few: Data, trial: MakeTrial, knobs: dict[str, Any], tmp_path: Path
+) -> None:
+    trials = [trial(i, rank=4 << i, seed=i, **(SHARED | knobs)) for i in range(2)]
+    with second_device():
+        mine, places = trained(there(base), few, trials, tmp_path / "there")
+    assert set(places.values()) == {CUDA}
+    here, _ = trained(base, few, trials, tmp_path / "here")
+    assert [(each.cell, each.step, each.eval_loss) for each in mine] == [
+        (each.cell, each.step, each.eval_loss) for each in here
+    ]
