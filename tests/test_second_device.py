@@ -82,9 +82,11 @@ def trained(
 @pytest.mark.parametrize(
     "knobs",
     [
+        {"optim": "adamw", "dropout": 0.1, "max_grad_norm": 0.5},
+        {"optim": "adamw", "fixed_shapes": True},
         {"optim": "sgd", "momentum": 0.9, "base_lr": 0.3},
     ],
-    ids=["sgd"],
+    ids=["adamw", "adamw-fixed", "sgd"],
 )
 def test_a_pack_is_evaluated_kept_and_restored_on_its_device(
     base: LoadedBase, few: Data, trial: MakeTrial, knobs: dict[str, Any], tmp_path: Path

@@ -298,7 +298,8 @@ class Slot:
         """Inverse of `_state`: "key/parameter" or "key/side/module" -> tensor or number."""
         for path, value in saved.items():
             key, _, name = path.partition("/")
-            placed = value.to(self.home[0].values.device) if isinstance(value, Tensor) and value.dim() else value
+            # A fused step wants the number of steps beside the moments.
+            placed = value.to(self.home[0].values.device) if isinstance(value, Tensor) else value
             if name in self._parameters:
                 self.optimizer.state[self._parameters[name]][key] = placed
                 continue
