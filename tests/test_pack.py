@@ -220,6 +220,35 @@ def test_refilling_a_slot_changes_no_bit_of_the_others(base: LoadedBase, style: 
     assert torch.equal(losses(refilled[2]), losses(fresh))
 
 
+def test_with_fixed_shapes_slots_that_are_not_due_together_have_the_losses_they_have_alone(
+    base: LoadedBase, style: Data, trial: MakeTrial
+) -> None:
+    """The third trial comes at step 2 of the first, whose last evaluation is at step 3."""
+    knobs = {"max_steps": 3, "eval_every": 2, "slots": 2, "rank": 4, "batch_size": 1, "fixed_shapes": True}
+    trials = [trial(i, seed=i, base_lr=1e-3 * (1 + 3 * i), **knobs) for i in range(4)]
+
+    def evaluated(waiting: list[Trial], first: int) -> dict[tuple[int, int], float]:
+        """(cell, step) -> loss; cell 1 leaves at step 2."""
+        pack, found = Pack(base, style, Settings.of(trials[0]), 4), {}
+        try:
+            for _ in range(first):
+                pack.admit(waiting.pop(0))
+            while pack.live:
+                found |= {(each.cell, each.step): each.eval_loss for each in pack.advance()}
+                for slot, cell in pack.live.items():
+                    if pack.step(slot) == 3 or (cell.number, pack.step(slot)) == (1, 2):
+                        pack.evict(slot)
+                        if waiting:
+                            pack.admit(waiting.pop(0))
+        finally:
+            pack.close()
+        return found
+
+    alone = [evaluated([each], 1) for each in trials]
+    together = evaluated(list(trials), 2)
+    assert together == {key: loss for each in alone for key, loss in each.items()}
+
+
 def test_a_trial_restored_from_its_checkpoint_goes_on_bit_for_bit(
     base: LoadedBase, style: Data, trial: MakeTrial, tmp_path: Path
 ) -> None:

@@ -238,7 +238,9 @@ class Pack:
                 slot.chart.take(slot.step, each)
 
     def _evaluate(self) -> list[Evaluation]:
-        due = [slot for slot in self._passes.order(self._live()) if slot is None or slot.is_due]
+        # With fixed shapes those that are not due are evaluated too: a slot's place in a pass is its row in the bank.
+        fixed = self.settings.fixed_shapes
+        due = [slot for slot in self._passes.order(self._live()) if fixed or (slot is not None and slot.is_due)]
         # The host is ahead of the device: only here it waits.
         self._wait()
         spent = time.monotonic() - (self._training_since or math.nan)
