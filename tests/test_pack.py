@@ -599,6 +599,36 @@ def test_a_trial_that_does_not_fit_by_itself_is_named(
     pack.close()
 
 
+def test_a_trial_whose_evaluation_does_not_fit_takes_no_evaluation_from_the_others(
+    base: LoadedBase, style: Data, trial: MakeTrial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one slot a pass, the other is evaluated before it fails."""
+    knobs = {"max_steps": 2, "eval_every": 2, "slots": 2, "batch_size": 1, "base_lr": 1e-3}
+    small, large = trial(0, rank=2, **knobs), trial(1, rank=8, **knobs)
+    pack = Pack(base, style, Settings.of(small), 8)
+    real, asked = pack._passes.evaluated, []
+
+    def evaluated(slots: Any) -> Any:
+        asked.append([slot.trial.cell.number for slot in slots])
+        if large.cell.number in asked[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(slots)
+
+    monkeypatch.setattr(pack._passes, "evaluated", evaluated)
+    pack.capacity.width = 1
+    pack.admit(small)
+    slot = pack.admit(large)
+    with pytest.raises(Exhausted) as caught:
+        pack.advance()
+    assert caught.value.slot == slot
+    assert asked == [[0], [1]]
+    pack.evict(slot)
+    (evaluation,) = pack.advance()
+    pack.close()
+    assert (evaluation.cell, evaluation.step, [step.step for step in evaluation.steps]) == (0, 2, [1, 2])
+    assert evaluation.tokens_per_second > 0
+
+
 def test_slots_are_chosen_in_the_first_steps_and_no_loss_shows_it(
     base: LoadedBase, style: Data, trial: MakeTrial
 ) -> None:

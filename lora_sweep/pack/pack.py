@@ -244,16 +244,19 @@ class Pack:
         # The host is ahead of the device: only here it waits.
         self._wait()
         spent = time.monotonic() - (self._training_since or math.nan)
+        parts = _split(due, self.capacity.known_width(len(due)))
+        # All losses before the first report, which takes a slot's steps: where one trial does not fit into memory, the
+        # others stay due.
+        measured = [each for part in parts for each in self._within_memory(self._passes.evaluated, part)]
         speed = self._trained_tokens / spent
         self._trained_tokens, self._training_since = 0, None
         reports = {}
-        for part in _split(due, self.capacity.known_width(len(due))):
-            for slots, (evaluation, probe, retention) in self._within_memory(self._passes.evaluated, part):
-                for place, slot in enumerate(slots):
-                    if slot is not None and slot.is_due:
-                        report = self._report(slot, evaluation[0][place], probe[0][place], evaluation[1][place], speed)
-                        kept = None if retention is None else retention[0][place]
-                        reports[slot.index] = replace(report, retention_loss=kept)
+        for slots, (evaluation, probe, retention) in measured:
+            for place, slot in enumerate(slots):
+                if slot is not None and slot.is_due:
+                    report = self._report(slot, evaluation[0][place], probe[0][place], evaluation[1][place], speed)
+                    kept = None if retention is None else retention[0][place]
+                    reports[slot.index] = replace(report, retention_loss=kept)
         return [report for _, report in sorted(reports.items())]
 
     def _within_memory(

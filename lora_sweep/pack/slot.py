@@ -134,7 +134,7 @@ class Slot:
     @property
     def is_due(self) -> bool:
         """At an evaluation boundary with steps not yet reported."""
-        return bool(self.pending) and (self._is_evaluated_after(self.step) or self.is_given_up)
+        return bool(self.pending) and (self._is_evaluated_after(self.step) or self.is_finished or self.is_given_up)
 
     def _is_evaluated_after(self, step: int) -> bool:
         return step % self.trial.train.eval_every == 0 or step == self.trial.train.max_steps
