@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import config_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch.nn import functional
@@ -190,6 +191,16 @@ def test_a_slot_that_is_not_a_number_changes_no_bit_of_the_others(
         assert torch.equal(losses(mine), losses(other))
         assert mine.eval_loss == other.eval_loss
         assert (mine.eval_losses == other.eval_losses).all()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_neighbour_with_dropout_changes_no_bit_of_a_slot_without(style: Data, trial: MakeTrial, dtype: str) -> None:
+    base = model_room.load(config_of(f"model.dtype={dtype}").model, torch.device("cpu"))
+    knobs = {"max_steps": 4, "eval_every": 4, "rank": 4, "batch_size": 2, "base_lr": 3e-3, "fixed_shapes": True}
+    one = trial(0, **knobs)
+    with_dropout, without = (packed(base, style, [one, trial(1, seed=1, dropout=p, **knobs)])[0] for p in (0.1, 0.0))
+    assert torch.equal(losses(with_dropout), losses(without))
+    assert with_dropout.eval_loss == without.eval_loss
 
 
 def test_refilling_a_slot_changes_no_bit_of_the_others(base: LoadedBase, style: Data, trial: MakeTrial) -> None:

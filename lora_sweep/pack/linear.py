@@ -130,7 +130,8 @@ class _Adapted(torch.autograd.Function):
             if kept is None:
                 _add_product(into, low_gradient, segment.A[linear.name])
             else:
-                into += (torch.bmm(low_gradient, segment.A[linear.name]) * kept).to(into.dtype)
+                # Rounded once, as without a mask: a co-tenant's dropout must change no bit of a slot that has none.
+                into.copy_(torch.bmm(low_gradient, segment.A[linear.name]).mul_(kept).add_(into))
         return below, None, None
 
 
