@@ -79,10 +79,11 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
     cells = runs = config.sampler.n_trials or len(asked.cells())
     if config.sampler.name == "grid":
         runs = max(launcher.runs(asked), done)
+    most = "at most " if config.sampler.name != "grid" and config.study.fold != "off" else ""
     slots = "as many slots as pay" if config.train.slots is None else f"{config.train.slots} slots"
     progress.say(
         console,
-        f"{config.study.name}: {cells} cells, {runs} runs, {done} of them finished, {slots} -> {folder}",
+        f"{config.study.name}: {cells} cells, {most}{runs} runs, {done} of them finished, {slots} -> {folder}",
     )
     with _stoppable() as stop, progress.Show(console, runs, done, config.train.max_steps) as show:
         finished = launcher.launch(asked, show, stop)
@@ -148,6 +149,8 @@ def plan(sweep: SweepFile, overrides: Overrides = None, as_json: Json = False) -
     console.print(table)
     for cell in asked.cells()[:3] if made["is_grid"] else ():
         progress.say(console, f"cell {cell.folder}: {short(cell.params)}")
+    if not made["is_grid"] and asked.base().study.fold != "off":
+        progress.say(console, "a cell that is drawn and is the same run as one before it is not run, but told its end")
     for line in class_lines(made):
         progress.say(console, line)
 

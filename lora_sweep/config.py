@@ -256,7 +256,7 @@ class StudyConfig:
     """Of cells that are the same run one is run for all. exact: equal by algebra; near: also those that differ by eps,
     a clip that may bind or the rounding of a 16-bit base or of 8-bit moments; off: every cell is run."""
     verify_fold: Whole
-    """Of so many classes of equal cells, drawn at random, a second cell is run and compared."""
+    """Of so many classes of equal cells of a grid, drawn at random, a second cell is run and compared."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ seed, step and place alone.
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from lora_sweep.errors import ConfigError
 from lora_sweep.records import Fault
 
 Fold = Literal["exact", "near", "off"]
+Folding = Literal["exact", "near"]
 Form = Literal["lora", "rslora", "loraplus"]
 Reason = Literal["eps", "clip", "rounding"]
 
@@ -106,6 +107,9 @@ class _Run:
         rounded = () if self.in_full else self.bits
         return *self.near, self.eps_over_s_squared, self.clip_weight_squared, rounded
 
+    def key(self, fold: Folding) -> Hashable:
+        return self.exact if fold == "exact" else self.near
+
 
 def decimal(value: float) -> Fraction:
     """The number as it was typed: 1e-3 is 1/1000, not the nearest double."""
@@ -172,17 +176,21 @@ def _grade(runs: Sequence[_Run]) -> Grade:
     return Grade("bitwise", 0.0) if same_bits else Grade("exact", EXACT_SIZE)
 
 
+def run_key(config: Config, fold: Folding) -> Hashable:
+    """Equal for those configurations that `classes` would put into one class."""
+    return _run(config).key(fold)
+
+
 def classes(configs: Mapping[int, Config], fold: Fold) -> tuple[SameRun, ...]:
     """{cell number: its configuration} in classes, by their lowest number; each cell is in one.
 
     `exact`: only cells that are equal by algebra share a class; `near`: also those that differ by eps, a clip that may
     bind, or the rounding of a 16-bit base or of 8-bit moments; `off`: none.
     """
-    groups: dict[Any, list[tuple[int, _Run]]] = {}
+    groups: dict[Hashable, list[tuple[int, _Run]]] = {}
     for number in sorted(configs):
         run = _run(configs[number])
-        key = {"off": number, "exact": run.exact, "near": run.near}[fold]
-        groups.setdefault(key, []).append((number, run))
+        groups.setdefault(number if fold == "off" else run.key(fold), []).append((number, run))
     return tuple(
         SameRun(tuple(number for number, _ in group), _grade([run for _, run in group])) for group in groups.values()
     )

@@ -1,7 +1,7 @@
 """Where workers run: this machine's GPU or CPU."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,12 @@ def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:
     if asked.name == "optuna":
         sampler = samplers.instance(asked.instance or {}, "samplers")
         search = Search(
-            sampler, sweep.distributions(), asked.n_trials or 1, sweep.decode, hold=config.train.slots or HELD
+            sampler,
+            sweep.distributions(),
+            asked.n_trials or 1,
+            sweep.decode,
+            hold=config.train.slots or HELD,
+            same_run=_same_run(sweep, config.study.fold),
         )
     classes, checks = ((), ()) if grid is None else _folded(sweep)
     with Study.open(
@@ -115,6 +120,11 @@ def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:
         if finished:
             _verify(study, checks)
         return finished
+
+
+def _same_run(sweep: Sweep, fold: folding.Fold) -> Callable[[Cell], Hashable] | None:
+    """By which drawn cells are held against those before them."""
+    return None if fold == "off" else lambda cell: folding.run_key(sweep.config(cell), fold)
 
 
 def runs(sweep: Sweep) -> int:

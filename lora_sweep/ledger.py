@@ -22,6 +22,9 @@ Reason = Literal["diverged", "memory", "trapped", "error", "lost"]
 
 JOURNAL = "study.journal"
 
+SAME_RUN_AS = "same_run_as"
+"""Attribute of an attempt at a drawn cell that was not run: number of the cell whose end it was told."""
+
 
 @dataclass(frozen=True)
 class CellStatus:
@@ -93,9 +96,16 @@ class StudyView:
         return self.folder / "trials" / f"{cell:04d}"
 
     def folded(self) -> dict[int, tuple[Cell, int]]:
-        """Cells that are not run: {number: (the cell, number of the cell that runs for it)}."""
+        """Cells that are not run: {number: (the cell, number of the cell that runs for it)}.
+
+        Of a grid all that are to be folded; of drawn cells those that were told the end of another.
+        """
         stored = self._about().get("folded", [])
-        return {number: (Cell(number, params), runs) for number, params, runs in stored}
+        found = {number: (Cell(number, params), runs) for number, params, runs in stored}
+        for attempt, trial in self._attempts():
+            if has_ended(trial) and (runs := trial.user_attrs.get(SAME_RUN_AS)) is not None:
+                found[attempt.cell.number] = attempt.cell, runs
+        return found
 
     def statuses(self) -> tuple[CellStatus, ...]:
         """One per cell that has an attempt and is not folded, by number."""
@@ -134,6 +144,11 @@ class StudyView:
         ]
         named = filter(itemgetter(0), zip(self._read, trials, strict=True))
         return cast(Iterator[tuple[Attempt, FrozenTrial]], named)
+
+
+def has_ended(trial: FrozenTrial) -> bool:
+    """Whether the attempt is the cell's last: finished, and not to be tried again."""
+    return trial.state.is_finished() and trial.user_attrs.get("reason") != "lost"
 
 
 def status_of(cell: Cell, attempts: Sequence[FrozenTrial]) -> CellStatus:

@@ -1,12 +1,14 @@
 """Where cells come from that are no grid: a sampler of Optuna's draws them, by what was told before."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, BruteForceSampler, GridSampler
 from optuna.trial import Trial
+
+from lora_sweep.records import Cell
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Search:
     """Optuna's parameters (e.g. a log2 rank) -> the config values that Cell.params holds."""
     hold: int = 8
     """At most so many cells are drawn that don't fit and wait: each is drawn knowing less than it could."""
+    same_run: Callable[[Cell], Hashable] | None = None
+    """Equal for cells that are the same run, of which one is run for all; None: every cell is run."""
 
     def __post_init__(self) -> None:
         if self.n_trials < 1 or self.hold < 1:

@@ -15,12 +15,12 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from lora_sweep.asha import Asha
 from lora_sweep.errors import StudyError
 from lora_sweep.journal import Journal, disk_errors, hold
-from lora_sweep.ledger import JOURNAL, Attempt, Reason, StudyView
+from lora_sweep.ledger import JOURNAL, SAME_RUN_AS, Attempt, Reason, StudyView, has_ended
 from lora_sweep.records import Cell
 from lora_sweep.search import Search
 
@@ -75,7 +75,9 @@ class Study(StudyView):
         self._pruner = pruner
         self._leased: set[int] = set()
         self._idle: Collection[int] = ()
-        """Numbers of folded cells."""
+        """Numbers of folded cells of a grid."""
+        self._keys: dict[int, Hashable] = {}
+        """Number of a drawn cell -> `Search.same_run` of it."""
         self._lock: int | None = None
 
     @classmethod
@@ -165,24 +167,24 @@ class Study(StudyView):
         """Claim the waiting cell of the lowest number that fits, else draw new ones until one fits.
 
         None: nothing fits now, or nothing is left. A drawn cell that does not fit waits, unchanged, for a later call
-        (at most `Search.hold` of them), so don't ask for a pack that is full.
+        (at most `Search.hold` of them), so don't ask for a pack that is full. One that is the same run as another
+        (`Search.same_run`) waits until that has ended, and is told its end.
         """
-        waiting = self._waiting()
-        for attempt, trial in waiting:
-            if fits(attempt.cell) and (lease := self._claim(attempt, trial._trial_id)):
-                return lease
-        if self._search is not None:
-            drawn = len({attempt.cell.number for attempt, _ in self._attempts()})
-            for _ in range(min(self._search.n_trials - drawn, self._search.hold - len(waiting))):
-                attempt, trial_id = self._draw(self._search)
-                if fits(attempt.cell) and (lease := self._claim(attempt, trial_id)):
+        while True:
+            self._tell_same_runs()
+            for attempt, trial in self._ready():
+                if fits(attempt.cell) and (lease := self._claim(attempt, trial._trial_id)):
                     return lease
-        return None
+            if self._search is None or len(self._waiting()) >= self._search.hold:
+                return None
+            if len({attempt.cell.number for attempt, _ in self._attempts()}) >= self._search.n_trials:
+                return None
+            self._draw(self._search)
 
     def next(self, fits: Callable[[Cell], bool], most: int) -> list[Cell]:
         """The cells that `ask` would lease next, at most so many; not those that are yet to be drawn."""
         found: list[Cell] = []
-        for attempt, _ in self._waiting():
+        for attempt, _ in self._ready():
             if len(found) == most:
                 break
             if fits(attempt.cell):
@@ -197,6 +199,43 @@ class Study(StudyView):
             if trial.state is TrialState.WAITING and attempt.cell.number not in self._idle
         ]
         return sorted(waiting, key=lambda each: each[0].cell.number)
+
+    def _ready(self) -> list[tuple[Attempt, FrozenTrial]]:
+        """Those that wait for a slot alone: of cells that are the same run the first, as long as none is running."""
+        attempts = self._attempts()
+        taken = {self._key(attempt.cell) for attempt, trial in attempts if trial.state is TrialState.RUNNING}
+        found = []
+        for attempt, trial in self._waiting():
+            if (key := self._key(attempt.cell)) not in taken:
+                taken.add(key)
+                found.append((attempt, trial))
+        return found
+
+    def _tell_same_runs(self) -> None:
+        """Each waiting cell that is the same run as one that was run to its end ends as that did, whatever the end.
+
+        It is claimed, marked and told like any other, so a kill on the way leaves a lost attempt: the next one is told.
+        """
+        if self._search is None or self._search.same_run is None:
+            return
+        ended: dict[Hashable, tuple[Cell, FrozenTrial]] = {}
+        for attempt, trial in self._attempts():
+            if has_ended(trial) and SAME_RUN_AS not in trial.user_attrs:
+                ended.setdefault(self._key(attempt.cell), (attempt.cell, trial))
+        for attempt, trial in self._waiting():
+            cell, ran = ended.get(self._key(attempt.cell), (None, trial))
+            if cell is not None and (lease := self._claim(attempt, trial._trial_id)):
+                self._storage.set_trial_user_attr(lease.trial, SAME_RUN_AS, cell.number)
+                why = ran.user_attrs.get("reason", "error") if ran.state is TrialState.FAIL else None
+                self.tell(lease, cast(Any, ran.state.name), ran.value, why)
+
+    def _key(self, cell: Cell) -> Hashable:
+        """Equal for cells of which one is run for all; it never changes, so it is asked for once."""
+        if self._search is None or self._search.same_run is None:
+            return cell.number
+        if cell.number not in self._keys:
+            self._keys[cell.number] = self._search.same_run(cell)
+        return self._keys[cell.number]
 
     def report_rung(self, values: Mapping[Lease, float], step: int) -> dict[Lease, bool]:
         """Store the losses (nats per token) of all slots at `step`, then decide as a whole who goes on (True).
@@ -313,8 +352,8 @@ class Study(StudyView):
         )
         self._storage.create_new_trial(self._study_id, template)
 
-    def _draw(self, search: Search) -> tuple[Attempt, int]:
-        """A new cell, as a WAITING attempt that becomes one by its last write; returns it with its trial id.
+    def _draw(self, search: Search) -> None:
+        """A new cell, as a WAITING attempt that becomes one by its last write.
 
         Not by optuna.Study.ask: that would claim the waiting cells first, which were just found not to fit.
         """
@@ -322,7 +361,6 @@ class Study(StudyView):
         trial = Trial(self._optuna(), trial_id)
         attempt = Attempt(Cell(trial.number, search.params(trial)), 1)
         self._storage.set_trial_user_attr(trial_id, "cell", attempt.stored())
-        return attempt, trial_id
 
     def _claim(self, attempt: Attempt, trial_id: int) -> Lease | None:
         try:

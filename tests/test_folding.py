@@ -183,6 +183,16 @@ def test_under_sgd_there_are_no_effective_coordinates_and_no_other_form(form: fo
         folding.in_form(config, form)
 
 
+def test_the_key_of_a_run_is_that_of_its_class() -> None:
+    sweep = sweep_of("method.alpha=choice(8,12,16)", "optimizer.ratio=choice(1,1.5,2)", "model.dtype=choice(fp32,bf16)")
+    folds: tuple[folding.Folding, ...] = ("exact", "near")
+    for fold in folds:
+        keys: dict[Any, list[int]] = {}
+        for cell in sweep.cells():
+            keys.setdefault(folding.run_key(sweep.config(cell), fold), []).append(cell.number)
+        assert [each.cells for each in sweep.classes(fold)] == [tuple(numbers) for numbers in keys.values()]
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0, 1, 7])
 def test_the_effective_coordinates_are_those_of_the_class(schedule: str, warmup: int) -> None:

@@ -581,6 +581,76 @@ def test_another_space_in_the_same_study_is_refused(tmp_path: Path) -> None:
         Study.open(tmp_path, name="s", search=Search(RandomSampler(), wider, 3))
 
 
+def letters(n_trials: int, *values: str, **more: Any) -> Search:
+    """Cells that are the same run where the letter is the same, in either case."""
+    space = {"letter": CategoricalDistribution(values)}
+    same = {"same_run": lambda cell: cell.params["letter"].lower()} | more
+    return Search(RandomSampler(seed=0), space, n_trials, **same)
+
+
+ENDS = [("COMPLETE", 1.5, None), ("PRUNED", 2.5, None), ("PRUNED", None, None), ("FAIL", None, "diverged")]
+
+
+@pytest.mark.parametrize(("state", "value", "why"), ENDS)
+def test_a_drawn_cell_that_is_the_same_run_waits_for_the_end_of_the_first_and_is_told_it(
+    tmp_path: Path, state: Any, value: float | None, why: Any
+) -> None:
+    with Study.open(tmp_path, name="s", search=letters(6, "a", "A", hold=2)) as study:
+        lease = ask(study)
+        assert study.ask(anything) is None, "all that is drawn is the same run"
+        assert study.next(anything, 9) == []
+        assert study.counts() == {"RUNNING": 1, "WAITING": 2, "COMPLETE": 0, "PRUNED": 0, "FAIL": 0}
+        study.release(lease)
+        again = ask(study)
+        assert (again.cell, again.attempt) == (lease.cell, 2), "what was lost has not ended"
+        assert study.ask(anything) is None
+        study.report_rung({again: 2.0}, 10)
+        study.tell(again, state, value, why)
+        assert study.ask(anything) is None
+        assert [runs for _, runs in study.folded().values()] == [0] * 5
+        assert [(each.cell, each.state) for each in study.statuses()] == [(lease.cell, state)]
+    ended = [trial for trial in attempts_on_disk(tmp_path) if trial.user_attrs.get("reason") != "lost"]
+    assert len(ended) == 6
+    told = 2.0 if state == "PRUNED" and value is None else value
+    assert {(trial.state.name, trial.value, trial.user_attrs.get("reason")) for trial in ended} == {(state, told, why)}
+    assert [trial.intermediate_values for trial in ended if trial.intermediate_values] == [{10: 2.0}]
+
+
+def test_each_run_is_leased_once_whoever_shares_the_pack(tmp_path: Path) -> None:
+    slots: list[Lease] = []
+    leased: list[str] = []
+    with Study.open(tmp_path, name="s", search=letters(40, *"aAbBcCdD", hold=3)) as study:
+        while True:
+            while len(slots) < 3 and (lease := study.ask(anything)):
+                slots.append(lease)
+                leased.append(lease.cell.params["letter"].lower())
+            if not slots:
+                break
+            study.tell(slots.pop(0), "COMPLETE", float(len(leased)))
+        assert sorted(leased) == list("abcd")
+        assert (study.size, len(study.statuses()), len(study.folded())) == (40, 4, 36)
+        values = {status.cell.params["letter"].lower(): status.value for status in study.statuses()}
+    for trial in attempts_on_disk(tmp_path):
+        assert trial.state is TrialState.COMPLETE and trial.value == values[trial.params["letter"].lower()]
+
+
+def test_what_a_cell_was_told_stays_when_folding_is_turned_off_and_what_still_waits_is_run(tmp_path: Path) -> None:
+    with Study.open(tmp_path, name="s", search=letters(3, "a")) as study:
+        lease = ask(study)
+        assert study.ask(anything) is None
+        assert study.counts()["WAITING"] == 2
+        study.tell(lease, "COMPLETE", 1.0)
+    with Study.open(tmp_path, name="s", search=letters(4, "a", same_run=None)) as study:
+        study.tell(ask(study), "COMPLETE", 1.0)
+        assert study.folded() == {}
+    with Study.open(tmp_path, name="s", search=letters(4, "a")) as study:
+        assert study.ask(anything) is None
+        assert {number: runs for number, (_, runs) in study.folded().items()} == {2: 0, 3: 0}
+    with Study.open(tmp_path, name="s", search=letters(4, "a", same_run=None)) as study:
+        assert study.ask(anything) is None
+        assert study.counts()["COMPLETE"] == 2
+
+
 def test_a_search_that_cannot_serve_is_refused() -> None:
     with pytest.raises(ValueError, match="n_trials"):
         random_search(0)
@@ -702,7 +772,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int | None, s
 
 
 @pytest.mark.parametrize("how", ["before", "torn", "after"])
-@pytest.mark.parametrize("kind", ["grid", "search"])
+@pytest.mark.parametrize("kind", ["grid", "search", "same runs"])
 def test_a_kill_at_any_write_loses_no_cell_and_finishes_none_twice(
     tmp_path: Path, kill_at: Callable[[int | None, str], None], kind: str, how: str
 ) -> None:
@@ -714,6 +784,8 @@ def test_a_kill_at_any_write_loses_no_cell_and_finishes_none_twice(
 
     def work(folder: Path) -> None:
         asked: Any = {"cells": grid(3)} if kind == "grid" else {"search": random_search(3)}
+        if kind == "same runs":
+            asked = {"search": letters(3, "a", "A", hold=2)}
         with Study.open(folder, name="s", pruner=Asha(2, 10, 20, 10), **asked) as study:
             while lease := study.ask(anything):
                 if lease.attempt == 1 and lease.cell.number == 1:
@@ -743,6 +815,11 @@ def test_a_kill_at_any_write_loses_no_cell_and_finishes_none_twice(
             assert all(trial.user_attrs["cell"]["params"] == own[0].user_attrs["cell"]["params"] for trial in own)
             assert [trial.user_attrs["cell"]["attempt"] for trial in own] == list(range(1, len(own) + 1))
         assert not [trial for trial in attempts_on_disk(folder) if not trial.state.is_finished()]
+        if kind == "same runs":
+            view = StudyView.read(folder)
+            (ran,) = view.statuses()
+            assert {runs for _, runs in view.folded().values()} == {ran.cell.number}
+            assert numbers == {ran.cell.number, *view.folded()}
     assert 15 < n < 99
 
 

@@ -381,6 +381,26 @@ def test_a_sampled_study_draws_its_cells_and_only_the_best_adapters_are_kept(in_
     assert sorted(kept) == sorted(row["number"] for row in results.ranked(table)[:2])
 
 
+def test_drawn_cells_that_are_the_same_run_are_run_once_and_each_has_its_line(in_folder: Path) -> None:
+    sampler = {"name": "optuna", "n_trials": 8, "instance": {"_target_": "optuna.samplers.RandomSampler", "seed": 0}}
+    axes = {"method.alpha": "choice(8, 16)", "optimizer.ratio": "choice(1, 2)"}
+    more = {"sampler": sampler, "optimizer": {"eps_rule": "scaled", "base_lr": 1e-3}}
+    watcher, finished, table = run(write_sweep(in_folder, axes, **more))
+    assert finished
+    products = [row["params"]["method.alpha"] * row["params"]["optimizer.ratio"] for row in table]
+    assert len(watcher.ends) == len(set(products)) == 3
+    assert [row["same_run_as"] for row in table] == [
+        None if products.index(product) == number else products.index(product)
+        for number, product in enumerate(products)
+    ]
+    for row in table:
+        assert row["state"] == "COMPLETE"
+        assert row["eval_loss"] == table[products.index(products[row["number"]])]["eval_loss"]
+    assert results.summary(StudyView.read(Path("outputs/ask")), table, 3)["distinct_runs"] == 3
+    watcher, _, _ = run(write_sweep(in_folder, axes, **more), "study.fold=off", "study.name=each")
+    assert len(watcher.ends) == 8
+
+
 def test_cells_that_cannot_share_a_pack_wait_for_their_own(in_folder: Path) -> None:
     axes = {"train.batch_size": "choice(1, 2)", "data": "choice(style, facts)", "method.rank": "choice(2, 4)"}
     watcher, finished, table = run(write_sweep(in_folder, axes))
