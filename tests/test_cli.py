@@ -316,6 +316,13 @@ def test_plan_shows_the_classes_and_what_keeps_others_apart(run: Run) -> None:
     assert plan["classes"][0] == {"cells": [1, 3], "grade": "near", "reasons": ["eps"], "size": 1e-3}
 
 
+def test_plan_says_that_drawn_cells_may_be_fewer_runs_unless_folding_is_off(run: Run) -> None:
+    words = ("plan", small(), "sampler=random", "sampler.n_trials=3", "method.alpha=choice(8,16)")
+    told = "\na cell that is drawn and is the same run as one before it is not run, but told its end\n"
+    assert told in run(*words).out
+    assert told not in run(*words, "study.fold=off").out
+
+
 def test_options_may_stand_anywhere(run: Run) -> None:
     file = small()
     plans = [

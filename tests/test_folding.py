@@ -173,6 +173,8 @@ def test_each_optimizer_folds_only_what_is_proved_for_it() -> None:
     }
     assert under("adamw_8bit", "near") == ["bitwise", "near: rounding, up to 2e-02", "bitwise"]
     assert under("sgd", "near") == [None, None, "bitwise"]
+    eight = sweep_of(*SCALED, "optimizer.optim=adamw_8bit", "method.alpha=16", "optimizer.ratio=3").base()
+    assert str(folding.in_form(eight, "lora")[1]) == "near: rounding, up to 2e-02"
 
 
 @pytest.mark.parametrize("form", ["lora", "rslora", "loraplus"])
