@@ -8,8 +8,6 @@ import base64
 import functools
 import json
 import logging
-import math
-import statistics
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,15 +24,12 @@ from transformers.trainer_callback import ExportableState
 
 from lora_sweep import adapters, composition, health, quant
 from lora_sweep.errors import UserError
-from lora_sweep.health import AdaptedModule, Asked, Chart, Side, Snapshot, Stepped
+from lora_sweep.health import AdaptedModule, Asked, Chart, Logged, Side, Snapshot, Stepped
 from lora_sweep.records import Diagnosis, Finding
 from lora_sweep.tracking import write_whole
 from lora_sweep.tracking.wandb_run import plain
 
 HEALTH = "health.json"
-_START, _END = 1, 3
-"""Logged losses that stand for the base and for the trained adapter, where nothing was evaluated at step 0."""
-
 _ADAM = {f"{library}.optim.{name}" for library in ("torch", "bitsandbytes") for name in ("adam", "adamw")}
 """Modules of the optimizers whose step is AdamW's: m / (sqrt(v) + eps), bias corrected."""
 
@@ -110,11 +105,9 @@ class HealthCallback(TrainerCallback, ExportableState):
         self._chart: Chart | None = None
         self._asked = Asked(ratio)
         self._before: Snapshot | None = None
-        self._knows_way, self._knows_start = True, True
+        self._knows_way = True
+        self._logged = Logged()
         self._lost: tuple[str, ...] = ()
-        self._base_loss: float | None = None
-        self._eval_loss: float | None = None
-        self._logged: list[float] = []
         self._warned: set[str] = set()
         self._has_failed = False
 
@@ -129,14 +122,11 @@ class HealthCallback(TrainerCallback, ExportableState):
             self._chart = None
             _log.warning("HealthCallback: the model has no LoRA of PEFT's in any linear, nothing is looked at")
             return
-        self._forget()
+        self._forget(state)
         self._chart = Chart(tuple(each.name for each in self._modules), state.max_steps, self._rules.look_every)
         if past is not None:
             self._chart.restore(past["chart"], _unpacked(past["looks"], past["chart"]["seen"], self._modules))
         self._knows_way = state.global_step == 0 or (past is not None and past["knows_way"])
-        for row in state.log_history:
-            self._take(row, row["step"])
-        self._knows_start = state.global_step == 0 or bool(self._logged)
         self._asked = Asked(
             ratio=self._asked_ratio(optimizer) if past is None or self._ratio is not None else past["ratio"],
             coupled_decay=max((_coupled(group) for group in self._groups(optimizer, "B")), default=0.0),
@@ -182,7 +172,7 @@ class HealthCallback(TrainerCallback, ExportableState):
     @_observing
     def on_log(self, args: Any, state: Any, control: Any, **told: Any) -> None:
         # Of an evaluation too.
-        self._take(told.get("logs") or {}, state.global_step)
+        self._logged.take(told.get("logs") or {}, state.global_step)
 
     @_observing
     def on_save(self, args: Any, state: Any, control: Any, **told: Any) -> None:
@@ -230,17 +220,20 @@ class HealthCallback(TrainerCallback, ExportableState):
         found = stored["attributes"]["kept"] if state.global_step and isinstance(stored, dict) else None
         return found if found and found["modules"] == [each.name for each in self._modules] else None
 
-    def _forget(self) -> None:
+    def _forget(self, state: Any) -> None:
         """A callback may see several trainings; a base that was evaluated before the first is still the base."""
-        if self._chart is not None:
-            self._base_loss = None
-        self._before, self._eval_loss, self._logged, self._lost, self._warned = None, None, [], (), set()
+        known = self._logged.evaluations if self._chart is None else []
+        self._logged = Logged(evaluations=known)
+        for row in state.log_history:
+            self._logged.take(row, row["step"])
+        self._logged.knows_start = state.global_step == 0 or bool(self._logged.losses)
+        self._before, self._lost, self._warned = None, (), set()
 
     # -- what it says ------------------------------------------------------------------------------------------------
 
     def diagnosis(self) -> Diagnosis:
         """What was seen until now. Raises ValueError before a training has begun."""
-        gain, noise = self._gain()
+        gain, noise = self._logged.gain(self._rules)
         return Diagnosis(gain, noise, *health.causes(self._seen()))
 
     def _tell(self, findings: tuple[Finding, ...]) -> None:
@@ -259,29 +252,6 @@ class HealthCallback(TrainerCallback, ExportableState):
         with np.errstate(divide="ignore", invalid="ignore"):
             delta_rel = last / weights
         return health.Seen(reading, self._asked, delta_rel, self._rules.min_delta_rel, self._lost, self._knows_way)
-
-    def _take(self, row: Mapping[str, Any], step: int) -> None:
-        """A row of the trainer's log."""
-        if "loss" in row:
-            self._logged.append(float(row["loss"]))
-        if "eval_loss" in row and step == 0:
-            self._base_loss = float(row["eval_loss"])
-        elif "eval_loss" in row:
-            self._eval_loss = float(row["eval_loss"])
-
-    def _gain(self) -> tuple[float | None, float]:
-        """(gain over the base, what could be chance): of evaluations if one came first, else of logged losses."""
-        finite = [loss for loss in self._logged if math.isfinite(loss)]
-        if len(finite) < _START + _END or not self._knows_start:
-            return None, 0.0
-        end = finite[-_END:]
-        start, stop = statistics.mean(finite[:_START]), statistics.mean(end)
-        if self._base_loss is not None and self._eval_loss is not None:
-            start, stop = self._base_loss, self._eval_loss
-        # How far the loss wanders from one log to the next; no errors by example are to be had here.
-        chance = self._rules.min_gain_standard_errors * statistics.stdev(end)
-        gain = start - stop
-        return gain if math.isfinite(gain) else None, max(self._rules.min_gain_of_base * start, chance)
 
     def _lost_in(self, root: Path, adapter: str) -> Iterator[str]:
         """Modules of this adapter whose file under `root` does not hold what memory does."""

@@ -280,6 +280,21 @@ def test_what_no_more_steps_can_mend_is_warned_of_when_the_window_ends(
     assert [each.partition(":")[0] for each in heard] == ["partially_trapped", "ratio_lost"]
 
 
+# -- the losses --------------------------------------------------------------------------------------------------------
+
+EVALUATED = {"eval_on_start": True, "eval_strategy": "steps", "per_device_eval_batch_size": 24}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("logging", [{"logging_steps": 500}, {"logging_strategy": "no"}], ids=["seldom", "never"])
+def test_evaluations_tell_the_gain_where_no_losses_are_logged(
+    base: LoadedBase, tmp_path: Path, logging: dict[str, Any]
+) -> None:
+    watch = HealthCallback()
+    fitted(base, tmp_path, watch, learning_rate=1e-6, eval_steps=25, **EVALUATED | logging)
+    assert [(each.flag, each.cause) for each in watch.findings] == [("zero_trapped", "lr_too_small")]
+
+
 # -- resumed from a checkpoint -----------------------------------------------------------------------------------------
 
 

@@ -1,14 +1,15 @@
 """Measurements of an adapter -> findings with a cause. Knows neither study nor pack: tensors and numbers in, words out.
 
 `look` measures tensors, `Chart` keeps what was seen of one adapter, `rules` names the cause of each module's trouble,
-`course` reads the losses, `verdict` says it all. A trial stores what it shows by itself (`diagnose`, `own_findings`);
-`verdict` compares it with its study whenever that is shown.
+`course` reads the losses (`logged` those of a trainer that is not ours), `verdict` says it all. A trial stores what it
+shows by itself (`diagnose`, `own_findings`); `verdict` compares it with its study whenever that is shown.
 """
 
 from lora_sweep.health.chart import Chart
 from lora_sweep.health.course import Course, forgetting, paired_gain
 from lora_sweep.health.group import delta_rel, measurements
 from lora_sweep.health.histogram import BIN_EDGES
+from lora_sweep.health.logged import Logged
 from lora_sweep.health.look import MOMENTS, AdaptedModule, Side, Snapshot, Stepped, look, snapshot
 from lora_sweep.health.rules import CAUSES, Asked, Seen, causes
 from lora_sweep.health.verdict import best_gains, cannot_learn, certain, diagnose, own_findings, seen, verdict
@@ -21,6 +22,7 @@ __all__ = [
     "Asked",
     "Chart",
     "Course",
+    "Logged",
     "Seen",
     "Side",
     "Snapshot",
