@@ -123,6 +123,7 @@ class HealthCallback(TrainerCallback, ExportableState):
             _log.warning("HealthCallback: the model has no LoRA of PEFT's in any linear, nothing is looked at")
             return
         self._forget(state)
+        self._logged.warmup_steps = args.get_warmup_steps(state.max_steps)
         self._chart = Chart(tuple(each.name for each in self._modules), state.max_steps, self._rules.look_every)
         if past is not None:
             self._chart.restore(past["chart"], _unpacked(past["looks"], past["chart"]["seen"], self._modules))
@@ -165,7 +166,8 @@ class HealthCallback(TrainerCallback, ExportableState):
         if chart is None or not chart.ends_window or state.global_step == state.max_steps:
             return
         # The rate may still be warming up: only what more steps cannot mend is told now.
-        self._tell(health.certain(self._seen(), self._rules))
+        broken = self._broken()
+        self._tell((broken,) if broken else health.certain(self._seen(), self._rules))
         if self._rules.action == "stop" and health.cannot_learn(chart.reading(), self._asked):
             control.should_training_stop = True
 
@@ -185,8 +187,7 @@ class HealthCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **told: Any) -> None:
         if self._chart is None:
             return
-        verdict = health.verdict(self.diagnosis(), None, self._rules)
-        self._tell((*verdict, *health.own_findings(self._seen(), None, self._rules)))
+        self._tell(self._concluded())
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -234,7 +235,25 @@ class HealthCallback(TrainerCallback, ExportableState):
     def diagnosis(self) -> Diagnosis:
         """What was seen until now. Raises ValueError before a training has begun."""
         gain, noise = self._logged.gain(self._rules)
-        return Diagnosis(gain, noise, *health.causes(self._seen()))
+        trapping, found = health.causes(self._seen())
+        if self._broken():
+            return Diagnosis(None, noise, trapping, trapping)
+        # A training that diverged has no gain because of that.
+        diverged = any(finding.flag == "diverged" for finding in self._logged.findings(self._rules))
+        return Diagnosis(gain, noise, trapping, trapping if diverged else found)
+
+    def _concluded(self) -> tuple[Finding, ...]:
+        verdict, broken = health.verdict(self.diagnosis(), None, self._rules), self._broken()
+        if broken:
+            return (*verdict, broken)
+        course = self._logged.findings(self._rules)
+        return (*verdict, *course, *health.own_findings(self._seen(), None, self._rules))
+
+    def _broken(self) -> Finding | None:
+        reading = self._seen().reading
+        sizes = reading.values["rms_A"] + reading.values["absmax_B"]
+        finite = [bool(np.isfinite(each).all()) for each in sizes]
+        return self._logged.not_finite([*zip(reading.steps, finite, strict=True)])
 
     def _tell(self, findings: tuple[Finding, ...]) -> None:
         self.findings = findings

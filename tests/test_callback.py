@@ -236,7 +236,7 @@ def test_losses_that_are_no_numbers_end_no_training_and_health_json_stays_json(
 ) -> None:
     hot = {"learning_rate": 1e6, "logging_nan_inf_filter": False, "max_grad_norm": 0.0}
     assert fitted(base, tmp_path, HealthCallback(), **hot).state.global_step == 25
-    assert not any("mistake" in each for each in heard)
+    assert [each.partition(":")[0] for each in heard] == ["diverged"]
     assert written(tmp_path)["diagnosis"]["gain"] is None
 
 
@@ -293,6 +293,46 @@ def test_evaluations_tell_the_gain_where_no_losses_are_logged(
     watch = HealthCallback()
     fitted(base, tmp_path, watch, learning_rate=1e-6, eval_steps=25, **EVALUATED | logging)
     assert [(each.flag, each.cause) for each in watch.findings] == [("zero_trapped", "lr_too_small")]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate": 1e6},
+        {"learning_rate": 3.0, "eval_steps": 25, **EVALUATED},
+        {"learning_rate": 0.1, "logging_steps": 1},
+    ],
+    ids=["at once", "evaluated", "above the start"],
+)
+def test_a_training_that_diverges_is_said_to_and_to_lack_nothing_else(
+    base: LoadedBase, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    watch = HealthCallback()
+    fitted(base, tmp_path, watch, **settings)
+    assert [(each.flag, each.is_fault) for each in watch.findings] == [("diverged", True)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_gain_that_is_given_back_is_diverged(base: LoadedBase, tmp_path: Path) -> None:
+    class Heating(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+            for group in told["optimizer"].param_groups:
+                group["lr"] = 1e-3 if state.global_step < 20 else 0.1
+
+    watch = HealthCallback()
+    fitted(
+        base, tmp_path, watch, optimizer=torch.optim.AdamW, eval_steps=10, max_steps=30, others=[Heating()], **EVALUATED
+    )
+    assert [each.flag for each in watch.findings] == ["diverged"]
+    assert watch.findings[0].evidence["best_gain"] > 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_losses_of_single_examples_may_wander(base: LoadedBase, tmp_path: Path, heard: list[str]) -> None:
+    watch = HealthCallback()
+    fitted(base, tmp_path, watch, per_device_train_batch_size=1, logging_steps=1)
+    assert (watch.findings, heard) == ((), [])
 
 
 # -- resumed from a checkpoint -----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from conftest import config_of
 from torch import Tensor
 
 from lora_sweep import health
-from lora_sweep.health import BIN_EDGES, AdaptedModule, Asked, Chart, Course, Side, Stepped
+from lora_sweep.health import BIN_EDGES, AdaptedModule, Asked, Chart, Course, Logged, Side, Stepped
 from lora_sweep.health.chart import window
 from lora_sweep.health.look import METRICS
 from lora_sweep.health.rules import CAUSES
@@ -525,6 +525,39 @@ def test_overfit_is_a_rise_beyond_chance_while_the_training_data_still_gets_bett
         "the training data got worse too"
     )
     assert course(FALLING, best, evaluation(0.8, 0.5, step=100, probe_loss=0.2)) == [], "chance"
+
+
+def logged(losses: Sequence[float], every: int = 1, **knobs: Any) -> list[str]:
+    made = Logged(**knobs)
+    for place, loss in enumerate(losses, start=1):
+        made.take({"loss": loss}, place * every)
+    return [each.flag for each in made.findings(RULES)]
+
+
+def test_what_another_trainer_logs_is_judged_by_the_step_as_far_as_it_tells() -> None:
+    hot = [*FALLING[:40], *([5.0] * 20), *FALLING[60:]]
+    jumping = [loss + 1.5 * (step in (40, 60, 80)) for step, loss in enumerate(FALLING)]
+    assert logged(FALLING) == []
+    assert "diverged" in logged(hot)
+    assert "diverged" in logged([2.0, 1.9, 5.0, 5.0, 1.7, 1.7], every=10)
+    assert logged(hot, knows_start=False) == [], "what the first loss was is not known"
+    assert logged([9.0] * 30 + FALLING[30:], warmup_steps=30) == []
+    assert logged(jumping) == ["spiking"]
+    assert logged(jumping, every=2) == [], "a mean over several steps hides a jump"
+
+
+def test_what_is_not_finite_in_the_end_is_diverged_since_it_last_was() -> None:
+    made = Logged()
+    for step, loss in ((10, 2.0), (20, math.inf), (30, 1.5), (40, 0.0)):
+        made.take({"loss": loss}, step)
+    assert made.not_finite([(2, True), (32, True)]) is None, "a step that was left out is none"
+    broken = made.not_finite([(2, True), (32, True), (40, False)])
+    assert broken is not None
+    assert broken.evidence == {"last_finite_step": 32.0}, "0 is what is logged for a loss that is not finite"
+    made.take({"eval_loss": math.nan}, 31)
+    broken = made.not_finite([(2, True)])
+    assert broken is not None
+    assert broken.evidence == {"last_finite_step": 30.0}
 
 
 def test_forgetting_beyond_what_is_allowed_is_told_as_a_warning() -> None:

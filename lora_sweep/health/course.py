@@ -19,6 +19,7 @@ SPIKE_STEPS, SPIKE_DEVIATIONS, SPIKE_OF_START, SPIKE_SHARE = 10, 6.0, 0.25, 0.02
 """A spike is so far above the median of the steps before: by so many median deviations, and this share of L0."""
 SURE = 2.0
 """Paired standard errors."""
+REMEDY = "lower optimizer.base_lr or method.alpha, or warm up for longer"
 
 
 @dataclass(frozen=True)
@@ -57,57 +58,66 @@ def forgetting(base: Base, evaluation: Evaluation) -> float | None:
 def findings(course: Course, rules: HealthConfig) -> Iterator[Finding]:
     """Worst first."""
     if course.last.diverged:
-        step = course.last.last_finite_step or 0
-        sentence = f"The loss was last finite at step {step}: lower optimizer.base_lr or method.alpha."
-        yield Finding("diverged", {"last_finite_step": float(step)}, sentence)
+        yield not_finite(course.last.last_finite_step or 0)
         return
-    diverged = list(_diverged(course))
-    yield from diverged
-    yield from _spiking(course)
-    if not diverged:
+    best, error = paired_gain(course.base, course.best)
+    kept, _ = paired_gain(course.base, course.last)
+    diverged = above_start(course.train_losses[course.warmup_steps :], course.L0) or given_back(best, error, kept)
+    if diverged is not None:
+        yield diverged
+    spikes = spiking(course.train_losses, course.warmup_steps, course.L0)
+    if spikes is not None:
+        yield spikes
+    if diverged is None:
         yield from _overfit(course)
     yield from _forgetting(course, rules)
 
 
-def _diverged(course: Course) -> Iterator[Finding]:
-    losses = np.asarray(course.train_losses[course.warmup_steps :], np.float64)
+def not_finite(last_finite_step: int) -> Finding:
+    sentence = f"The loss was last finite at step {last_finite_step}: lower optimizer.base_lr or method.alpha."
+    return Finding("diverged", {"last_finite_step": float(last_finite_step)}, sentence)
+
+
+def above_start(train_losses: Sequence[float], L0: float) -> Finding | None:
+    """`train_losses`: of each step after warm-up; `L0`: of the training data at step 0."""
+    losses = np.asarray(train_losses, np.float64)
     width = max(SMOOTHED_STEPS, math.ceil(SMOOTHED_SHARE * len(losses)))
-    remedy = "lower optimizer.base_lr or method.alpha, or warm up for longer"
-    if len(losses) >= 2 * width:
-        smoothed = np.convolve(losses, np.full(width, 1 / width), mode="valid")
-        limit = (1 + ABOVE_START) * course.L0
-        share = float((smoothed > limit).mean())
-        if share > ABOVE_SHARE:
-            evidence = {"share_above_start": share, "allowed": ABOVE_SHARE, "loss_at_start": course.L0}
-            yield Finding(
-                "diverged", evidence, f"The training loss was above the base's for {share:.0%} of the steps: {remedy}."
-            )
-            return
-    best, error = paired_gain(course.base, course.best)
-    kept, _ = paired_gain(course.base, course.last)
-    if best > SURE * error and kept < (1 - GIVEN_BACK) * best:
-        evidence = {"best_gain": best, "last_gain": kept, "share_allowed": GIVEN_BACK}
-        yield Finding("diverged", evidence, f"Of the best gain of {best:.2g} nats {kept:.2g} were left: {remedy}.")
+    if len(losses) < 2 * width:
+        return None
+    smoothed = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+    share = float((smoothed > (1 + ABOVE_START) * L0).mean())
+    if share <= ABOVE_SHARE:
+        return None
+    evidence = {"share_above_start": share, "allowed": ABOVE_SHARE, "loss_at_start": L0}
+    sentence = f"The training loss was above the base's for {share:.0%} of the steps: {REMEDY}."
+    return Finding("diverged", evidence, sentence)
 
 
-def _spiking(course: Course) -> Iterator[Finding]:
-    losses = np.asarray(course.train_losses, np.float64)
-    begin = max(SPIKE_STEPS, course.warmup_steps)
+def given_back(best: float, error: float, kept: float) -> Finding | None:
+    """`best`: gain over the base, nats per token, with its standard error; `kept`: what was left of it in the end."""
+    if best <= SURE * error or kept >= (1 - GIVEN_BACK) * best:
+        return None
+    evidence = {"best_gain": best, "last_gain": kept, "share_allowed": GIVEN_BACK}
+    return Finding("diverged", evidence, f"Of the best gain of {best:.2g} nats {kept:.2g} were left: {REMEDY}.")
+
+
+def spiking(train_losses: Sequence[float], warmup_steps: int, L0: float) -> Finding | None:
+    """`train_losses`: of each step; `L0`: of the training data at step 0."""
+    losses = np.asarray(train_losses, np.float64)
+    begin = max(SPIKE_STEPS, warmup_steps)
     if len(losses) <= begin:
-        return
+        return None
     before = np.lib.stride_tricks.sliding_window_view(losses, SPIKE_STEPS)[begin - SPIKE_STEPS : -1]
     middle = np.median(before, axis=1)
     deviation = 1.4826 * np.median(np.abs(before - middle[:, None]), axis=1)
-    limit = middle + np.maximum(SPIKE_DEVIATIONS * deviation, SPIKE_OF_START * course.L0)
+    limit = middle + np.maximum(SPIKE_DEVIATIONS * deviation, SPIKE_OF_START * L0)
     spikes = int((losses[begin:] > limit).sum())
     share = spikes / (len(losses) - begin)
-    if spikes > 1 and share > SPIKE_SHARE:
-        sentence = (
-            f"The training loss jumped at {spikes} steps: lower optimizer.base_lr, or clip (train.max_grad_norm)."
-        )
-        yield Finding(
-            "spiking", {"spikes": float(spikes), "share": share, "allowed": SPIKE_SHARE}, sentence, is_fault=False
-        )
+    if spikes <= 1 or share <= SPIKE_SHARE:
+        return None
+    sentence = f"The training loss jumped at {spikes} steps: lower optimizer.base_lr, or clip (train.max_grad_norm)."
+    evidence = {"spikes": float(spikes), "share": share, "allowed": SPIKE_SHARE}
+    return Finding("spiking", evidence, sentence, is_fault=False)
 
 
 def _overfit(course: Course) -> Iterator[Finding]:

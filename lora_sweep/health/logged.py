@@ -6,14 +6,22 @@ told from how far the logged losses wander.
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from lora_sweep.config import HealthConfig
+from lora_sweep.health import course
+from lora_sweep.records import Finding
 
 START, END = 1, 3
 """Logged losses that stand for the base and for the trained adapter, where nothing was evaluated at step 0."""
+
+OF_DIFFERENCES = 0.6745 * math.sqrt(2)
+"""The median size of the difference of two losses, in their standard deviations."""
 
 
 @dataclass
@@ -22,6 +30,7 @@ class Logged:
 
     knows_start: bool = True
     """Whether the first loss is that of the first steps."""
+    warmup_steps: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)
     """(step, mean over the steps since the one before)."""
     evaluations: list[tuple[int, float]] = field(default_factory=list)
@@ -54,3 +63,64 @@ class Logged:
         if not math.isfinite(start - stop):
             return None, 0.0
         return start - stop, max(rules.min_gain_of_base * start, chance)
+
+    def not_finite(self, looks: Sequence[tuple[int, bool]] = ()) -> Finding | None:
+        """Whether losses, evaluations or the adapter itself came to an end that is not finite.
+
+        `looks`: (step, whether A and B were finite). They are needed: transformers logs 0 for a loss that is not.
+        """
+        seen = [[(step, math.isfinite(loss)) for step, loss in each] for each in (self.losses, self.evaluations)]
+        seen.append([*looks])
+        broken = [step for each in seen if (step := _broken_at(each)) is not None]
+        if not broken:
+            return None
+        finite = (step for each in seen for step, is_finite in each if is_finite and step < min(broken))
+        return course.not_finite(max(finite, default=0))
+
+    def findings(self, rules: HealthConfig) -> Iterator[Finding]:
+        """Of finite losses, worst first. Overfitting needs errors by example, which nobody logs."""
+        steps, L0 = self._by_step(), self._highest_start()
+        base, trained = self.base_loss, [loss for step, loss in self.evaluations if step > 0]
+        diverged = None if L0 is None else course.above_start(steps[self.warmup_steps :], L0)
+        if diverged is None and base is not None and trained:
+            error = max(rules.min_gain_of_base * base / course.SURE, self._wander())
+            diverged = course.given_back(base - min(trained), error, base - trained[-1])
+        if diverged is not None:
+            yield diverged
+        # A mean over several steps hides a jump.
+        if L0 is not None and len(steps) == len(self.losses):
+            spikes = course.spiking(steps, self.warmup_steps, L0)
+            if spikes is not None:
+                yield spikes
+
+    def _by_step(self) -> list[float]:
+        """The loss of each step that was logged, or the mean that it went into."""
+        steps = [0, *(step for step, _ in self.losses)]
+        return [
+            loss
+            for (before, step), (_, loss) in zip(pairwise(steps), self.losses, strict=True)
+            for _ in range(step - before)
+        ]
+
+    def _highest_start(self) -> float | None:
+        """What the loss of the training data at step 0 can have been at most: the first one is of few examples.
+
+        Where it is a mean over many steps, what the loss did in those is not seen.
+        """
+        known = self.knows_start and len(self.losses) > 1
+        return self.losses[0][1] + course.SURE * self._wander() if known else None
+
+    def _wander(self) -> float:
+        """Standard deviation of a logged loss about its course, by the differences, whatever a few jumps do."""
+        differences = np.abs(np.diff([loss for _, loss in self.losses if math.isfinite(loss)]))
+        return float(np.median(differences)) / OF_DIFFERENCES if len(differences) else 0.0
+
+
+def _broken_at(seen: Sequence[tuple[int, bool]]) -> int | None:
+    """The step from which on nothing was finite; None where the last is."""
+    found = None
+    for step, is_finite in reversed(seen):
+        if is_finite:
+            break
+        found = step
+    return found
