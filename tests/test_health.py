@@ -79,6 +79,51 @@ def test_transposed_views_are_read_like_copies() -> None:
     assert health.snapshot([(A, B.T)])[0][1].shape == health.snapshot([(A, B)])[0][1].shape
 
 
+REAL = [(16, 2048), (64, 4096), (8, 11008), (128, 14336), (6, 4608)]
+
+
+@pytest.mark.parametrize(("rank", "width"), REAL)
+def test_a_sample_holds_every_rank_and_many_places_of_the_width_however_the_memory_lies(rank: int, width: int) -> None:
+    ranks = torch.arange(rank).repeat(width, 1)
+    columns = torch.arange(width).repeat(rank, 1)
+    # PEFT's B is (width, rank) in memory and comes transposed; A, and both in a pack, are (rank, width).
+    peft, packed = ranks.T, ranks.T.contiguous()
+    for held in (peft, packed):
+        ((_, sample),) = health.snapshot([(packed, held)])
+        assert sample.numel() < 2 * 1024
+        counts = torch.bincount(sample, minlength=rank)
+        assert counts.min() >= 0.5 * sample.numel() / rank, "each rank has its share"
+    ((places, _),) = health.snapshot([(columns, packed)])
+    assert len(places.unique()) >= 0.5 * min(width, len(places)), "and not the same few places of each"
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["pack", "PEFT"])
+def test_a_dead_rank_among_living_ones_is_no_dead_module(transposed: bool) -> None:
+    A = drawn(0, 16, 2048, size=0.01)
+    A[0] = 0
+    B = torch.zeros(2048, 16).T if transposed else torch.zeros(16, 2048)
+    A.requires_grad_()
+    B.requires_grad_()
+    x, y = drawn(1, 32, 2048), drawn(2, 32, 2048)
+    optimizer = torch.optim.AdamW([A, B], lr=1e-3, weight_decay=0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (x @ A.T @ B - y).square().mean().backward()
+        before, was = health.snapshot([(A, B)]), B.detach().clone()
+        optimizer.step()
+    sides = []
+    for parameter in (A, B):
+        state = optimizer.state[parameter]
+        stepped = Stepped(1.0, 1e-8, (0.9, 0.999), 3)
+        sides.append(Side(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], stepped))
+    found = dict(zip(METRICS, health.look([AdaptedModule(*sides)], before)[0].tolist(), strict=True))
+    assert found["moved_B"] == pytest.approx(float((was != B).float().mean()), abs=0.03)
+    assert found["moved_B"] == pytest.approx(15 / 16, abs=0.03)
+    assert found["gradmax_B"] > 0.5 * float(B.grad.abs().max())
+    assert found["v_over_eps_B"] > 1
+    assert found["lr_B"] == pytest.approx(1e-3, rel=1e-3)
+
+
 def trained(lr: tuple[float, float], steps: int, dtype: Any = torch.float32, **knobs: Any) -> list[dict[str, Tensor]]:
     """Looks after each step of torch's own AdamW on a small regression, B from zero."""
     settings = {"weight_decay": 0.0, "eps": 1e-8, "betas": (0.9, 0.999)} | knobs

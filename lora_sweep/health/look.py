@@ -4,6 +4,7 @@ Pure, and on the device: modules of one shape, of whatever adapter, are measured
 device. |BA|_F^2 = tr((B'B)(AA')), so BA itself is never formed.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,10 +28,10 @@ MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v", "state1": "m", "state2": "v"}
 """Adam's moments by the names that torch and bitsandbytes give them in an optimizer's state."""
 
 SAMPLE = 1024
-"""Elements of a tensor that a sample holds, at most, evenly spread: a share of them is known to +- 1.6 % at worst."""
+"""Elements of a tensor that a sample holds, or a few more, evenly spread: a share is known to +- 1.6 % at worst."""
 
 RATE_SAMPLE = 256
-"""Elements of those that a rate is measured on: it is the same for all."""
+"""Elements of those that a rate is measured on, or a few more: it is the same for all."""
 
 POWER_STEPS = 16
 """Of the power iteration for the largest singular value, which they give from below."""
@@ -151,7 +152,7 @@ def _columns(modules: Sequence[AdaptedModule], before: Snapshot) -> dict[str, Te
 
 
 def _sampled_gradients(modules: Sequence[AdaptedModule], side: str) -> Tensor:
-    """(n, <= SAMPLE)."""
+    """(n, about SAMPLE)."""
     return _wide(torch.stack([_sample(getattr(module, side).gradient) for module in modules]))
 
 
@@ -167,7 +168,7 @@ def _rates(sides: Sequence[Side], was: Tensor, now: Tensor, none: Tensor) -> tup
     """
     if sides[0].m is None or sides[0].v is None:
         return none, none
-    every = -(-was.shape[1] // RATE_SAMPLE)
+    every = _stride(was.shape[1], RATE_SAMPLE, sides[0].value.numel())
     was, now = was[:, ::every], now[:, ::every]
     m = torch.stack([_sample(_given(side.m))[::every] for side in sides]).double()
     v = torch.stack([_sample(_given(side.v))[::every] for side in sides]).double()
@@ -201,11 +202,20 @@ def _largest_squared(gram: Tensor) -> Tensor:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """(<= SAMPLE,) elements, a view; in the order of the memory, so that a transposed tensor need not be copied."""
+    """(about SAMPLE,) elements, a view; in the order of the memory, so that a transposed tensor need not be copied."""
     if not (tensor.is_contiguous() or tensor.T.is_contiguous()):
         tensor = tensor.contiguous()
-    every = -(-tensor.numel() // SAMPLE)
+    every = _stride(tensor.numel(), SAMPLE, tensor.numel())
     return tensor.detach().as_strided((-(-tensor.numel() // every),), (every,))
+
+
+def _stride(length: int, wanted: int, numel: int) -> int:
+    """Takes about `wanted` of `length` elements of a tensor of `numel`, or of a sample of it.
+
+    It has no divisor in common with the rows or columns, else whole ranks, or whole inputs, would never be taken.
+    """
+    widest = -(-length // wanted)
+    return next(every for every in range(widest, 0, -1) if math.gcd(every, numel) == 1)
 
 
 def _wide(tensor: Tensor) -> Tensor:
