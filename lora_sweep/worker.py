@@ -21,7 +21,7 @@ from lora_sweep.data import Data, Report
 from lora_sweep.errors import StudyError, UserError
 from lora_sweep.ledger import Reason
 from lora_sweep.model import LoadedBase
-from lora_sweep.pack import Capacity, Exhausted, Pack, Settings, Trial
+from lora_sweep.pack import Capacity, Exhausted, Pack, Settings, Trial, device_kind
 from lora_sweep.records import Base, Cell, Evaluation, Fault
 from lora_sweep.run import Ended, Outcome, Run
 from lora_sweep.space import Sweep
@@ -84,8 +84,9 @@ class Bench:
         """A pack for trials of this configuration's kind, and the losses of its base."""
         loaded = self.base(config.model)
         settings = Settings.of(Trial.of(Cell(0), config))
-        known = Known(self.folder / "capacity.json", f"{config.model} {config.data} {settings} {self.device.type}")
-        pack = Pack(loaded, self.data(config.data, loaded), settings, bank_rank, known.too_wide)
+        kind = f"{config.model} {config.data} {settings} {device_kind(self.device)}"
+        known = Known(self.folder / "capacity.json", kind)
+        pack = Pack(loaded, self.data(config.data, loaded), settings, bank_rank, known.too_wide, known.fits)
         try:
             try:
                 measured = pack.evaluate_base()
@@ -119,10 +120,17 @@ class Known:
         found: int | None = self._all().get(self._key, {}).get("too_wide")
         return found
 
+    @property
+    def fits(self) -> int:
+        """The largest number below that whose passes went through."""
+        found: int = self._all().get(self._key, {}).get("fits", 0)
+        return found
+
     def keep(self, capacity: Capacity) -> None:
         if not capacity.measured and capacity.too_wide is None:
             return
-        measured = {"slots": capacity.slots, "too_wide": capacity.too_wide, "reason": capacity.reason}
+        found = {"too_wide": capacity.too_wide, "fits": capacity.fits}
+        measured = {"slots": capacity.slots, "reason": capacity.reason} | found
         write_whole(self.file, json.dumps(self._all() | {self._key: measured}, indent=2) + "\n")
 
     @property

@@ -2,10 +2,13 @@
 
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lora_sweep.pack.capacity import CLOSE_ROUNDS, FULL, MOST_SLOTS, ROUNDS, Capacity
+from lora_sweep.pack.memory import device_kind
 
 GIB = 2.0**30
 
@@ -106,7 +109,54 @@ def test_a_pass_that_ran_out_of_memory_is_halved_and_never_tried_again() -> None
     assert capacity.slots == 4
     capacity.failed(4)
     assert capacity.next_width(8) == 2
-    assert Capacity(8, is_settled=True, too_wide=4).next_width(8) == 3, "as an earlier pack found"
+
+
+def test_what_an_earlier_pack_found_is_not_tried_again_nor_anything_close_to_it() -> None:
+    for known, widest in (((8, 0), 4), ((8, 3), 4), ((8, 6), 6), ((2, 1), 1)):
+        too_wide, fits = known
+        given = Capacity(8, is_settled=True, too_wide=too_wide, fits=fits)
+        assert max(given.next_width(live) for live in range(1, 9)) == widest
+        assert max(decided(8, lambda k: 0.010 + 0.001 * k, too_wide=too_wide, fits=fits)[1]) == widest
+
+
+def test_a_step_that_had_to_shrink_is_no_measurement_of_its_width_and_the_search_goes_on_below() -> None:
+    """A device of five slots: what a step is asked for, and what the pack's halving makes of it."""
+    capacity, asked = Capacity(16), []
+    while not capacity.is_settled:
+        width = capacity.next_width(16)
+        if capacity.is_settled:
+            break
+        asked.append(width)
+        part = width
+        while part > 5:
+            capacity.failed(part)
+            part = -(-part // 2)
+        capacity.fitted(part)
+        assert capacity.known_width(16) <= 5, "evaluations are not tried at a width that has failed"
+        capacity.took(width, 16, 16 * (0.010 / part + 0.001), None)
+    assert (capacity.width, capacity.too_wide, capacity.fits) == (4, 8, 4)
+    assert asked.count(16) + asked.count(8) == 1, "one step paid for it"
+    assert set(capacity.measured) == {1, 2, 4}
+    assert "16" not in capacity.reason
+
+
+def test_a_width_at_which_only_an_evaluation_fails_is_not_known_to_fit() -> None:
+    capacity = Capacity(8, is_settled=True)
+    capacity.fitted(8)
+    capacity.failed(8)
+    assert (capacity.fits, capacity.next_width(8)) == (4, 4)
+    capacity.fitted(8)
+    assert capacity.fits == 4
+
+
+def test_a_limit_holds_for_devices_of_one_name_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [("small card", 24 * GIB), ("large card", 80 * GIB), ("small card", 48 * GIB), ("small card", 24 * GIB)]
+    made = iter([SimpleNamespace(name=name, total_memory=int(size)) for name, size in cards])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: next(made))
+    kinds = [device_kind(torch.device("cuda")) for _ in cards]
+    assert len(set(kinds)) == 3
+    assert kinds[0] == kinds[3]
+    assert device_kind(torch.device("cpu")) == device_kind(torch.device("cpu")) not in kinds
 
 
 def test_a_number_given_by_the_user_is_kept() -> None:

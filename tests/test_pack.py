@@ -591,10 +591,26 @@ def test_out_of_memory_shrinks_the_pass_and_costs_no_step(
     pack.close()
     assert max(asked[-3:]) <= 2, "it is not tried again"
     assert asked.count(5) == 1
-    assert pack.capacity.too_wide == 3
+    assert (pack.capacity.too_wide, pack.capacity.fits) == (3, 2)
     for one, evaluation in zip(trials, measured, strict=True):
         assert evaluation.step == 4
         assert largest_difference(losses(evaluation), losses(packed(base, style, [one])[0])) < 1e-5
+
+
+def test_while_widths_are_tried_one_that_does_not_fit_costs_one_step(
+    base: LoadedBase, style: Data, trial: MakeTrial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = {"max_steps": 99, "eval_every": 99, "slots": None, "batch_size": 1, "target_modules": ["o_proj"]}
+    trials = [trial(i, rank=2, seed=i, **knobs) for i in range(4)]
+    pack = Pack(base, style, Settings.of(trials[0]), 2)
+    asked = limited(pack, 2, monkeypatch)
+    for each in trials:
+        pack.admit(each)
+    capacity = pack.measure()
+    pack.close()
+    assert [width for width in asked if width > 2] == [4]
+    assert set(capacity.measured) == {1, 2}
+    assert (capacity.too_wide, capacity.fits) == (4, 2)
 
 
 def test_a_trial_that_does_not_fit_by_itself_is_named(

@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import config_of
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from test_pack import IGNORED, mean_loss
 
 from lora_sweep import data as data_room
-from lora_sweep import launch, results, space
+from lora_sweep import launch, results, space, worker
 from lora_sweep.blueprint import Blueprint
 from lora_sweep.errors import NoSafeAnswer, OutOfRoom, StudyError
 from lora_sweep.ledger import StudyView
@@ -567,3 +568,21 @@ def test_a_trial_too_large_for_the_memory_fails_alone_and_the_others_go_on(
     assert table[2]["eval_loss"] is None, "never a made-up loss"
     known = json.loads((in_folder / "outputs/ask/capacity.json").read_text())
     assert [each["too_wide"] for each in known.values()] == [3], "remembered for the next launch"
+
+
+def test_what_did_not_fit_is_remembered_for_the_same_kind_of_device(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of("data.subjects=8", "data.eval_size=2", "data.probe_size=2", "train.slots=8")
+    bench = worker.Bench(torch.device("cpu"), in_folder)
+
+    def begun(kind: str) -> tuple[int | None, int]:
+        """What a pack on such a device knows when it begins; then passes of 4 fit and those of 6 do not."""
+        monkeypatch.setattr(worker, "device_kind", lambda _: kind)
+        with bench.pack(config, 2) as (pack, _):
+            known = pack.capacity.too_wide, pack.capacity.fits
+            pack.capacity.fitted(4)
+            pack.capacity.failed(6)
+        return known
+
+    assert [begun(kind) for kind in ("small", "large", "small")] == [(None, 0), (None, 0), (6, 4)]

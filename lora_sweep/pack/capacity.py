@@ -42,7 +42,9 @@ class Capacity:
     width: int = 0
     """Slots a pass when settled; 0: all."""
     too_wide: int | None = None
-    """The smallest width that ran out of memory."""
+    """The smallest width that ran out of memory, in this pack or in an earlier one of its kind."""
+    fits: int = 0
+    """The largest width below that whose passes went through."""
     _seconds: dict[int, list[float]] = field(default_factory=dict)
     """Width -> seconds of a step by slot, each step."""
     _peaks: dict[int, float] = field(default_factory=dict)
@@ -50,7 +52,8 @@ class Capacity:
 
     def next_width(self, live: int) -> int:
         """How many slots the passes of the next step hold, with so many in the pack."""
-        widest = min(live, self.too_wide - 1) if self.too_wide is not None else live
+        # One that failed costs a step's time, so what lies between the two is not looked for.
+        widest = live if self.too_wide is None else min(live, max(1, self.fits, self.too_wide // 2))
         if self.is_settled:
             return max(1, min(self.width or live, widest))
         tried = [width for width in _doubling(widest) if self._fits(width)]
@@ -84,14 +87,23 @@ class Capacity:
         return self.next_width(live) if self.is_settled else min(live, max(self._seconds, default=1))
 
     def took(self, width: int, live: int, seconds: float, peak_bytes: float | None) -> None:
-        """What a step of `live` slots, `width` a pass, has cost."""
+        """What a step of `live` slots, `width` a pass, has cost; nothing is learned of one that had to shrink."""
+        if self.too_wide is not None and width >= self.too_wide:
+            return
         self._seconds.setdefault(width, []).append(seconds / live)
         if peak_bytes is not None:
             self._peaks[width] = max(peak_bytes, self._peaks.get(width, 0.0))
 
+    def fitted(self, width: int) -> None:
+        """A training pass of so many slots went through."""
+        if self.too_wide is None or width < self.too_wide:
+            self.fits = max(self.fits, width)
+
     def failed(self, width: int) -> None:
         """A pass of so many slots ran out of memory. The next ones are half as wide."""
         self.too_wide = min(width, self.too_wide or width)
+        if self.fits >= self.too_wide:
+            self.fits = self.too_wide // 2
         self._seconds = {each: found for each, found in self._seconds.items() if each < self.too_wide}
         if self.is_settled:
             self.width = max(1, min(self.width or width, width // 2))

@@ -1,6 +1,7 @@
 """Memory of a device: what is free, and the most that was held during a stretch of work."""
 
 import contextlib
+import math
 from pathlib import Path
 
 import torch
@@ -28,6 +29,20 @@ def free_bytes(device: torch.device) -> float | None:
                 found.append(float(int(limit.read_text()) - int(used.read_text())))
         return min(found)
     return None
+
+
+def device_kind(device: torch.device) -> str:
+    """What has the same name has as much memory: a number of slots that is too many on one is so on the other."""
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        return f"{found.name}, {found.total_memory} bytes"
+    total = math.inf
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        total = 1024 * int(_line(Path("/proc/meminfo"), "MemTotal"))
+        for limit, _ in _LIMITS:
+            with contextlib.suppress(OSError, ValueError):
+                total = min(total, int(limit.read_text()))
+    return f"{device.type}, {total} bytes"
 
 
 class Peak:

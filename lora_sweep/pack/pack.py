@@ -52,11 +52,17 @@ class Pack:
     """Slots on one base and one data set. Close it to get the base back as it was."""
 
     def __init__(
-        self, base: LoadedBase, data: Data, settings: Settings, bank_rank: int, too_wide: int | None = None
+        self,
+        base: LoadedBase,
+        data: Data,
+        settings: Settings,
+        bank_rank: int,
+        too_wide: int | None = None,
+        fits: int = 0,
     ) -> None:
         """`bank_rank`: the largest rank that can be admitted, with fixed shapes the rank of all banks.
 
-        `too_wide`: so many slots a pass are known not to fit into memory.
+        `too_wide`, `fits`: so many slots a pass are known not to fit into memory, and to fit.
         """
         if faults := input_faults(base.name_or_path, base.model.config, data.length, data.largest_id):
             raise ConfigError(faults)
@@ -68,7 +74,7 @@ class Pack:
         targets = settings.target_modules
         shapes = self._blueprint.shapes(targets if isinstance(targets, str) else list(targets))
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-        self.capacity = self._room(shapes, too_wide)
+        self.capacity = self._room(shapes, too_wide, fits)
         fixed = (bank_rank, self.capacity.slots) if settings.fixed_shapes else None
         self._banks = Banks(shapes, dtype, self._device, fixed)
         now = Pass(anchor=torch.zeros((), device=self._device, requires_grad=True))
@@ -197,6 +203,9 @@ class Pack:
             self._train_step()
         for _ in range(0 if self.capacity.measured else TIMED_STEPS):
             self._train_step(measures=True)
+        while not self.capacity.measured:
+            # All of them had to shrink, which ends at a width that fits.
+            self._train_step(measures=True)
         return self.capacity
 
     def evaluate_base(self) -> Base:
@@ -219,6 +228,7 @@ class Pack:
         before = health.snapshot([each for slot in looked_at for each in slot.factors()])
         tokens = 0
         for slots, means, counts in steps:
+            capacity.fitted(len(slots))
             for slot, mean, count in zip(slots, means.unbind(), counts, strict=True):
                 if slot is not None:
                     slot.update(mean, count)
@@ -321,14 +331,14 @@ class Pack:
             raise ValueError(f"slot {index} is empty")
         return slot
 
-    def _room(self, shapes: Any, too_wide: int | None) -> Capacity:
+    def _room(self, shapes: Any, too_wide: int | None, fits: int) -> Capacity:
         slots = self.settings.slots
         if slots is not None:
-            return Capacity(slots, is_settled=True, width=0, too_wide=too_wide)
+            return Capacity(slots, is_settled=True, too_wide=too_wide, fits=fits)
         each = BYTES_A_PARAMETER * self.bank_rank * sum(d_in + d_out for d_in, d_out in shapes.values())
         free = memory.free_bytes(self._device) or math.inf
         most = int(min(MOST_SLOTS[self._device.type], max(1.0, ADAPTERS_SHARE * free / each)))
-        return Capacity(most, too_wide=too_wide)
+        return Capacity(most, too_wide=too_wide, fits=fits)
 
     def _peft_config(self, trial: Trial) -> Any:
         method = trial.method
