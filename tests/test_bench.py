@@ -22,9 +22,10 @@ from lora_sweep.bench.random_base import Dimensions
 from lora_sweep.bench.reduction import Run, StockRun, Work, bounds, difference, reduce
 from lora_sweep.bench.stock_process import Stock
 from lora_sweep.data import Data, order
-from lora_sweep.errors import ConfigError
+from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Pack, Settings, Trial
+from lora_sweep.pack.passes import Passes
 
 MakeTrial = Callable[..., Trial]
 CPU = torch.device("cpu")
@@ -149,6 +150,26 @@ def test_packs_are_refilled_until_no_trial_is_left(base: LoadedBase, style: Data
     trials = trials_of(config, 4)
     alone = speed.run_sequential(base, style, trials)
     assert speed.run_packed(base, style, trials, 2) == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_slots_that_do_not_fit_into_memory_are_refused_and_never_measured_narrower(
+    base: LoadedBase, style: Data, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Passes.train
+
+    def train(self: Passes, slots: Any) -> Any:
+        if len(slots) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, slots)
+
+    monkeypatch.setattr(Passes, "train", train)
+    trials = trials_of(config_of("train.max_steps=1", "train.eval_every=1", "train.batch_size=1"), 3)
+    with pytest.raises(UserError, match="--slots: 3 trials do not fit into the device's memory"):
+        speed.run_packed(base, style, trials, 3)
+    if not most:
+        with pytest.raises(UserError, match="--slots: 1 trials do not fit"):
+            speed.choice(base, style, trials)
 
 
 def test_a_stock_process_gives_the_losses_of_the_sequential_loop(

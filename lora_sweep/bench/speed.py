@@ -32,7 +32,7 @@ from lora_sweep.config import Config
 from lora_sweep.data import Data
 from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.model import LoadedBase
-from lora_sweep.pack import Pack, Settings, Trial
+from lora_sweep.pack import Exhausted, Pack, Settings, Trial
 
 Say = Callable[[str], None]
 
@@ -45,16 +45,23 @@ def run_sequential(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> tup
 
 
 def run_packed(base: LoadedBase, data: Data, trials: Sequence[Trial], slots: int) -> tuple[float, ...]:
-    """The last evaluation losses."""
+    """The last evaluation losses. Raises UserError where so many slots a pass do not fit into memory."""
     together = [replace(trial, train=replace(trial.train, slots=slots)) for trial in trials]
     pack = Pack(base, data, Settings.of(together[0]), max(trial.method.rank for trial in trials))
     try:
         losses = {evaluation.cell: evaluation.eval_loss for evaluation in packed.run(pack, together)}
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"--slots: {slots} trials do not fit into the device's memory (name fewer)") from error
+    except Exhausted as error:
+        raise _too_many(slots) from error
     finally:
         pack.close()
+    if pack.capacity.too_wide is not None:
+        # The pack went on with narrower passes, whose time is not what this row is about.
+        raise _too_many(slots)
     return tuple(losses[trial.cell.number] for trial in trials)
+
+
+def _too_many(slots: int) -> UserError:
+    return UserError(f"--slots: {slots} trials do not fit into the device's memory (name fewer)")
 
 
 def choice(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> dict[str, Any]:
@@ -68,6 +75,8 @@ def choice(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> dict[str, A
         for trial in free[: pack.capacity.slots]:
             pack.admit(trial)
         capacity = pack.measure()
+    except Exhausted as error:
+        raise _too_many(error.slots) from error
     finally:
         pack.close()
     return {"slots": capacity.width, "reason": capacity.reason}
