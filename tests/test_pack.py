@@ -717,6 +717,21 @@ def test_a_slot_refilled_with_its_rank_is_refilled_in_place(base: LoadedBase, st
     pack.close()
 
 
+@pytest.mark.parametrize("fixed_shapes", [False, True])
+def test_nothing_is_kept_of_trials_that_have_left(
+    base: LoadedBase, style: Data, trial: MakeTrial, fixed_shapes: bool
+) -> None:
+    knobs = {"max_steps": 1, "eval_every": 1, "slots": 2, "rank": 2, "batch_size": 1, "fixed_shapes": fixed_shapes}
+    knobs |= {"target_modules": ["o_proj"], "eval_batch_size": 16}
+    pack = Pack(base, style, Settings.of(trial(**knobs)), 2)
+    for number in range(4):
+        slot = pack.admit(trial(number, seed=number, **knobs))
+        pack.advance()
+        pack.evict(slot)
+    assert list(pack._passes._orders) == [3]
+    pack.close()
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks everywhere
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiling_the_base_changes_no_loss(

@@ -55,9 +55,6 @@ class Passes:
 
         With fixed shapes all places, taken or not.
         """
-        if self.settings.fixed_shapes:
-            (bank,) = self.banks
-            return list(bank.slots)
         if not self._segments:
             self.banks.close_gaps()
             seeds = {slot.trial.train.seed for slot in live}
