@@ -1,14 +1,16 @@
 """How many slots pay: decided from times and memory, here made up, so that the right answer is known."""
 
+import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lora_sweep.pack.capacity import CLOSE_ROUNDS, FULL, MOST_SLOTS, ROUNDS, Capacity
-from lora_sweep.pack.memory import device_kind
+from lora_sweep.pack.memory import device_kind, free_bytes
 
 GIB = 2.0**30
 
@@ -147,6 +149,29 @@ def test_a_width_at_which_only_an_evaluation_fails_is_not_known_to_fit() -> None
     assert (capacity.fits, capacity.next_width(8)) == (4, 4)
     capacity.fitted(8)
     assert capacity.fits == 4
+
+
+@pytest.mark.parametrize(
+    ("folder", "names", "cached"),
+    [
+        ("", ("memory.max", "memory.current"), "inactive_file"),
+        ("memory", ("memory.limit_in_bytes", "memory.usage_in_bytes"), "total_inactive_file"),
+    ],
+)
+def test_files_that_a_container_has_cached_are_free_memory(
+    folder: str, names: tuple[str, str], cached: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_sweep.pack.memory._CONTAINER", tmp_path)
+    place = tmp_path / folder
+    place.mkdir(exist_ok=True)
+    limit, used = (place / name for name in names)
+    used.write_text("1000000\n")
+    (place / "memory.stat").write_text(f"anon 300000\n{cached} 600000\nactive_file 100000\n")
+    for text, free in (("1000000\n", 600_000), ("1200000\n", 800_000), ("100000\n", 0)):
+        limit.write_text(text)
+        assert free_bytes(torch.device("cpu")) == free
+    limit.write_text("max\n")
+    assert 2**20 < free_bytes(torch.device("cpu")) < math.inf
 
 
 def test_a_limit_holds_for_devices_of_one_name_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:

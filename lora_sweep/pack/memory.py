@@ -7,28 +7,27 @@ from pathlib import Path
 import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CONTAINER = Path("/sys/fs/cgroup")
 _LIMITS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
-"""(limit, use) of a container, the newer kernels first."""
+"""(limit, use, what of, the part of it that is cached files and given back on demand), the newer kernels first."""
 
 
-def free_bytes(device: torch.device) -> float | None:
-    """Of the device; None where the system does not tell."""
+def free_bytes(device: torch.device) -> float:
+    """Of the device; infinity where the system does not tell."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     with contextlib.suppress(OSError, ValueError, IndexError):
         found = [1024.0 * int(_line(Path("/proc/meminfo"), "MemAvailable"))]
-        for limit, used in _LIMITS:
-            with contextlib.suppress(OSError, ValueError):
-                found.append(float(int(limit.read_text()) - int(used.read_text())))
-        return min(found)
-    return None
+        for limit, used, parts, cached in _LIMITS:
+            with contextlib.suppress(OSError, ValueError, IndexError, StopIteration):
+                held = int((_CONTAINER / used).read_text()) - int(_line(_CONTAINER / parts, cached))
+                found.append(float(int((_CONTAINER / limit).read_text()) - held))
+        return max(0.0, min(found))
+    return math.inf
 
 
 def device_kind(device: torch.device) -> str:
@@ -39,9 +38,9 @@ def device_kind(device: torch.device) -> str:
     total = math.inf
     with contextlib.suppress(OSError, ValueError, IndexError):
         total = 1024 * int(_line(Path("/proc/meminfo"), "MemTotal"))
-        for limit, _ in _LIMITS:
+        for limit, *_ in _LIMITS:
             with contextlib.suppress(OSError, ValueError):
-                total = min(total, int(limit.read_text()))
+                total = min(total, int((_CONTAINER / limit).read_text()))
     return f"{device.type}, {total} bytes"
 
 
@@ -74,4 +73,4 @@ def is_exhausted(error: BaseException) -> bool:
 
 
 def _line(file: Path, key: str) -> str:
-    return next(line.split()[1] for line in file.read_text().splitlines() if line.startswith(key + ":"))
+    return next(line.split()[1] for line in file.read_text().splitlines() if line.split()[0].rstrip(":") == key)

@@ -218,7 +218,7 @@ class Pack:
         live = self._passes.order(self._live())
         capacity = self.capacity
         if math.isinf(capacity.free_bytes) and not capacity.is_settled:
-            capacity.free_bytes = memory.free_bytes(self._device) or math.inf
+            capacity.free_bytes = memory.free_bytes(self._device)
         width = capacity.next_width(len(live))
         measures = measures or not capacity.is_settled
         peak = memory.Peak(self._device) if measures else None
@@ -336,8 +336,8 @@ class Pack:
         if slots is not None:
             return Capacity(slots, is_settled=True, too_wide=too_wide, fits=fits)
         each = BYTES_A_PARAMETER * self.bank_rank * sum(d_in + d_out for d_in, d_out in shapes.values())
-        free = memory.free_bytes(self._device) or math.inf
-        most = int(min(MOST_SLOTS[self._device.type], max(1.0, ADAPTERS_SHARE * free / each)))
+        affordable = ADAPTERS_SHARE * memory.free_bytes(self._device) / each
+        most = int(min(MOST_SLOTS[self._device.type], max(1.0, affordable)))
         return Capacity(most, too_wide=too_wide, fits=fits)
 
     def _peft_config(self, trial: Trial) -> Any:
