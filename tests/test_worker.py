@@ -23,7 +23,7 @@ from rich.console import Console
 from test_pack import IGNORED, mean_loss
 
 from lora_sweep import data as data_room
-from lora_sweep import launch, results, space, worker
+from lora_sweep import launch, results, space, workbench
 from lora_sweep.blueprint import Blueprint
 from lora_sweep.errors import NoSafeAnswer, OutOfRoom, StudyError
 from lora_sweep.ledger import StudyView
@@ -574,11 +574,11 @@ def test_what_did_not_fit_is_remembered_for_the_same_kind_of_device(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of("data.subjects=8", "data.eval_size=2", "data.probe_size=2", "train.slots=8")
-    bench = worker.Bench(torch.device("cpu"), in_folder)
+    bench = workbench.Workbench(torch.device("cpu"), in_folder)
 
     def begun(kind: str) -> tuple[int | None, int]:
         """What a pack on such a device knows when it begins; then passes of 4 fit and those of 6 do not."""
-        monkeypatch.setattr(worker, "device_kind", lambda _: kind)
+        monkeypatch.setattr(workbench, "device_kind", lambda _: kind)
         with bench.pack(config, 2) as (pack, _):
             known = pack.capacity.too_wide, pack.capacity.fits
             pack.capacity.fitted(4)
