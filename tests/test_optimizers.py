@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from lora_sweep import pack as pack_room
 from lora_sweep.data import Data, order
 from lora_sweep.model import LoadedBase
-from lora_sweep.pack import Pack, Settings, Trial
+from lora_sweep.pack import Pack, Settings, Trial, low_bits
 
 MakeTrial = Callable[..., Trial]
 IGNORED = "ignore:`is_gradient_checkpointing` is deprecated"
@@ -121,6 +121,35 @@ def test_a_checkpoint_keeps_the_optimizers_state(
     resumed.restore(one, tmp_path)
     assert trained(resumed, 0) == expected
     resumed.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("AdamW8bit", "cpu"),
+        *(
+            pytest.param(name, "cuda", marks=pytest.mark.gpu)
+            for name in ("AdamW8bit", "PagedAdamW8bit", "PagedAdamW32bit")
+        ),
+    ],
+)
+def test_a_step_is_bit_for_bit_that_of_bitsandbytes(name: str, device: str) -> None:
+    """The last tensor is large enough to be paged."""
+    torch.manual_seed(0)
+    drawn = [torch.randn(*shape, device=device) for shape in ((64, 128), (8, 16), (800, 128))]
+    gradients = [[torch.randn_like(each) for each in drawn] for _ in range(4)]
+    ends = []
+    for made in (getattr(low_bits, name), getattr(bitsandbytes.optim, name)):
+        parameters = [torch.nn.Parameter(each.clone()) for each in drawn]
+        groups = [{"params": parameters[:2], "lr": 1e-2, "weight_decay": 0.1}, {"params": parameters[2:], "eps": 1e-4}]
+        optimizer = made(groups, lr=1e-3)
+        for step in gradients:
+            for parameter, gradient in zip(parameters, step, strict=True):
+                parameter.grad = gradient.clone()
+            optimizer.step()
+        ends.append(parameters)
+    assert all(torch.equal(mine, other) for mine, other in zip(*ends, strict=True))
+    assert not any(torch.equal(mine, begun) for mine, begun in zip(ends[0], drawn, strict=True))
 
 
 def test_optimizers_are_of_the_packs_kind(base: LoadedBase, style: Data, trial: MakeTrial) -> None:

@@ -13,7 +13,7 @@ from second_device import CUDA, Mixed, SecondDevice, second_device
 
 from lora_sweep.data import Data
 from lora_sweep.model import LoadedBase
-from lora_sweep.pack import Pack, Settings, Trial
+from lora_sweep.pack import Pack, Settings, Trial, low_bits, optimizers
 from lora_sweep.records import Evaluation
 
 MakeTrial = Callable[..., Trial]
@@ -57,11 +57,9 @@ def test_what_torch_does_not_mix_is_not_mixed_here(device: SecondDevice) -> None
     assert (far + host.sum()).tolist() == [4.0] * 3
 
 
-def trained(
-    base: LoadedBase, data: Data, trials: list[Trial], folder: Path
-) -> tuple[list[Evaluation], dict[str, torch.device]]:
+def trained(base: LoadedBase, data: Data, trials: list[Trial], folder: Path) -> tuple[list[Evaluation], set[Any]]:
     """Three evaluations, before the last the second slot is restored; and where its optimizer's state lies."""
-    pack, made = Pack(base, data, Settings.of(trials[0]), 32), []
+    pack, made = Pack(base, data, Settings.of(trials[0]), max(each.method.rank for each in trials)), []
     try:
         pack.evaluate_base()
         for each in trials:
@@ -72,7 +70,8 @@ def trained(
         pack.export(0)(folder / "exported")
         pack.evict(1)
         assert pack.restore(trials[1], folder) == 1
-        places = {path: value.device for _, path, value in pack._at(1)._state() if isinstance(value, torch.Tensor)}
+        state = [value for _, _, value in pack._at(1)._state() if isinstance(value, torch.Tensor)]
+        places = {"paged" if optimizers.is_paged(value) else value.device for value in state}
         made += pack.advance()
     finally:
         pack.close()
@@ -94,8 +93,54 @@ def test_a_pack_is_evaluated_kept_and_restored_on_its_device(
     trials = [trial(i, rank=4 << i, seed=i, **(SHARED | knobs)) for i in range(2)]
     with second_device():
         mine, places = trained(there(base), few, trials, tmp_path / "there")
-    assert set(places.values()) == {CUDA}
+    assert places == {CUDA}
     here, _ = trained(base, few, trials, tmp_path / "here")
     assert [(each.cell, each.step, each.eval_loss) for each in mine] == [
         (each.cell, each.step, each.eval_loss) for each in here
     ]
+
+
+@pytest.mark.parametrize(
+    ("optim", "like", "tolerance"),
+    [("paged_adamw", "adamw", 1e-5), ("paged_adamw_8bit", "adamw_8bit", 0.0)],
+)
+def test_paged_moments_stay_paged_and_their_memory_is_used_again(
+    base: LoadedBase,
+    few: Data,
+    trial: MakeTrial,
+    optim: str,
+    like: str,
+    tolerance: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tensors are paged from 100,000 numbers on: rank 800 of width 128."""
+    monkeypatch.setattr(low_bits, "_free", {})
+    paged, plain = (
+        [trial(i, rank=800, seed=i, **(SHARED | {"optim": each})) for i in range(2)] for each in (optim, like)
+    )
+    with second_device() as device:
+        mine, places = trained(there(base), few, paged, tmp_path / "there")
+    assert "paged" in places
+    modules = len(mine[0].reading.modules)
+    assert len(device.paged) == 2 * modules * 2 * 2, "two moments of A and B of each module, in two slots"
+    here, _ = trained(base, few, plain, tmp_path / "here")
+    for one, other in zip(mine, here, strict=True):
+        assert (one.cell, one.step) == (other.cell, other.step)
+        assert one.eval_loss == pytest.approx(other.eval_loss, rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize(("optim", "waits"), [("adamw", 0), ("sgd", 0), ("adamw_8bit", 0), ("paged_adamw_8bit", 2)])
+def test_a_step_waits_for_the_device_at_most_once_a_slot_and_only_for_paging(
+    base: LoadedBase, few: Data, trial: MakeTrial, optim: str, waits: int
+) -> None:
+    trials = [trial(i, rank=32, **(SHARED | {"optim": optim})) for i in range(2)]
+    with second_device() as device:
+        pack = Pack(there(base), few, Settings.of(trials[0]), 32)
+        for each in trials:
+            pack.admit(each)
+        pack._train_step()
+        before = device.waits
+        pack._train_step()
+        assert device.waits - before == waits
+        pack.close()

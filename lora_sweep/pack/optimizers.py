@@ -1,9 +1,10 @@
-"""The optimizers a slot can step with; bitsandbytes (extra `quant`) is imported only for its own."""
+"""The optimizers a slot can step with; those of bitsandbytes (extra `quant`) are imported only where asked for."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_sweep import quant
 from lora_sweep.config import OptimizerConfig
@@ -41,17 +42,27 @@ def build(optimizer: OptimizerConfig, groups: Sequence[dict[str, Any]]) -> torch
     shared: dict[str, Any] = {"betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.eps}
     if optimizer.optim == "adamw":
         return torch.optim.AdamW(groups, fused=True, **shared)
-    import bitsandbytes
+    from lora_sweep.pack import low_bits
 
-    made: torch.optim.Optimizer = getattr(bitsandbytes.optim, _BITSANDBYTES[optimizer.optim])(groups, **shared)
+    made: torch.optim.Optimizer = getattr(low_bits, _BITSANDBYTES[optimizer.optim])(groups, **shared)
     return made
 
 
-def forget(optimizer: torch.optim.Optimizer) -> None:
-    """Drops what is kept of the optimizer outside of it: bitsandbytes has one list of paged tensors a process."""
-    if getattr(optimizer, "is_paged", False):
-        from bitsandbytes.functional import GlobalPageManager
+def placed(optimizer: torch.optim.Optimizer, parameter: Tensor, value: Tensor) -> Tensor:
+    """A copy of a saved part of the parameter's state where the optimizer keeps its like: on the device, or paged."""
+    if getattr(optimizer, "is_paged", False) and value.shape == parameter.shape:
+        made: Tensor = optimizer.get_state_buffer(parameter, value.dtype)  # type: ignore[attr-defined]
+        return made.copy_(value)
+    # A fused step wants the number of steps, too, beside the moments.
+    return value.to(parameter.device)
 
-        pages = GlobalPageManager.get_instance()
-        own = {id(value) for state in optimizer.state.values() for value in state.values()}
-        pages.paged_tensors = [tensor for tensor in pages.paged_tensors if id(tensor) not in own]
+
+def is_paged(value: Tensor) -> bool:
+    """Whether it is bitsandbytes' paged memory, which torch takes for the host's."""
+    return bool(getattr(value, "is_paged", False))
+
+
+def forget(optimizer: torch.optim.Optimizer) -> None:
+    """Drops what is kept of the optimizer outside of it."""
+    if getattr(optimizer, "is_paged", False):
+        optimizer.leave()  # type: ignore[attr-defined]

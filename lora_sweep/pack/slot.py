@@ -191,12 +191,14 @@ class Slot:
         ]
 
     def _moments(self, which: Which) -> dict[str, tuple[Tensor, Tensor]]:
-        """Module -> Adam's first and second moment (r, d), where they are kept in full precision."""
+        """Module -> Adam's first and second moment (r, d), where they are on the device in full precision."""
         found: dict[str, dict[str, Tensor]] = {}
         for key, path, value in self._state():
             side, _, module = path.partition("/")
             place = MOMENTS.get(key)
-            if side == which and place and isinstance(value, Tensor) and value.dtype.itemsize >= 4:
+            if side != which or place is None or not isinstance(value, Tensor):
+                continue
+            if value.dtype.itemsize >= 4 and not optimizers.is_paged(value):
                 found.setdefault(module, {})[place] = value
         return {name: (each["m"], each["v"]) for name, each in found.items() if len(each) == 2}
 
@@ -298,17 +300,18 @@ class Slot:
         """Inverse of `_state`: "key/parameter" or "key/side/module" -> tensor or number."""
         for path, value in saved.items():
             key, _, name = path.partition("/")
-            # A fused step wants the number of steps beside the moments.
-            placed = value.to(self.home[0].values.device) if isinstance(value, Tensor) else value
             if name in self._parameters:
-                self.optimizer.state[self._parameters[name]][key] = placed
+                parameter = self._parameters[name]
+                is_tensor = isinstance(value, Tensor)
+                placed = optimizers.placed(self.optimizer, parameter, value) if is_tensor else value
+                self.optimizer.state[parameter][key] = placed
                 continue
             side, _, module = name.partition("/")
             parameter = self._parameters[side]
             state = self.optimizer.state[parameter]
             if key not in state:
                 state[key] = torch.zeros_like(parameter)
-            self._modules(cast(Which, side), state[key])[module].copy_(placed)
+            self._modules(cast(Which, side), state[key])[module].copy_(value)
 
 
 def _identity(trial: Trial) -> str:
