@@ -1,11 +1,9 @@
 """What a sweep will cost, measured on its own base before anything is trained."""
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from lora_sweep import data as data_room
 from lora_sweep import model as model_room
@@ -23,14 +21,12 @@ from lora_sweep.space import Sweep
 BYTES_AN_ADAPTER_ON_DISK = 4
 """Of a parameter: fp32."""
 
-TIMED_PASSES = 3
-
 
 def plan(sweep: Sweep) -> dict[str, Any]:
     """Cells, sizes and estimates; loads the base and the data of the first cell.
 
     Time of a step and memory of a pass: from the first steps of the first runs, as a launch takes them; they are thrown
-    away. Time of an evaluation: from forward passes, the median of a few.
+    away. Time of an evaluation: from some of its batches.
     """
     config = sweep.base()
     device = worker.device(config.launcher)
@@ -43,9 +39,8 @@ def plan(sweep: Sweep) -> dict[str, Any]:
     stored = base.bytes
     a_rank = _parameters_a_rank(base, config.method.target_modules)
     ranks = sorted({config.method.rank, sweep.largest_rank()})
-    capacity = _capacity(sweep, base, data, runs)
+    capacity, per_row = _measured(sweep, base, data, runs)
     slots = min(capacity.slots, runs)
-    per_row = _seconds_a_row(base, slots * train.eval_batch_size, data.evaluation.length, device)
     evaluations = -(-train.max_steps // train.eval_every)
     seen = evaluations * sum(len(each) for each in (data.evaluation, data.probe, data.retention) if each is not None)
     seconds = runs * (train.max_steps * capacity.slot_seconds + per_row * seen)
@@ -77,8 +72,11 @@ def plan(sweep: Sweep) -> dict[str, Any]:
     }
 
 
-def _capacity(sweep: Sweep, base: LoadedBase, data: Data, runs: int) -> Capacity:
-    """How many slots pay, and what a step costs: of the grid's first runs, or of so many equal ones."""
+def _measured(sweep: Sweep, base: LoadedBase, data: Data, runs: int) -> tuple[Capacity, float]:
+    """(how many slots pay and what a step costs, seconds of a trial's row in an evaluation).
+
+    Of the grid's first runs, or of so many equal ones.
+    """
     first = sweep.base()
     settings = Settings.of(Trial.of(Cell(0), first))
     if first.sampler.name == "grid":
@@ -92,7 +90,7 @@ def _capacity(sweep: Sweep, base: LoadedBase, data: Data, runs: int) -> Capacity
             if not pack.has_room:
                 break
             pack.admit(trial)
-        return pack.measure()
+        return pack.measure(), pack.seconds_a_row()
     except Exhausted as error:
         remedy = "lower train.batch_size or data.max_length, or set train.gradient_checkpointing=true"
         raise UserError(f"train.slots: {error.slots} trials do not fit into the device's memory ({remedy})") from error
@@ -148,16 +146,3 @@ def _packs(sweep: Sweep) -> int:
     """How many kinds of pack the grid needs."""
     configs = [(cell, sweep.config(cell)) for cell in sweep.cells()]
     return len({(str(c.model), str(c.data), Settings.of(Trial.of(cell, c))) for cell, c in configs})
-
-
-def _seconds_a_row(base: LoadedBase, rows: int, length: int, device: torch.device) -> float:
-    ids = torch.zeros(rows, length, dtype=torch.int64, device=device)
-    times = []
-    with torch.no_grad():
-        for _ in range(1 + TIMED_PASSES):
-            began = time.perf_counter()
-            base.model(input_ids=ids, use_cache=False)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - began)
-    return sorted(times[1:])[TIMED_PASSES // 2] / rows

@@ -73,7 +73,6 @@ ROOMS: dict[str, set[str]] = {
         "callback",
         "worker",
         "workbench",
-        "estimate",
         "inspection",
     },
     # cli: only to silence its logging before a verb.

@@ -579,6 +579,33 @@ def limited(pack: Pack, most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]
     return asked
 
 
+def test_the_time_of_an_evaluation_is_had_as_an_evaluation_is_made_and_changes_nothing(
+    base: LoadedBase, style: Data, trial: MakeTrial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = {"base_lr": 3e-4, "max_steps": 4, "eval_every": 4, "slots": 3}
+    trials = [trial(i, rank=2 + i, **knobs) for i in range(3)]
+    pack = Pack(base, style, Settings.of(trials[0]), 8)
+    for each in trials:
+        pack.admit(each)
+    real, asked = pack._passes._add_rows, []
+
+    def within(sums: torch.Tensor, part: TokenSet, rows: torch.Tensor) -> None:
+        asked.append((len(sums), len(rows)))
+        if len(sums) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        real(sums, part, rows)
+
+    monkeypatch.setattr(pack._passes, "_add_rows", within)
+    pack.capacity.fitted(3)
+    assert 0 < pack.seconds_a_row() < 1
+    assert max(rows for _, rows in asked) == pack.settings.eval_batch_size
+    monkeypatch.undo()
+    measured = pack.advance()
+    pack.close()
+    for one, evaluation in zip(trials, measured, strict=True):
+        assert largest_difference(losses(evaluation), losses(packed(base, style, [one])[0])) < 1e-5
+
+
 def test_out_of_memory_shrinks_the_pass_and_costs_no_step(
     base: LoadedBase, style: Data, trial: MakeTrial, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,8 @@ BYTES_A_PARAMETER = 16
 """fp32 value, gradient and AdamW's two moments."""
 TIMED_STEPS = 3
 """Where the number of slots is given."""
+TIMED_BATCHES = 3
+"""Of an evaluation; one more before them warms up."""
 ADAPTERS_SHARE = 0.25
 """Of the free memory, for adapters, where their number is ours to choose."""
 
@@ -207,6 +209,20 @@ class Pack:
             # All of them had to shrink, which ends at a width that fits.
             self._train_step(measures=True)
         return self.capacity
+
+    def seconds_a_row(self) -> float:
+        """Of an evaluation of all slots, by slot and row: from some of its batches, of short rows to long ones."""
+        live = self._passes.order(self._live())
+        batches = torch.from_numpy(self._passes.data.evaluation.by_length).split(self.settings.eval_batch_size)
+        chosen = [batches[(2 * place + 1) * len(batches) // (2 * TIMED_BATCHES)] for place in range(TIMED_BATCHES)]
+        began = math.nan
+        for place, rows in enumerate([chosen[-1], *chosen]):
+            if place == 1:
+                began = time.monotonic()
+            for slots in _split(live, self.capacity.known_width(len(live))):
+                self._within_memory(partial(self._passes.batch_evaluated, rows), slots)
+            self._wait()
+        return (time.monotonic() - began) / (len(live) * sum(map(len, chosen)))
 
     def evaluate_base(self) -> Base:
         """The losses of the base alone on the evaluation set, the train probe and the retention text."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from lora_sweep.data import Batch, Data, TokenSet, order
+from lora_sweep.data import Data, TokenSet, order
 from lora_sweep.pack.bank import Banks
 from lora_sweep.pack.dropout import slot_key
 from lora_sweep.pack.linear import Pass, Segment
@@ -167,18 +167,24 @@ class Passes:
         finally:
             self.leave()
 
+    def batch_evaluated(self, rows: Tensor, slots: Slots) -> None:
+        """A batch of the evaluation set alone, of which nothing is kept: for its time."""
+        self._enter(slots)
+        part = self.data.evaluation
+        self._add_rows(torch.zeros(len(slots), part.examples, dtype=torch.float64, device=self.device), part, rows)
+        self.leave()
+
     def _set_losses(self, part: TokenSet, K: int) -> SetLosses:
-        each = self.settings.eval_batch_size
         sums = torch.zeros(K, part.examples, dtype=torch.float64, device=self.device)
-        for rows in torch.from_numpy(part.by_length).split(each):
-            batch = part.batch(rows, None if self.settings.fixed_shapes else part.padded_length(rows))
-            self._add_losses(sums, batch, rows, K)
+        for rows in torch.from_numpy(part.by_length).split(self.settings.eval_batch_size):
+            self._add_rows(sums, part, rows)
         counts = torch.from_numpy(part.counts).to(self.device)
         means = (sums.sum(dim=1) / counts.sum()).tolist()
         return means, (sums / counts).cpu().numpy().astype(np.float64)
 
-    def _add_losses(self, sums: Tensor, batch: Batch, rows: Tensor, K: int) -> None:
+    def _add_rows(self, sums: Tensor, part: TokenSet, rows: Tensor) -> None:
         """Adds the losses of these rows to the sums (K, examples) of their examples."""
+        K, batch = len(sums), part.batch(rows, None if self.settings.fixed_shapes else part.padded_length(rows))
         positions = None if batch.position_ids is None else self._there(batch.position_ids).repeat(K, 1)
         counted = self._places(batch.counted[:, 1:].repeat(K, 1))
         losses = self.output.losses(self._there(batch.input_ids).repeat(K, 1), positions, counted)
