@@ -74,8 +74,12 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
     console = Console()
     done = 0
     if space.load_launched(folder) is not None:
-        counts = StudyView.read(folder).counts()
+        before = StudyView.read(folder)
+        counts = before.counts()
         done = counts["COMPLETE"] + counts["PRUNED"] + counts["FAIL"]
+        if config.sampler.name != "grid":
+            # Of drawn cells nobody knows beforehand how many are the same run.
+            done += len(before.folded())
     cells = runs = config.sampler.n_trials or len(asked.cells())
     if config.sampler.name == "grid":
         runs = max(launcher.runs(asked), done)

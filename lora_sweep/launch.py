@@ -12,9 +12,8 @@ from lora_sweep.composition import to_yaml
 from lora_sweep.config import Config, HealthConfig, StudyConfig
 from lora_sweep.errors import StudyError
 from lora_sweep.health import BIN_EDGES
-from lora_sweep.ledger import JOURNAL
+from lora_sweep.ledger import JOURNAL, Outcome
 from lora_sweep.records import Base, Cell, Evaluation, Fault
-from lora_sweep.run import Outcome
 from lora_sweep.search import Search
 from lora_sweep.space import Sweep
 from lora_sweep.study import Study

@@ -20,6 +20,9 @@ from lora_sweep.records import Cell, State
 Reason = Literal["diverged", "memory", "trapped", "error", "lost"]
 """Why an attempt failed; after `lost` the cell is tried again, the others are final."""
 
+Outcome = Literal["COMPLETE", "PRUNED", "FAIL"]
+"""How an attempt ends."""
+
 JOURNAL = "study.journal"
 
 SAME_RUN_AS = "same_run_as"

@@ -13,9 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_sweep import health, results
+from lora_sweep.ledger import Outcome
 from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.results import Row
-from lora_sweep.run import Outcome
 
 RANKED_SHOWN = 10
 CLASSES_SHOWN = 12

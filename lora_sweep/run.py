@@ -11,17 +11,16 @@ from concurrent.futures import Executor, Future
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from lora_sweep import folding, health
 from lora_sweep.composition import to_yaml
 from lora_sweep.config import Config
-from lora_sweep.ledger import Reason
+from lora_sweep.ledger import Outcome, Reason
 from lora_sweep.pack import Pack, Trial
 from lora_sweep.records import Base, Cell, Diagnosis, Evaluation, Finding
 from lora_sweep.tracking import Record, Tracker, disk, read_rows, write_whole
 
-Outcome = Literal["COMPLETE", "PRUNED", "FAIL"]
 Ended = tuple[float | None, tuple[str, ...]]
 """(best evaluation loss or None, flags)."""
 

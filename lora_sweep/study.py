@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Self, cast, get_args
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -31,7 +31,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from lora_sweep.asha import Asha
 from lora_sweep.errors import StudyError
 from lora_sweep.journal import Journal, disk_errors, hold
-from lora_sweep.ledger import JOURNAL, SAME_RUN_AS, Attempt, Reason, StudyView, has_ended
+from lora_sweep.ledger import JOURNAL, SAME_RUN_AS, Attempt, Outcome, Reason, StudyView, has_ended
 from lora_sweep.records import Cell
 from lora_sweep.search import Search
 
@@ -78,6 +78,8 @@ class Study(StudyView):
         """Numbers of folded cells of a grid."""
         self._keys: dict[int, Hashable] = {}
         """Number of a drawn cell -> `Search.same_run` of it."""
+        self._told: list[tuple[Cell, Outcome, float | None]] = []
+        """Not yet handed out by `told`."""
         self._lock: int | None = None
 
     @classmethod
@@ -227,7 +229,14 @@ class Study(StudyView):
             if cell is not None and (lease := self._claim(attempt, trial._trial_id)):
                 self._storage.set_trial_user_attr(lease.trial, SAME_RUN_AS, cell.number)
                 why = ran.user_attrs.get("reason", "error") if ran.state is TrialState.FAIL else None
-                self.tell(lease, cast(Any, ran.state.name), ran.value, why)
+                state = cast(Outcome, ran.state.name)
+                self.tell(lease, state, ran.value, why)
+                self._told.append((attempt.cell, state, ran.value))
+
+    def told(self) -> list[tuple[Cell, Outcome, float | None]]:
+        """(cell, state, value) of those that `ask` told the end of an equal cell, each handed out once."""
+        told, self._told = self._told, []
+        return told
 
     def _key(self, cell: Cell) -> Hashable:
         """Equal for cells of which one is run for all; it never changes, so it is asked for once."""
@@ -267,7 +276,7 @@ class Study(StudyView):
     def tell(
         self,
         lease: Lease,
-        state: Literal["COMPLETE", "PRUNED", "FAIL"],
+        state: Outcome,
         value: float | None = None,
         why: Reason | None = None,
     ) -> None:

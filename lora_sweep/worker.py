@@ -13,10 +13,10 @@ import torch
 
 from lora_sweep import health
 from lora_sweep.config import Config, LauncherConfig, StudyConfig
-from lora_sweep.ledger import Reason
+from lora_sweep.ledger import Outcome, Reason
 from lora_sweep.pack import Exhausted, Pack, Trial
 from lora_sweep.records import Base, Cell, Evaluation, Fault
-from lora_sweep.run import Ended, Outcome, Run
+from lora_sweep.run import Ended, Run
 from lora_sweep.space import Sweep
 from lora_sweep.study import Lease, Study
 from lora_sweep.tracking import Tracker, read_result
@@ -68,6 +68,7 @@ def work(
     bench = Workbench(device, study.folder)
     while not stop():
         lease = study.ask(lambda _: True)
+        _show_told(study, watcher)
         if lease is None:
             return True
         if _told_before(study, sweep, lease, watcher):
@@ -162,6 +163,7 @@ class _Shift:
         while self._pack.has_room and (lease := self._study.ask(self._suits)) is not None:
             if not _told_before(self._study, self._sweep, lease, self._watcher):
                 self._admit(lease)
+        _show_told(self._study, self._watcher)
         if not self._looked_ahead:
             # The trials that will come next get ready while these train.
             self._looked_ahead = True
@@ -286,6 +288,12 @@ def check(launcher: LauncherConfig) -> list[Fault]:
         rule = f"this machine has {torch.cuda.device_count()} CUDA devices"
         return [Fault("launcher.device", rule, launcher.device, "launcher.device=auto takes what is there")]
     return []
+
+
+def _show_told(study: Study, watcher: Watcher) -> None:
+    """Cells that were told the end of an equal one are not run, but they are done."""
+    for cell, state, value in study.told():
+        watcher.ended(cell, state, value, ())
 
 
 def _told_before(study: Study, sweep: Sweep, lease: Lease, watcher: Watcher) -> bool:

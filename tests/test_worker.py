@@ -389,7 +389,8 @@ def test_drawn_cells_that_are_the_same_run_are_run_once_and_each_has_its_line(in
     watcher, finished, table = run(write_sweep(in_folder, axes, **more))
     assert finished
     products = [row["params"]["method.alpha"] * row["params"]["optimizer.ratio"] for row in table]
-    assert len(watcher.ends) == len(set(products)) == 3
+    assert len({cell for cell, _, _ in watcher.admissions}) == len(set(products)) == 3
+    assert sorted(watcher.ends) == [(number, "COMPLETE") for number in range(8)], "those that were told are done too"
     assert [row["same_run_as"] for row in table] == [
         None if products.index(product) == number else products.index(product)
         for number, product in enumerate(products)

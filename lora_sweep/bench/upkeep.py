@@ -23,9 +23,9 @@ from lora_sweep import model as model_room
 from lora_sweep.axis import Axis
 from lora_sweep.bench import gauge
 from lora_sweep.bench.stock_process import Stock
+from lora_sweep.ledger import Outcome
 from lora_sweep.pack import Pack, Trial
 from lora_sweep.records import Base, Cell, Evaluation
-from lora_sweep.run import Outcome
 from lora_sweep.space import Sweep
 
 Say = Callable[[str], None]
