@@ -25,6 +25,15 @@ from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Trial
 from lora_sweep.records import Cell
 
+LONG_TIMEOUT_SECONDS = 1200
+"""Of a long test that says nothing else: on a machine with other work they take several times as long."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(LONG_TIMEOUT_SECONDS))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache() -> Iterator[None]:
