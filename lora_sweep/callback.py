@@ -330,7 +330,7 @@ def _loras(model: Any) -> Iterator[_Lora]:
             if adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear):
                 weight = quant.dequantised(layer.get_base_layer())
                 norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
-                yield _Lora(path.removeprefix("base_model.model."), layer, adapter, configs.get(adapter), norm)
+                yield _Lora(path.removeprefix(adapters.PREFIX), layer, adapter, configs.get(adapter), norm)
 
 
 def _side(optimizer: Any, groups: Mapping[int, dict[str, Any]], module: _Lora, which: str) -> Side:
