@@ -22,7 +22,7 @@ from lora_sweep.data import Data, TokenSet, order
 from lora_sweep.errors import UserError
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Exhausted, Pack, Settings, Trial
-from lora_sweep.pack.capacity import CLOSE_ROUNDS, ROUNDS
+from lora_sweep.pack.capacity import MOST_ROUNDS
 from lora_sweep.pack.dropout import keep_mask, slot_key
 from lora_sweep.pack.linear import Pass
 from lora_sweep.pack.loss import OutputLayer
@@ -686,7 +686,7 @@ def test_a_trial_whose_evaluation_does_not_fit_takes_no_evaluation_from_the_othe
 def test_slots_are_chosen_in_the_first_steps_and_no_loss_shows_it(
     base: LoadedBase, style: Data, trial: MakeTrial
 ) -> None:
-    steps = 3 * ROUNDS * CLOSE_ROUNDS + 1  # the three widths are measured so often if they are all close
+    steps = 3 * MOST_ROUNDS + 1  # the three widths are measured so often if they are all close
     trials = [trial(i, rank=4 << i, base_lr=3e-4, max_steps=steps, eval_every=steps, slots=None) for i in range(3)]
     pack = Pack(base, style, Settings.of(trials[0]), 16)
     assert pack.capacity.slots > 3

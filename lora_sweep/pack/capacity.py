@@ -5,6 +5,7 @@ b k, over more slots, until the device is saturated or out of memory.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,15 +17,16 @@ ROUNDS = 3
 """Steps at each width; the first warms up."""
 SLOW_STEP_SECONDS = (10.0, 1.0)
 """Where a step of all slots takes so long, one round is enough, or two."""
-LOSING = 1.15
+LOSING = 1.5
 """A width whose slot-step is so many times slower than the best is not tried again."""
 WORTH = 1.03
-"""A wider pass must be faster by this factor, and beyond what the measurements may be off by: it holds more trials up
-when one is stopped."""
-CLOSE, CLOSE_ROUNDS = 1.25, 3
-"""Where narrower widths come so close to the best, they and it are measured so many times as often."""
-UNSURE = 0.1
-"""What a time that was measured once may be off by."""
+"""A wider pass must be faster by this factor: it holds more trials up when one is stopped."""
+MOST_ROUNDS, MOST_SECONDS = 16, 180.0
+"""Widths of which it is not sure whether the wider one is worth it are measured so often, or for so long, at most."""
+FEW, UNSURE = 4, 0.2
+"""What a ratio of fewer than FEW rounds may be off by; one of more is bounded by its rounds."""
+CHANCE = 0.1
+"""That such a bound is on the wrong side, by chance."""
 FULL = 0.9
 """Share of the device's free memory that may be planned for."""
 
@@ -47,6 +49,8 @@ class Capacity:
     """The largest width below that whose passes went through."""
     _seconds: dict[int, list[float]] = field(default_factory=dict)
     """Width -> seconds of a step by slot, each step."""
+    _spent_seconds: float = 0.0
+    """On all of them."""
     _peaks: dict[int, float] = field(default_factory=dict)
     """Width -> most bytes of a pass."""
 
@@ -71,13 +75,27 @@ class Capacity:
             if self._steps(width) < rounds
             and (self._steps(width) < 2 or best is None or self._slot_seconds(width) <= LOSING * best)
         ]
-        if not found:
-            fastest = min(tried, key=self._slot_seconds)
-            limit = CLOSE * self._slot_seconds(fastest)
-            close = [width for width in tried if width <= fastest and self._slot_seconds(width) < limit]
-            if len(close) > 1:
-                found = [width for width in close if self._steps(width) < CLOSE_ROUNDS * rounds]
+        if not found and self._spent_seconds < MOST_SECONDS:
+            found = [width for width in self._unsure(tried) if self._steps(width) < MOST_ROUNDS]
         return found
+
+    def _unsure(self, tried: Sequence[int]) -> list[int]:
+        """The widths between which the choice lies, where it may be another by chance."""
+        found: set[int] = set()
+        for place, width in enumerate(tried):
+            gains = {wider: _bounds(self._gains(width, wider)) for wider in tried[place + 1 :]}
+            if any(low > WORTH for low, _ in gains.values()):
+                continue
+            maybe = [wider for wider, (_, high) in gains.items() if high > WORTH]
+            if not maybe:
+                break
+            found |= {width, *maybe}
+        return sorted(found)
+
+    def _gains(self, width: int, wider: int) -> list[float]:
+        """How many times faster the wider pass was, round by round: what else the machine does falls on both alike."""
+        pairs = list(zip(self._seconds[width], self._seconds[wider], strict=False))
+        return [narrow / wide for narrow, wide in pairs[1:] or pairs]
 
     def _steps(self, width: int) -> int:
         return len(self._seconds.get(width, ()))
@@ -91,6 +109,7 @@ class Capacity:
         if self.too_wide is not None and width >= self.too_wide:
             return
         self._seconds.setdefault(width, []).append(seconds / live)
+        self._spent_seconds += seconds
         if peak_bytes is not None:
             self._peaks[width] = max(peak_bytes, self._peaks.get(width, 0.0))
 
@@ -144,11 +163,10 @@ class Capacity:
         return f"{width} adapters a pass (ms of a step by adapter at each width: {told}{line}{limit})"
 
     def _settle(self, tried: Sequence[int]) -> None:
-        best = min(tried, key=self._slot_seconds)
-        self.width = min(
+        self.width = next(
             width
-            for width in tried
-            if self._slot_seconds(width) <= (WORTH + max(self._off(width), self._off(best))) * self._slot_seconds(best)
+            for place, width in enumerate(tried)
+            if all(statistics.median(self._gains(width, wider)) <= WORTH for wider in tried[place + 1 :])
         )
         self.slots = min(self.slots, self.width)
         self.is_settled = True
@@ -158,14 +176,9 @@ class Capacity:
         return min(known, default=None)
 
     def _slot_seconds(self, width: int) -> float:
-        """The least of the steps after the first: other programs only ever add."""
+        """Median of the steps after the first."""
         found = self._seconds[width]
-        return min(found[1:] or found)
-
-    def _off(self, width: int) -> float:
-        """Share by which a time may be off: how far the second best of its steps lies above the best."""
-        found = sorted(self._seconds[width][1:])
-        return found[1] / found[0] - 1 if len(found) > 1 else UNSURE
+        return statistics.median(found[1:] or found)
 
     def _fits(self, width: int) -> bool:
         """Whether a pass of this width is within memory, by a line through the narrower ones."""
@@ -184,6 +197,16 @@ class Capacity:
 def _doubling(most: int) -> list[int]:
     """1, 2, 4, ... and `most`."""
     return sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most})
+
+
+def _bounds(ratios: Sequence[float]) -> tuple[float, float]:
+    """Of their median: order statistics, each with at most CHANCE on the wrong side (the sign test's interval)."""
+    found, n = sorted(ratios), len(ratios)
+    if n < FEW:
+        return found[0] - UNSURE, found[-1] + UNSURE
+    below = [sum(math.comb(n, i) for i in range(j + 1)) / 2**n for j in range(n // 2)]
+    place = max(j for j in range(n // 2) if below[j] <= CHANCE)
+    return found[place], found[-1 - place]
 
 
 def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
