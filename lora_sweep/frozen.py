@@ -13,19 +13,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from lora_sweep import quant
+from lora_sweep import attention, quant
 
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 """Any of them multiplies bf16; by torch's names, for x86 and ARM."""
 
 
 def settle(model: Any, device: torch.device) -> None:
-    """Makes the linears of a bf16 base multiply in fp32 where the processor has no bf16; in place."""
+    """Makes a bf16 base multiply in fp32 where the processor has no bf16, linears and attention; in place."""
     if device.type != "cpu" or model.dtype != torch.bfloat16 or _has_bf16():
         return
     for module in model.modules():
         if isinstance(module, nn.Linear | Conv1D):
             module.__dict__["forward"] = partial(_widened, module)
+    attention.widen(model)
 
 
 def multiplied_dtype(model: Any) -> torch.dtype:

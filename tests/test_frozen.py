@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from lora_sweep import frozen
@@ -72,3 +73,36 @@ def test_a_gpu_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     base = model("llama")
     frozen.settle(base, torch.device("cuda"))
     assert not any("forward" in vars(module) for module in base.modules() if isinstance(module, nn.Linear))
+
+
+def test_a_widened_base_attends_in_fp32_and_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against fp64, with and without a mask: closer than by bf16 alone; gradients come down."""
+    monkeypatch.setattr(frozen, "_has_bf16", lambda: False)
+    base = model("llama")
+    frozen.settle(base, CPU)
+    attend = ALL_ATTENTION_FUNCTIONS[base.config._attn_implementation]
+    layer = base.model.layers[0].self_attn
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 24, 16).bfloat16().requires_grad_() for _ in range(3))
+    causal = torch.ones(24, 24, dtype=torch.bool).tril()
+    windowed = causal & ~causal.tril(-8)
+    additive = torch.zeros(24, 24).masked_fill(~windowed, -1e4).bfloat16()
+    for mask, seen in ((None, causal), (windowed, windowed), (additive, windowed)):
+        given = None if mask is None else mask.expand(2, 1, 24, 24)
+        y, _ = attend(layer, q, k, v, given, scaling=0.25)
+        exact = functional.scaled_dot_product_attention(*(each.double() for each in (q, k, v)), seen, scale=0.25)
+        assert y.dtype == torch.bfloat16
+        assert torch.allclose(y.transpose(1, 2).double(), exact, rtol=2.0**-8, atol=1e-6)
+        gradient = torch.randn_like(y)
+        found = torch.autograd.grad(y, (q, k, v), gradient)
+        wanted = torch.autograd.grad(exact, (q, k, v), gradient.transpose(1, 2).double())
+        for mine, theirs in zip(found, wanted, strict=True):
+            assert torch.allclose(mine.double(), theirs.double(), rtol=2.0**-7, atol=1e-5)
+
+
+def test_a_base_whose_attention_somebody_chose_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "_has_bf16", lambda: False)
+    base = model("llama")
+    base.set_attn_implementation("eager")
+    frozen.settle(base, CPU)
+    assert base.config._attn_implementation == "eager"
