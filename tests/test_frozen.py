@@ -76,7 +76,7 @@ def test_a_gpu_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_widened_base_attends_in_fp32_and_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against fp64, with and without a mask: closer than by bf16 alone; gradients come down."""
+    """Against fp64, with and without a mask; gradients come down."""
     monkeypatch.setattr(frozen, "_has_bf16", lambda: False)
     base = model("llama")
     frozen.settle(base, CPU)

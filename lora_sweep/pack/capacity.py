@@ -82,20 +82,24 @@ class Capacity:
     def _unsure(self, tried: Sequence[int]) -> list[int]:
         """The widths between which the choice lies, where it may be another by chance."""
         found: set[int] = set()
-        for place, width in enumerate(tried):
-            gains = {wider: _bounds(self._gains(width, wider)) for wider in tried[place + 1 :]}
-            if any(low > WORTH for low, _ in gains.values()):
+        for width in tried:
+            bounds = {wider: _bounds(gains) for wider, gains in self._gains(width, tried).items()}
+            if any(low > WORTH for low, _ in bounds.values()):
                 continue
-            maybe = [wider for wider, (_, high) in gains.items() if high > WORTH]
+            maybe = [wider for wider, (_, high) in bounds.items() if high > WORTH]
             if not maybe:
                 break
             found |= {width, *maybe}
         return sorted(found)
 
-    def _gains(self, width: int, wider: int) -> list[float]:
-        """How many times faster the wider pass was, round by round: what else the machine does falls on both alike."""
-        pairs = list(zip(self._seconds[width], self._seconds[wider], strict=False))
-        return [narrow / wide for narrow, wide in pairs[1:] or pairs]
+    def _gains(self, width: int, tried: Sequence[int]) -> dict[int, list[float]]:
+        """Each wider one -> how many times faster it was, round by round: other work falls on both of a round alike."""
+        found = {}
+        for wider in tried:
+            if wider > width:
+                pairs = list(zip(self._seconds[width], self._seconds[wider], strict=False))
+                found[wider] = [narrow / wide for narrow, wide in pairs[1:] or pairs]
+        return found
 
     def _steps(self, width: int) -> int:
         return len(self._seconds.get(width, ()))
@@ -165,8 +169,8 @@ class Capacity:
     def _settle(self, tried: Sequence[int]) -> None:
         self.width = next(
             width
-            for place, width in enumerate(tried)
-            if all(statistics.median(self._gains(width, wider)) <= WORTH for wider in tried[place + 1 :])
+            for width in tried
+            if all(statistics.median(gains) <= WORTH for gains in self._gains(width, tried).values())
         )
         self.slots = min(self.slots, self.width)
         self.is_settled = True
