@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_sweep.pack.capacity import FULL, MOST_ROUNDS, MOST_SECONDS, MOST_SLOTS, ROUNDS, Capacity
+from lora_sweep.pack.capacity import CHANCE, FULL, MOST_ROUNDS, MOST_SECONDS, MOST_SLOTS, ROUNDS, Capacity, _bounds
 from lora_sweep.pack.memory import device_kind, free_bytes
 
 GIB = 2.0**30
@@ -90,9 +90,18 @@ def test_what_looks_faster_by_chance_is_measured_again_and_seldom_wins() -> None
         capacity, tried = decided(4, lambda k, noise=noise: 0.02 * k * noise.choice((1.0, 1.02, 1.05, 1.1)))
         narrowest += capacity.width == 1
         counts.add(tried.count(1))
-    assert narrowest >= 80
+    assert narrowest >= 95
     assert min(counts) > ROUNDS
     assert max(counts) == MOST_ROUNDS
+
+
+@pytest.mark.parametrize("rounds", [4, 7, 15])
+def test_a_gain_is_bounded_with_the_chance_that_is_told(rounds: int) -> None:
+    """By the exact distribution: ratios as likely above 1 as below leave it out on either side as often as told."""
+    noise, draws = random.Random(rounds), 2000
+    found = [_bounds([math.exp(noise.gauss(0.0, 0.1)) for _ in range(rounds)]) for _ in range(draws)]
+    for wrong in (sum(high < 1.0 for _, high in found), sum(low > 1.0 for low, _ in found)):
+        assert CHANCE / 2 < wrong / draws < CHANCE + 0.02
 
 
 def test_a_gain_beyond_the_noise_is_taken() -> None:

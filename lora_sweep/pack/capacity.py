@@ -167,10 +167,11 @@ class Capacity:
         return f"{width} adapters a pass (ms of a step by adapter at each width: {told}{line}{limit})"
 
     def _settle(self, tried: Sequence[int]) -> None:
+        # Never slower than one by one: a wider pass that may be so by chance does not stand for election.
+        one, *wider = tried
+        sure = [one, *(width for width in wider if _bounds(self._gains(one, tried)[width])[0] > 1.0)]
         self.width = next(
-            width
-            for width in tried
-            if all(statistics.median(gains) <= WORTH for gains in self._gains(width, tried).values())
+            width for width in sure if all(_gain(gains) <= WORTH for gains in self._gains(width, sure).values())
         )
         self.slots = min(self.slots, self.width)
         self.is_settled = True
@@ -203,14 +204,27 @@ def _doubling(most: int) -> list[int]:
     return sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most})
 
 
+def _gain(ratios: Sequence[float]) -> float:
+    """The middle of them: the median of the means of any two (Hodges and Lehmann 1963), surer than their own."""
+    return statistics.median(_means(ratios))
+
+
 def _bounds(ratios: Sequence[float]) -> tuple[float, float]:
-    """Of their median: order statistics, each with at most CHANCE on the wrong side (the sign test's interval)."""
-    found, n = sorted(ratios), len(ratios)
+    """Of their middle, each with at most CHANCE on the wrong side: the signed-rank test's interval (Wilcoxon 1945)."""
+    found, n = _means(ratios), len(ratios)
     if n < FEW:
         return found[0] - UNSURE, found[-1] + UNSURE
-    below = [sum(math.comb(n, i) for i in range(j + 1)) / 2**n for j in range(n // 2)]
-    place = max(j for j in range(n // 2) if below[j] <= CHANCE)
+    ways = np.ones(1)
+    for rank in range(1, n + 1):
+        # How many of the 2 ** n choices of signs have each sum of positive ranks.
+        ways = np.convolve(ways, [1.0, *[0.0] * (rank - 1), 1.0])
+    place = max(0, int(np.searchsorted(np.cumsum(ways) / 2.0**n, CHANCE, side="right")) - 1)
     return found[place], found[-1 - place]
+
+
+def _means(ratios: Sequence[float]) -> list[float]:
+    """Geometric, of any two, and each of them alone; sorted."""
+    return sorted(math.sqrt(one * other) for i, one in enumerate(ratios) for other in ratios[i:])
 
 
 def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
