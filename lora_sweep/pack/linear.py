@@ -73,13 +73,18 @@ class PackedLinear(nn.Module):
         y: Tensor = _Adapted.apply(x, now.anchor, self)  # type: ignore[no-untyped-call]
         return y
 
-    def keep(self, segment: Segment, rows: Tensor, first_position: int) -> Tensor | None:
-        """(n, b T, d_in) mask of the segment's rows (n, b, T, d_in), 0 or 1 / (1 - p); None: all stay."""
+    def keep(self, segment: Segment, shape: torch.Size, first_position: int) -> Tensor | None:
+        """(n, b T, d_in) mask of the segment's n slots in rows of `shape` (K b, T, d_in), 0 or 1 / (1 - p).
+
+        None: all stay.
+        """
         now = self.now
         if segment.dropout is None or now.keys is None:
             return None
         keys = now.keys[self.name][segment.places]
-        kept = keep_mask(keys, segment.dropout, tuple(rows.shape), first_position)  # type: ignore[arg-type]
+        rows, positions, d_in = shape
+        four = (len(keys), rows // now.width, positions, d_in)
+        kept = keep_mask(keys, segment.dropout, four, first_position)
         return (kept / (1 - segment.dropout).view(-1, 1, 1, 1)).flatten(1, 2)
 
     def extra_repr(self) -> str:
@@ -94,16 +99,16 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, _: Tensor, linear: PackedLinear) -> Tensor:
-        now = linear.now
+        now, name = linear.now, linear.name
         wide = frozen.widened(linear.base, x)
         y = frozen.product(linear.base, wide).contiguous()
-        rows, out = _by_slot(wide, now.width), _by_slot(y, now.width)
+        rows, out = _by_slot(wide, now.width), y.view(now.width, -1, y.shape[-1])
         lows = []
         for segment in now.segments:
-            at = segment.places
-            part = _dropped(linear, segment, rows[at], now.first_position)[0].flatten(1, 2)
-            low = torch.bmm(part, segment.A[linear.name].transpose(1, 2)).mul_(segment.scaling)
-            _add_product(out[at].flatten(1, 2), low, segment.B[linear.name])
+            kept = linear.keep(segment, x.shape, now.first_position)
+            part = _dropped(rows[segment.places], kept, segment.dtype)
+            low = torch.bmm(part, segment.A[name].transpose(1, 2)).mul_(segment.scaling)
+            _add_product(out[segment.places], low, segment.B[name])
             lows.append(low)
         ctx.save_for_backward(x, *lows)
         ctx.linear, ctx.width, ctx.segments, ctx.first = linear, now.width, now.segments, now.first_position
@@ -114,37 +119,45 @@ class _Adapted(torch.autograd.Function):
         (gradient,) = gradients
         x, *lows = ctx.saved_tensors
         linear: PackedLinear = ctx.linear
+        width, name = ctx.width, linear.name
         wide = frozen.widened(linear.base, gradient)
-        below = frozen.input_gradient(linear.base, wide) if ctx.needs_input_grad[0] else None
-        rows, above = _by_slot(x, ctx.width), _by_slot(wide, ctx.width)
+        below = into = None
+        if ctx.needs_input_grad[0]:
+            below = frozen.input_gradient(linear.base, wide).contiguous()
+            into = below.view(width, -1, below.shape[-1])
+        rows, above = _by_slot(x, width), _by_slot(wide, width)
         for segment, low in zip(ctx.segments, lows, strict=True):
-            at = segment.places
-            upper = above[at].flatten(1, 2).to(segment.dtype)
-            segment.grad_B[linear.name].baddbmm_(low.transpose(1, 2), upper)
-            low_gradient = torch.bmm(upper, segment.B[linear.name].transpose(1, 2)).mul_(segment.scaling)
-            part, kept = _dropped(linear, segment, rows[at], ctx.first)
-            segment.grad_A[linear.name].baddbmm_(low_gradient.transpose(1, 2), part.flatten(1, 2))
-            if below is None:
+            upper = _in(segment.dtype, above[segment.places])
+            segment.grad_B[name].baddbmm_(low.transpose(1, 2), upper)
+            low_gradient = torch.bmm(upper, segment.B[name].transpose(1, 2)).mul_(segment.scaling)
+            kept = linear.keep(segment, x.shape, ctx.first)
+            part = _dropped(rows[segment.places], kept, segment.dtype)
+            segment.grad_A[name].baddbmm_(low_gradient.transpose(1, 2), part)
+            if into is None:
                 continue
-            into = _by_slot(below, ctx.width)[at].flatten(1, 2)
             if kept is None:
-                _add_product(into, low_gradient, segment.A[linear.name])
+                _add_product(into[segment.places], low_gradient, segment.A[name])
             else:
                 # Rounded once, as without a mask: a co-tenant's dropout must change no bit of a slot that has none.
-                into.copy_(torch.bmm(low_gradient, segment.A[linear.name]).mul_(kept).add_(into))
+                sum_ = torch.bmm(low_gradient, segment.A[name]).mul_(kept).add_(into[segment.places])
+                into[segment.places] = sum_
         return below, None, None
 
 
 def _by_slot(rows: Tensor, width: int) -> Tensor:
-    """(K x b, T, d) -> (K, b, T, d)."""
-    return rows.view(width, -1, *rows.shape[1:])
+    """(K x b, T, d) -> (K, b T, d)."""
+    return rows.reshape(width, -1, rows.shape[-1])
 
 
-def _dropped(linear: PackedLinear, segment: Segment, rows: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
-    """(rows (n, b, T, d) in the adapters' dtype after dropout, the mask (n, b T, d))."""
-    kept = linear.keep(segment, rows, first)
-    wide = rows.to(segment.dtype)
-    return (wide, None) if kept is None else (wide * kept.view_as(wide), kept)
+def _in(dtype: torch.dtype, each: Tensor) -> Tensor:
+    # Asked a hundred thousand times a minute: `to` takes its time even where there is nothing to do.
+    return each if each.dtype == dtype else each.to(dtype)
+
+
+def _dropped(part: Tensor, kept: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A segment's rows (n, b T, d) in the adapters' dtype, after dropout."""
+    wide = _in(dtype, part)
+    return wide if kept is None else wide * kept
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
