@@ -12,6 +12,7 @@ def run(pack: Pack, trials: Sequence[Trial]) -> Iterator[Evaluation]:
     while waiting or pack.live:
         while waiting and pack.has_room:
             pack.admit(waiting.pop(0))
+        pack.prepare(waiting[: pack.capacity.slots])
         yield from pack.advance()
         for slot in [slot for slot in pack.live if pack.step(slot) >= pack.settings.max_steps]:
             pack.evict(slot)
