@@ -21,7 +21,7 @@ from lora_sweep.pack.memory import Peak
 
 MakeTrial = Callable[..., Trial]
 CPU = torch.device("cpu")
-pytestmark = [pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.timeout(2400)]
 
 
 def measured(words: str, repetitions: int, trials: int, drawn: str | None = None) -> dict[str, Any]:
@@ -53,20 +53,21 @@ def test_smollm2_in_bf16_trains_half_again_as_fast_in_a_pack() -> None:
 
 SHAPES = (
     ("width=64,layers=2,heads=2,vocab=1024", "data.max_length=32 train.batch_size=1 train.max_steps=60"),
-    ("width=64,layers=2,heads=2,vocab=1024", "data.max_length=256 train.batch_size=8 train.max_steps=16"),
+    ("width=64,layers=2,heads=2,vocab=1024", "data.max_length=256 train.batch_size=8 train.max_steps=10"),
     ("width=256,layers=4,heads=4,vocab=1024", "data.max_length=64 train.batch_size=4 train.max_steps=6"),
-    ("width=256,layers=2,heads=4,vocab=1024", "data.max_length=512 train.batch_size=2 train.max_steps=2"),
+    ("width=256,layers=2,heads=4,vocab=1024", "data.max_length=512 train.batch_size=2 train.max_steps=4"),
     ("width=768,layers=2,heads=12,vocab=1024", "data.max_length=32 train.batch_size=1 train.max_steps=10"),
-    ("width=768,layers=2,heads=12,vocab=1024", "data.max_length=512 train.batch_size=4 train.max_steps=3"),
+    ("width=768,layers=2,heads=12,vocab=1024", "data.max_length=512 train.batch_size=4 train.max_steps=2"),
 )
-"""(base, shape of a slot-step): 32 to 2,048 tokens."""
+"""(base, shape of a slot-step): 32 to 2,048 tokens. A few seconds each: neighbours in time meet the same other work."""
+ALTERNATIONS = 25
 
 
 @pytest.mark.bar
 @pytest.mark.parametrize(("drawn", "words"), SHAPES)
 def test_a_pack_is_never_slower_than_one_by_one(drawn: str, words: str) -> None:
     small = "data.subjects=64 data.eval_size=4 data.probe_size=4 method.rank=16"
-    row = measured(f"{words} {small}", 9, 4, drawn)
+    row = measured(f"{words} {small}", ALTERNATIONS, 4, drawn)
     assert row["ratio_low"] > 0.9
 
 
