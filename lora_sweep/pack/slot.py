@@ -86,12 +86,8 @@ class Slot:
         self.home = (bank, row)
         values, gradients, layout = bank.values[row], bank.gradients[row], bank.layout
         rank, size_A = self.trial.method.rank, layout.size_A
-        self.A = {name: view[:rank] for name, view in layout.A(values).items()}
-        self.B = {name: view[:rank] for name, view in layout.B(values).items()}
-        self._gradients = {
-            "A": {name: view[:rank] for name, view in layout.A(gradients).items()},
-            "B": {name: view[:rank] for name, view in layout.B(gradients).items()},
-        }
+        self.A, self.B = layout.A(values, rank), layout.B(values, rank)
+        self._gradients = {"A": layout.A(gradients, rank), "B": layout.B(gradients, rank)}
         if optimizers.is_elementwise(self.trial.optimizer):
             pieces = {
                 "A": (values[:size_A], gradients[:size_A]),
@@ -272,7 +268,7 @@ class Slot:
         """Module name -> (r, d) views of what has the form of all A or all B."""
         bank, _ = self.home
         rank = self.trial.method.rank
-        return {name: view[:rank] for name, view in bank.layout.side(side, flat).items()}
+        return bank.layout.side(side, flat, rank)
 
     def load(self, folder: Path) -> None:
         """Goes on from a checkpoint of the same trial. Raises ValueError when it is another's."""
