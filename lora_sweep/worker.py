@@ -1,10 +1,12 @@
 """One device: keep the pack full, report, prune, refill."""
 
+import gc
 import math
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
@@ -24,6 +26,9 @@ from lora_sweep.workbench import Workbench
 
 Stop = Callable[[], bool]
 
+TURN_SECONDS = 0.001
+"""How long another thread may keep the interpreter from the one that trains; Python's own is five times that."""
+
 
 class Watcher(Protocol):
     """Whoever looks on: a live table, plain lines, a test."""
@@ -38,7 +43,7 @@ class Watcher(Protocol):
 def train(config: Config, folder: Path, tracker: Tracker, device: torch.device, watcher: Watcher, stop: Stop) -> bool:
     """One trial without a study, in `folder`; False when `stop` ended it early (the same call goes on)."""
     cell = Cell(0)
-    with Workbench(device, folder).pack(config, config.method.rank) as (pack, base), _writer() as writer:
+    with Workbench(device, folder).pack(config, config.method.rank) as (pack, base), _steady(), _writer() as writer:
         run = Run(pack, base, cell, config, folder, tracker, writer)
         watcher.admitted(cell, run.slot, run.step)
         while True:
@@ -74,7 +79,7 @@ def work(
         if _told_before(study, sweep, lease, watcher):
             continue
         config = sweep.config(lease.cell)
-        with bench.pack(config, bank_rank) as (pack, base), _writer() as writer:
+        with bench.pack(config, bank_rank) as (pack, base), _steady(), _writer() as writer:
             shift = _Shift(study, sweep, pack, base, config, tracker, writer, watcher)
             if not shift.run(lease, stop):
                 return False
@@ -265,6 +270,21 @@ class _Ending:
     state: Outcome
     reason: Reason | None
     written: Future[Ended]
+
+
+@contextmanager
+def _steady() -> Iterator[None]:
+    """Keeps the interpreter's own work out of steps and refills."""
+    before = sys.getswitchinterval()
+    # Packages and the base live on anyway: looking through them for garbage takes a third of a second, at any moment.
+    gc.collect()
+    gc.freeze()
+    sys.setswitchinterval(TURN_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+        gc.unfreeze()
 
 
 def _writer() -> Executor:
