@@ -1,5 +1,6 @@
 """Whole studies on the embedded base, as `lora-sweep launch` runs them: interrupted, refilled, exported, picked."""
 
+import gc
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from rich.console import Console
 from test_pack import IGNORED, mean_loss
 
 from lora_sweep import data as data_room
-from lora_sweep import launch, results, space, workbench
+from lora_sweep import launch, results, space, workbench, worker
 from lora_sweep.blueprint import Blueprint
 from lora_sweep.errors import NoSafeAnswer, OutOfRoom, StudyError
 from lora_sweep.ledger import StudyView
@@ -587,3 +588,11 @@ def test_what_did_not_fit_is_remembered_for_the_same_kind_of_device(
         return known
 
     assert [begun(kind) for kind in ("small", "large", "small")] == [(None, 0), (None, 0), (6, 4)]
+
+
+def test_the_interpreter_collects_as_before_once_the_training_is_over() -> None:
+    turn, kept = sys.getswitchinterval(), gc.get_freeze_count()
+    with worker._steady():
+        assert gc.get_freeze_count() > 100_000, "what the packages hold"
+        assert sys.getswitchinterval() == pytest.approx(worker.TURN_SECONDS)
+    assert (sys.getswitchinterval(), gc.get_freeze_count()) == (turn, kept)
