@@ -46,7 +46,8 @@ class Layout:
         pieces = part.split([self.rank * d for d in widths.values()], dim=-1)
         lead = part.shape[:-1]
         # At each refill, of hundreds of modules: `view` takes a fifth of what `unflatten` does.
-        return {name: piece.view(*lead, self.rank, d) for (name, d), piece in zip(widths.items(), pieces, strict=True)}
+        views = {name: piece.view(*lead, self.rank, d) for (name, d), piece in zip(widths.items(), pieces, strict=True)}
+        return views if rank in (None, self.rank) else {name: view[..., :rank, :] for name, view in views.items()}
 
 
 class Bank:
