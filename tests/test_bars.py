@@ -59,7 +59,7 @@ SHAPES = (
     ("width=768,layers=2,heads=12,vocab=1024", "data.max_length=32 train.batch_size=1 train.max_steps=10"),
     ("width=768,layers=2,heads=12,vocab=1024", "data.max_length=512 train.batch_size=4 train.max_steps=2"),
 )
-"""(base, shape of a slot-step): 32 to 2,048 tokens. A few seconds each: neighbours in time meet the same other work."""
+"""(base, shape of a slot-step): 32 to 2,048 tokens. Seconds each: neighbours in time meet the same other work."""
 ALTERNATIONS = 25
 
 

@@ -168,8 +168,7 @@ class Capacity:
 
     def _settle(self, tried: Sequence[int]) -> None:
         # Never slower than one by one: a wider pass that may be so by chance does not stand for election.
-        one, *wider = tried
-        sure = [one, *(width for width in wider if _bounds(self._gains(one, tried)[width])[0] > 1.0)]
+        sure = [tried[0], *(wider for wider, gains in self._gains(tried[0], tried).items() if _bounds(gains)[0] > 1.0)]
         self.width = next(
             width for width in sure if all(_gain(gains) <= WORTH for gains in self._gains(width, sure).values())
         )
@@ -218,7 +217,7 @@ def _bounds(ratios: Sequence[float]) -> tuple[float, float]:
     for rank in range(1, n + 1):
         # How many of the 2 ** n choices of signs have each sum of positive ranks.
         ways = np.convolve(ways, [1.0, *[0.0] * (rank - 1), 1.0])
-    place = max(0, int(np.searchsorted(np.cumsum(ways) / 2.0**n, CHANCE, side="right")) - 1)
+    place = int(np.searchsorted(np.cumsum(ways) / 2.0**n, CHANCE, side="right")) - 1
     return found[place], found[-1 - place]
 
 

@@ -83,8 +83,8 @@ class PackedLinear(nn.Module):
             return None
         keys = now.keys[self.name][segment.places]
         rows, positions, d_in = shape
-        four = (len(keys), rows // now.width, positions, d_in)
-        kept = keep_mask(keys, segment.dropout, four, first_position)
+        by_slot = (len(keys), rows // now.width, positions, d_in)
+        kept = keep_mask(keys, segment.dropout, by_slot, first_position)
         return (kept / (1 - segment.dropout).view(-1, 1, 1, 1)).flatten(1, 2)
 
     def extra_repr(self) -> str:
@@ -102,7 +102,7 @@ class _Adapted(torch.autograd.Function):
         now, name = linear.now, linear.name
         wide = frozen.widened(linear.base, x)
         y = frozen.product(linear.base, wide).contiguous()
-        rows, out = _by_slot(wide, now.width), y.view(now.width, -1, y.shape[-1])
+        rows, out = _by_slot(wide, now.width), _by_slot(y, now.width)
         lows = []
         for segment in now.segments:
             kept = linear.keep(segment, x.shape, now.first_position)
@@ -121,10 +121,7 @@ class _Adapted(torch.autograd.Function):
         linear: PackedLinear = ctx.linear
         width, name = ctx.width, linear.name
         wide = frozen.widened(linear.base, gradient)
-        below = into = None
-        if ctx.needs_input_grad[0]:
-            below = frozen.input_gradient(linear.base, wide).contiguous()
-            into = below.view(width, -1, below.shape[-1])
+        below = frozen.input_gradient(linear.base, wide).contiguous() if ctx.needs_input_grad[0] else None
         rows, above = _by_slot(x, width), _by_slot(wide, width)
         for segment, low in zip(ctx.segments, lows, strict=True):
             upper = _in(segment.dtype, above[segment.places])
@@ -133,19 +130,19 @@ class _Adapted(torch.autograd.Function):
             kept = linear.keep(segment, x.shape, ctx.first)
             part = _dropped(rows[segment.places], kept, segment.dtype)
             segment.grad_A[name].baddbmm_(low_gradient.transpose(1, 2), part)
-            if into is None:
+            if below is None:
                 continue
+            into = _by_slot(below, width)[segment.places]
             if kept is None:
-                _add_product(into[segment.places], low_gradient, segment.A[name])
+                _add_product(into, low_gradient, segment.A[name])
             else:
                 # Rounded once, as without a mask: a co-tenant's dropout must change no bit of a slot that has none.
-                sum_ = torch.bmm(low_gradient, segment.A[name]).mul_(kept).add_(into[segment.places])
-                into[segment.places] = sum_
+                into.copy_(torch.bmm(low_gradient, segment.A[name]).mul_(kept).add_(into))
         return below, None, None
 
 
 def _by_slot(rows: Tensor, width: int) -> Tensor:
-    """(K x b, T, d) -> (K, b T, d)."""
+    """(K x b, T, d) -> (K, b T, d): a view of what is contiguous, so that it can be added to."""
     return rows.reshape(width, -1, rows.shape[-1])
 
 
