@@ -38,13 +38,15 @@ STOPPED = 130
 
 def main() -> NoReturn:
     """Runs a verb. Exit codes: 0 done, 2 the user's mistake, 3 no safe answer, 130 stopped, 1 anything else."""
+    from lora_sweep import chatter
     from lora_sweep.errors import NoSafeAnswer, OutOfRoom, UserError
 
     # Read when torch is imported: how long its threads spin for one another before they sleep. By default so long that
     # on a machine with other work small operations took 10 to 40 times as long; none at all costs a third when idle.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
-        app()
+        with chatter.silenced():
+            app()
         code = 0
     except UserError as error:
         print(error, file=sys.stderr)
@@ -422,19 +424,10 @@ def _conclude(console: "Console", folder: Path, table: list[dict[str, Any]], con
 
 
 def _quiet() -> None:
-    """Libraries' progress bars and chatter off: what a person sees is ours."""
-    # Said aloud either way, or tokenizers warns once something forks.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Read when the hub's client is imported; it tells each of its retries.
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    import datasets
-    from transformers.utils import logging
+    """Before a verb that trains or loads: imports transformers and datasets without their bars and lines."""
+    from lora_sweep import chatter
 
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    chatter.quieten_imported()
 
 
 @contextmanager

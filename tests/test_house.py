@@ -16,6 +16,7 @@ PACKAGE = REPOSITORY / "lora_sweep"
 FLOORS: dict[str, float] = {
     "records": 0.0,
     "errors": 0.1,
+    "chatter": 0.1,
     "tiny": 0.1,
     "config": 0.2,
     "composition": 0.25,
@@ -77,7 +78,7 @@ ROOMS: dict[str, set[str]] = {
         "workbench",
         "inspection",
     },
-    # cli: only to silence its logging before a verb.
+    # chatter: only to silence its logging before a verb.
     "transformers": {
         "pack",
         "model",
@@ -89,13 +90,13 @@ ROOMS: dict[str, set[str]] = {
         "tiny",
         "bench",
         "callback",
-        "cli",
+        "chatter",
     },
     "peft": {"pack", "model", "blueprint", "adapters", "bench", "callback"},
     "safetensors": {"pack", "source", "blueprint", "adapters", "bench"},
     "tokenizers": {"tiny"},
     "jinja2": {"data"},
-    "datasets": {"data", "cli"},
+    "datasets": {"data", "chatter"},
     "pyarrow": {"data"},
     "huggingface_hub": {"source"},
     "bitsandbytes": {"quant", "pack"},
