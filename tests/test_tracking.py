@@ -635,7 +635,8 @@ def terminal(
                     errors="replace"
                 )
     finally:
-        os.kill(process, signal.SIGKILL)
+        # Its whole session: `wandb leet` has a process of its own draw.
+        os.killpg(process, signal.SIGKILL)
         os.waitpid(process, 0)
         os.close(screen)
     return text
