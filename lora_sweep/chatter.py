@@ -45,7 +45,7 @@ def silenced() -> Iterator[None]:
         if last_resort is not None:
             last_resort.removeFilter(_is_shown)
         if hides_kernels:
-            del sys.modules["kernels"]
+            sys.modules.pop("kernels", None)
 
 
 def quieten_imported() -> None:

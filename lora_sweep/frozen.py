@@ -5,6 +5,7 @@ the backward pass). There the factors are widened to fp32 on the way, which is e
 bf16, as the instructions themselves would do.
 """
 
+import os
 from functools import partial
 from typing import Any, cast
 
@@ -17,6 +18,8 @@ from lora_sweep import attention, quant
 
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 """Any of them multiplies bf16; by torch's names, for x86 and ARM."""
+_ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
+"""Values of ONEDNN_MAX_CPU_ISA under which oneDNN, and torch through it, leaves those instructions alone."""
 
 
 def settle(model: Any, device: torch.device) -> None:
@@ -68,6 +71,8 @@ def input_gradient(linear: nn.Module, wide: Tensor) -> Tensor:
 
 
 def _has_bf16() -> bool:
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _ISA_WITHOUT_BF16:
+        return False
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in _INSTRUCTIONS)
 

@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,13 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lora-sweep-tests-")
 # As the command line does it (cli.main); read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import processor  # before torch
 import pytest
 import torch
 
 from lora_sweep import data as data_room
+from lora_sweep import frozen, space
 from lora_sweep import model as model_room
-from lora_sweep import space
 from lora_sweep.data import Data
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Trial
@@ -31,8 +34,60 @@ LONG_TIMEOUT_SECONDS = 1200
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+        is_long = item.get_closest_marker("slow") or item.get_closest_marker("full")
+        if is_long and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(LONG_TIMEOUT_SECONDS))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    processor.note_paths(item)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Which paths of the processor were taken: not every machine has them all."""
+    reports = [
+        (outcome, report.user_properties)
+        for outcome in ("passed", "failed", "skipped")
+        for report in terminalreporter.stats.get(outcome, [])
+    ]
+    for line in processor.summary(reports):
+        terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _masked() -> None:
+    if processor.IS_MASKED:
+        processor.mask_bitsandbytes()
+
+
+BEGUN_BY = "LORA_SWEEP_TESTS"
+"""Environment variable: which process of pytest's has begun this one."""
+
+
+def orphans(begun_by: str) -> dict[int, str]:
+    """Process -> command line, of what was begun here and has outlived whoever began it."""
+    found, parents = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if f"{BEGUN_BY}={begun_by}".encode() in environment:
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+                parents[int(folder.name)] = parent
+        except OSError:  # ended meanwhile, or somebody else's
+            continue
+    return {each: line for each, line in found.items() if parents[each] not in (*found, int(begun_by))}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    os.environ[BEGUN_BY] = str(os.getpid())
+    yield
+    left = orphans(str(os.getpid()))
+    for each in left:
+        with suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
+    assert not left, f"tests left processes behind: {left}"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,6 +103,26 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, threads))
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """With `processor.either(BF16_PRODUCTS, BF16_ATTENTION)` as its parameter: whether both sides of a comparison use
+    the processor's bf16 instructions, this package's bases and torch's own kernels."""
+    if not request.param:
+        monkeypatch.setattr(frozen, "_has_bf16", lambda: False)
+    before, *_ = torch.backends.mkldnn.set_flags(request.param)
+    yield request.param
+    torch.backends.mkldnn.set_flags(before)
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """With `processor.either(THREADS)` as its parameter: 1 or 2 threads of torch's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 + request.param)
+    yield 1 + request.param
+    torch.set_num_threads(before)
 
 
 def config_of(*overrides: str) -> Any:

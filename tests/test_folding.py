@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 import yaml
+from processor import BF16_ATTENTION, BF16_PRODUCTS, either
 from test_pack import losses, packed, short_examples
 from test_worker import run, write_sweep
 from transformers import AutoModelForCausalLM, LlamaConfig, get_scheduler
@@ -371,7 +372,8 @@ def test_under_sgd_members_of_an_adamw_class_are_other_runs(
     assert difference(stranger, twins(trial, optim="sgd", base_lr=0.1)) > folding.CLIP_SIZE
 
 
-def test_a_base_in_bf16_keeps_the_bits_of_a_class(trial: MakeTrial) -> None:
+@pytest.mark.parametrize("bf16", either(BF16_PRODUCTS, BF16_ATTENTION), indirect=True)
+def test_a_base_in_bf16_keeps_the_bits_of_a_class(trial: MakeTrial, bf16: bool) -> None:
     model = replace(sweep_of().base().model, dtype="bf16")
     base = model_room.load(model, torch.device("cpu"))
     part = short_examples(8, 0)

@@ -1,7 +1,10 @@
 """bf16 on a processor without bf16 instructions: the same products, rounded once, and much faster."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from processor import BF16_ATTENTION, BF16_PRODUCTS, off, on
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
@@ -25,6 +28,7 @@ def model(kind: str) -> nn.Module:
     return made
 
 
+@off(BF16_PRODUCTS)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_every_linear_gives_the_rounded_product_and_passes_the_rounded_gradient_down(
     kind: str, monkeypatch: pytest.MonkeyPatch
@@ -53,6 +57,42 @@ def test_every_linear_gives_the_rounded_product_and_passes_the_rounded_gradient_
         assert torch.equal(frozen.product(linear, frozen.widened(linear, x)), y)
 
 
+@on(BF16_PRODUCTS)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_with_bf16_instructions_the_products_are_rounded_once_too(kind: str) -> None:
+    """So a base gives the same numbers on either processor, but for the order of its sums."""
+    base = model(kind)
+    frozen.settle(base, CPU)
+    linears = [module for module in base.modules() if isinstance(module, nn.Linear | Conv1D)]
+    assert frozen.multiplied_dtype(base) == torch.bfloat16
+    for linear in linears:
+        assert "forward" not in vars(linear)
+        weight = frozen.weight(linear, torch.bfloat16)
+        x = torch.randn(3, 5, weight.shape[1]).bfloat16().requires_grad_()
+        exact = x.double() @ weight.double().T
+        if linear.bias is not None:
+            exact = exact + linear.bias.double()
+        y = linear(x)
+        assert torch.allclose(y.double(), exact, rtol=2.0**-8, atol=1e-6)
+        gradient = torch.randn_like(y)
+        y.backward(gradient)
+        assert x.grad is not None
+        assert torch.allclose(x.grad.double(), gradient.double() @ weight.double(), rtol=2.0**-8, atol=1e-6)
+
+
+@off(BF16_PRODUCTS)
+@off(BF16_ATTENTION)
+@pytest.mark.parametrize(("isa", "has_bf16"), [("AVX2", False), ("avx512_core", False), ("AVX512_CORE_AMX", True)])
+def test_instructions_that_onednn_is_told_to_leave_alone_are_as_good_as_absent(
+    isa: str, has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+    base = model("llama")
+    frozen.settle(base, CPU)
+    assert (frozen.multiplied_dtype(base) == torch.bfloat16) == has_bf16
+
+
 @pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_where_there_is_nothing_to_widen_all_stays_as_it_is(
     has_bf16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -75,11 +115,8 @@ def test_a_gpu_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any("forward" in vars(module) for module in base.modules() if isinstance(module, nn.Linear))
 
 
-def test_a_widened_base_attends_in_fp32_and_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against fp64, with and without a mask; gradients come down."""
-    monkeypatch.setattr(frozen, "_has_bf16", lambda: False)
-    base = model("llama")
-    frozen.settle(base, CPU)
+def attended(base: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]]:
+    """(output, the same in fp64, of each gradient the same two), without a mask and with each kind of one."""
     attend = ALL_ATTENTION_FUNCTIONS[base.config._attn_implementation]
     layer = base.model.layers[0].self_attn
     torch.manual_seed(0)
@@ -91,13 +128,35 @@ def test_a_widened_base_attends_in_fp32_and_is_rounded_once(monkeypatch: pytest.
         given = None if mask is None else mask.expand(2, 1, 24, 24)
         y, _ = attend(layer, q, k, v, given, scaling=0.25)
         exact = functional.scaled_dot_product_attention(*(each.double() for each in (q, k, v)), seen, scale=0.25)
-        assert y.dtype == torch.bfloat16
-        assert torch.allclose(y.transpose(1, 2).double(), exact, rtol=2.0**-8, atol=1e-6)
         gradient = torch.randn_like(y)
         found = torch.autograd.grad(y, (q, k, v), gradient)
         wanted = torch.autograd.grad(exact, (q, k, v), gradient.transpose(1, 2).double())
-        for mine, theirs in zip(found, wanted, strict=True):
-            assert torch.allclose(mine.double(), theirs.double(), rtol=2.0**-7, atol=1e-5)
+        assert y.dtype == torch.bfloat16
+        pairs = [(mine.double(), theirs) for mine, theirs in zip(found, wanted, strict=True)]
+        yield y.detach().transpose(1, 2).double(), exact.detach(), pairs
+
+
+@off(BF16_ATTENTION)
+def test_a_widened_base_attends_in_fp32_and_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "_has_bf16", lambda: False)
+    base = model("llama")
+    frozen.settle(base, CPU)
+    for y, exact, gradients in attended(base):
+        assert torch.allclose(y, exact, rtol=2.0**-8, atol=1e-6)
+        for mine, wanted in gradients:
+            assert torch.allclose(mine, wanted.double(), rtol=2.0**-7, atol=1e-5)
+
+
+@on(BF16_ATTENTION)
+def test_with_bf16_instructions_attention_is_torchs_own() -> None:
+    """Its probabilities are rounded to bf16 as well."""
+    base = model("llama")
+    frozen.settle(base, CPU)
+    assert base.config._attn_implementation == "sdpa"
+    for y, exact, gradients in attended(base):
+        assert torch.allclose(y, exact, rtol=2.0**-8, atol=2.0**-8 * float(exact.abs().max()))
+        for mine, wanted in gradients:
+            assert torch.allclose(mine, wanted.double(), rtol=2.0**-7, atol=2.0**-7 * float(wanted.abs().max()))
 
 
 def test_a_base_whose_attention_somebody_chose_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:

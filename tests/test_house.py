@@ -2,12 +2,14 @@
 
 import ast
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import conftest
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
@@ -226,3 +228,16 @@ def test_help_answers_within_a_second() -> None:
         subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, check=True)
         took.append(time.perf_counter() - began)
     assert min(took) < 1.0
+
+
+def test_a_process_that_outlives_its_test_is_found() -> None:
+    """conftest.py looks for such at the end of a run."""
+    begun = {**os.environ, conftest.BEGUN_BY: "1234567"}
+    with subprocess.Popen(["sh", "-c", "sleep 60 & echo $!"], env=begun, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        left = int(parent.stdout.readline())
+        parent.wait()
+        try:
+            assert conftest.orphans("1234567") == {left: "sleep 60 "}
+        finally:
+            os.kill(left, signal.SIGKILL)

@@ -12,6 +12,7 @@ import torch
 from conftest import config_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
+from processor import BF16_ATTENTION, BF16_PRODUCTS, THREADS, VECTORS, as_found, either
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -105,6 +106,7 @@ def peft_losses(model: Any, data: Data, trial: Trial) -> torch.Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
+@as_found(VECTORS)
 @pytest.mark.filterwarnings(IGNORED)
 @pytest.mark.parametrize(
     ("use_rslora", "ratio", "accumulation"),
@@ -150,6 +152,7 @@ def mixed(trial: MakeTrial, **shared: Any) -> list[Trial]:
     ]
 
 
+@as_found(VECTORS)
 def test_each_of_eight_slots_gives_what_it_gives_alone(base: LoadedBase, style: Data, trial: MakeTrial) -> None:
     trials = mixed(trial)
     for one, evaluation in zip(trials, packed(base, style, trials), strict=True):
@@ -160,7 +163,12 @@ def test_each_of_eight_slots_gives_what_it_gives_alone(base: LoadedBase, style: 
 
 @pytest.mark.parametrize(
     ("checkpointing", "steps"),
-    [(True, 6), pytest.param(False, 50, marks=pytest.mark.slow), pytest.param(True, 50, marks=pytest.mark.slow)],
+    [
+        (True, 6),
+        pytest.param(True, 25, marks=pytest.mark.slow),
+        pytest.param(False, 50, marks=pytest.mark.full),
+        pytest.param(True, 50, marks=pytest.mark.full),
+    ],
 )
 def test_in_double_precision_packing_changes_nothing_even_with_dropout_and_checkpointing(
     base64: LoadedBase, style: Data, trial: MakeTrial, checkpointing: bool, steps: int
@@ -175,8 +183,10 @@ def test_in_double_precision_packing_changes_nothing_even_with_dropout_and_check
         assert evaluation.eval_loss == pytest.approx(alone.eval_loss, rel=1e-9)
 
 
+@as_found(VECTORS)
+@pytest.mark.parametrize("threads", either(THREADS), indirect=True)
 def test_a_slot_that_is_not_a_number_changes_no_bit_of_the_others(
-    base: LoadedBase, style: Data, trial: MakeTrial
+    base: LoadedBase, style: Data, trial: MakeTrial, threads: int
 ) -> None:
     knobs = {"max_steps": 12, "eval_every": 12, "fixed_shapes": True}
     calm = [trial(i, rank=4 + i, base_lr=2e-4, **knobs) for i in range(3)]
@@ -193,14 +203,24 @@ def test_a_slot_that_is_not_a_number_changes_no_bit_of_the_others(
         assert (mine.eval_losses == other.eval_losses).all()
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_neighbour_with_dropout_changes_no_bit_of_a_slot_without(style: Data, trial: MakeTrial, dtype: str) -> None:
-    base = model_room.load(config_of(f"model.dtype={dtype}").model, torch.device("cpu"))
+def assert_a_neighbours_dropout_changes_no_bit(base: LoadedBase, style: Data, trial: MakeTrial) -> None:
     knobs = {"max_steps": 4, "eval_every": 4, "rank": 4, "batch_size": 2, "base_lr": 3e-3, "fixed_shapes": True}
     one = trial(0, **knobs)
     with_dropout, without = (packed(base, style, [one, trial(1, seed=1, dropout=p, **knobs)])[0] for p in (0.1, 0.0))
     assert torch.equal(losses(with_dropout), losses(without))
     assert with_dropout.eval_loss == without.eval_loss
+
+
+def test_a_neighbour_with_dropout_changes_no_bit_of_a_slot_without(
+    base: LoadedBase, style: Data, trial: MakeTrial
+) -> None:
+    assert_a_neighbours_dropout_changes_no_bit(base, style, trial)
+
+
+@pytest.mark.parametrize("bf16", either(BF16_PRODUCTS, BF16_ATTENTION), indirect=True)
+def test_a_neighbour_with_dropout_changes_no_bit_on_a_base_in_bf16(style: Data, trial: MakeTrial, bf16: bool) -> None:
+    base = model_room.load(config_of("model.dtype=bf16").model, torch.device("cpu"))
+    assert_a_neighbours_dropout_changes_no_bit(base, style, trial)
 
 
 def test_refilling_a_slot_changes_no_bit_of_the_others(base: LoadedBase, style: Data, trial: MakeTrial) -> None:

@@ -13,12 +13,13 @@ import torch
 from conftest import config_of
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from processor import BF16_ATTENTION, BF16_PRODUCTS, EIGHT_BITS, FOUR_BITS, VECTORS, as_found, either, off, on
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_pack import IGNORED, MakeTrial, largest_difference, losses, mean_loss, packed, peft_losses
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from lora_sweep import estimate, quant, space
+from lora_sweep import estimate, frozen, quant, space
 from lora_sweep import model as model_room
 from lora_sweep.blueprint import Blueprint, peft_config
 from lora_sweep.data import Data
@@ -37,14 +38,15 @@ Bases = Callable[[str, str], LoadedBase]
 
 @pytest.fixture(scope="module")
 def bases() -> Bases:
-    """bases(kind, dtype): the embedded base, loaded once each."""
-    made: dict[tuple[str, str], LoadedBase] = {}
+    """bases(kind, dtype): the embedded base, loaded once each, and once more where bf16 instructions are held off."""
+    made: dict[tuple[str, str, bool], LoadedBase] = {}
 
     def of(kind: str, dtype: str) -> LoadedBase:
-        if (kind, dtype) not in made:
+        key = kind, dtype, frozen._has_bf16()
+        if key not in made:
             model = config_of(f"model.quantization={kind}", f"model.dtype={dtype}").model
-            made[kind, dtype] = model_room.load(model, CPU)
-        return made[kind, dtype]
+            made[key] = model_room.load(model, CPU)
+        return made[key]
 
     return of
 
@@ -55,10 +57,12 @@ def few(style: Data) -> Data:
     return replace(style, evaluation=style.evaluation.take(np.arange(4)), probe=style.probe.take(np.arange(2)))
 
 
-def theirs(kind: str, dtype: str, folder: Path = WEIGHTS) -> Any:
+def theirs(kind: str, dtype: str, folder: Path = WEIGHTS, has_kernel: bool = False) -> Any:
     """The same base as a user of transformers and PEFT quantises it.
 
     8-bit in training mode: there bitsandbytes takes the activations as they are on a CPU, elsewhere it rounds them.
+    4-bit without the kernel of its own that bitsandbytes evaluates with where the processor has AVX512-BF16, unless
+    `has_kernel`.
     """
     settings = BitsAndBytesConfig(load_in_8bit=True)
     if kind == "nf4":
@@ -69,6 +73,9 @@ def theirs(kind: str, dtype: str, folder: Path = WEIGHTS) -> Any:
             bnb_4bit_compute_dtype=DTYPE[dtype],
         )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE[dtype], quantization_config=settings)
+    if not has_kernel:
+        for each in model.modules():  # as README.md has it
+            each.support_avx512bf16_for_cpu = False
     return model.train(kind == "int8")
 
 
@@ -85,20 +92,33 @@ def three(trial: MakeTrial, steps: int, **shared: Any) -> list[Trial]:
 # -- training ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize(
-    ("dtype", "steps", "tolerance"),
-    [("fp32", 5, 1e-6), ("bf16", 2, 1e-2), pytest.param("fp32", 30, 1e-6, marks=pytest.mark.slow)],
-)
-def test_a_packed_slot_equals_peft_on_the_same_quantised_base(
-    bases: Bases, few: Data, trial: MakeTrial, kind: str, dtype: str, steps: int, tolerance: float
+def assert_packed_slots_equal_peft(
+    bases: Bases, few: Data, trials: list[Trial], kind: str, dtype: str, tolerance: float
 ) -> None:
-    """fp32: 2e-7 after 30 steps. bf16: PEFT rounds s B A x to bf16 before it adds, the pack adds in fp32."""
-    base, trials = bases(kind, dtype), three(trial, steps)
-    for one, evaluation in zip(trials, packed(base, few, trials), strict=True):
+    for one, evaluation in zip(trials, packed(bases(kind, dtype), few, trials), strict=True):
         mine = losses(evaluation)
         assert all(measured.delta_rel > 0 for measured in evaluation.measurements)
         assert largest_difference(mine, peft_losses(theirs(kind, dtype), few, one)) < tolerance
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("nf4", marks=off(FOUR_BITS)), pytest.param("int8", marks=off(EIGHT_BITS))]
+)
+@pytest.mark.parametrize("steps", [5, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_packed_slot_equals_peft_on_the_same_quantised_base(
+    bases: Bases, few: Data, trial: MakeTrial, kind: str, steps: int
+) -> None:
+    """2e-7 after 30 steps."""
+    assert_packed_slots_equal_peft(bases, few, three(trial, steps), kind, "fp32", 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("bf16", either(BF16_PRODUCTS, BF16_ATTENTION), indirect=True)
+def test_a_packed_slot_is_near_peft_on_the_same_quantised_base_in_bf16(
+    bases: Bases, few: Data, trial: MakeTrial, kind: str, bf16: bool
+) -> None:
+    """PEFT rounds s B A x to bf16 before it adds, the pack adds in fp32."""
+    assert_packed_slots_equal_peft(bases, few, three(trial, 2), kind, "bf16", 1e-2)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -128,23 +148,101 @@ def test_rows_never_mix_in_a_quantised_linear(bases: Bases, kind: str) -> None:
     assert torch.allclose(through.grad[0, 0], quant.dequantised(linear).sum(dim=0), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def exported(base: LoadedBase, data: Data, one: Trial, folder: Path) -> float:
+    """Trains the trial, writes its adapter, and returns the loss recorded for it, which is below the base's."""
+    pack = Pack(base, data, Settings.of(one), 8)
+    slot = pack.admit(one)
+    evaluation, before = pack.advance()[0], pack.evaluate_base().eval_loss
+    pack.export(slot)(folder)
+    pack.close()
+    assert evaluation.eval_loss < before * 0.99
+    return evaluation.eval_loss
+
+
+def short(trial: MakeTrial, **knobs: Any) -> Trial:
+    shape = {"max_steps": 4, "eval_every": 4, "batch_size": 2, "eval_batch_size": 4, "slots": 2}
+    return trial(0, rank=4, ratio=4.0, base_lr=1e-3, **shape, **knobs)
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("nf4", marks=off(FOUR_BITS)), pytest.param("int8", marks=off(EIGHT_BITS))]
+)
 def test_an_exported_adapter_gives_the_recorded_loss_on_the_same_quantised_base(
     bases: Bases, few: Data, trial: MakeTrial, kind: str, tmp_path: Path
 ) -> None:
-    one = trial(0, rank=4, ratio=4.0, base_lr=1e-3, max_steps=4, eval_every=4, batch_size=2, eval_batch_size=4, slots=2)
     base = bases(kind, "fp32")
-    pack = Pack(base, few, Settings.of(one), 8)
-    slot = pack.admit(one)
-    evaluation, before = pack.advance()[0], pack.evaluate_base().eval_loss
-    pack.export(slot)(tmp_path)
-    pack.close()
-    assert evaluation.eval_loss < before * 0.99
+    recorded = exported(base, few, short(trial), tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == base.name_or_path
     loaded = PeftModel.from_pretrained(theirs(kind, "fp32", Path(base.name_or_path)), str(tmp_path)).train(
         kind == "int8"
     )
-    assert mean_loss(loaded, few.evaluation) == pytest.approx(evaluation.eval_loss, rel=1e-5)
+    assert mean_loss(loaded, few.evaluation) == pytest.approx(recorded, rel=1e-5)
+
+
+@pytest.fixture
+def even(tmp_path: Path) -> Path:
+    """A base of random weights whose sizes are multiples of 32, with the embedded one's tokenizer."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    folder = tmp_path / "even"
+    LlamaForCausalLM(LlamaConfig(vocab_size=1024, initializer_range=0.2, **shape)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(WEIGHTS).save_pretrained(folder)
+    return folder
+
+
+@on(FOUR_BITS)
+def test_the_4bit_kernel_of_bitsandbytes_gives_an_exported_adapter_another_loss(
+    even: Path, few: Data, trial: MakeTrial, tmp_path: Path
+) -> None:
+    """It rounds activations and scales to bf16 in an fp32 base too; README.md states the size and the switch."""
+    base = model_room.load(
+        config_of("model=local", f"model.path={even}", "model.dtype=fp32", "model.quantization=nf4").model, CPU
+    )
+    recorded = exported(base, few, short(trial), tmp_path)
+    errors = []
+    for has_kernel in (True, False):
+        stock = theirs("nf4", "fp32", even, has_kernel)
+        errors.append(abs(mean_loss(PeftModel.from_pretrained(stock, str(tmp_path)).eval(), few.evaluation) - recorded))
+    print(errors, recorded)
+    assert errors[1] < 1e-5 * recorded
+    assert 1e-5 * recorded < errors[0] < 5e-3 * recorded
+
+
+@on(FOUR_BITS)
+def test_the_4bit_kernel_of_bitsandbytes_refuses_sizes_that_are_no_multiple_of_32() -> None:
+    """The embedded base has such; README.md's switch is a remedy."""
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        with pytest.raises(AssertionError, match="N must be divisible by block_n"):
+            theirs("nf4", "fp32", has_kernel=True)(input_ids=ids)
+        assert torch.isfinite(theirs("nf4", "fp32")(input_ids=ids).logits).all()
+
+
+@off(EIGHT_BITS)
+def test_no_8bit_linear_takes_the_product_of_bitsandbytes(
+    bases: Bases, few: Data, trial: MakeTrial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It rounds the activations too, in a kernel that only some processors have."""
+    one = short(trial)
+    expected = packed(bases("int8", "fp32"), few, [one])[0]
+    for name in ("int8_linear_matmul", "int8_mixed_scaled_mm", "int8_scaled_mm"):
+        monkeypatch.setattr(f"bitsandbytes.functional.{name}", None, raising=False)
+        monkeypatch.setattr(torch.ops.bitsandbytes, name, None)
+    again = packed(bases("int8", "fp32"), few, [one])[0]
+    assert torch.equal(losses(expected), losses(again))
+    assert expected.eval_loss == again.eval_loss
+
+
+@on(EIGHT_BITS)
+def test_the_8bit_product_of_bitsandbytes_gives_an_exported_adapter_another_loss(
+    bases: Bases, few: Data, trial: MakeTrial, tmp_path: Path
+) -> None:
+    base = bases("int8", "fp32")
+    recorded = exported(base, few, short(trial), tmp_path)
+    loaded = PeftModel.from_pretrained(theirs("int8", "fp32", Path(base.name_or_path)), str(tmp_path)).eval()
+    difference = abs(mean_loss(loaded, few.evaluation) / recorded - 1)
+    print(difference)
+    assert 1e-5 < difference < 2e-3
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -191,6 +289,25 @@ def test_the_weight_norm_that_health_divides_by_is_of_the_dequantised_weight(
     changed, norm = (sum(float(each.double().norm() ** 2) for each in all_) ** 0.5 for all_ in (changes, weights))
     assert changed > 0
     assert measured.delta_rel == pytest.approx(one.scaling * changed / norm, rel=1e-4)
+
+
+@as_found(VECTORS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_4bit_weight_is_its_code_times_the_scale_of_its_block(bases: Bases, dtype: str) -> None:
+    """By hand, from what the layer stores (2305.14314): two numbers a byte, the scales in 8 bits around their mean."""
+    linear = bases("nf4", dtype).model.model.layers[0].mlp.up_proj
+    packed_codes, state = linear.weight.data.flatten(), linear.weight.quant_state
+    codes = torch.stack([packed_codes >> 4, packed_codes & 15], dim=1).flatten().long()
+    nested = state.state2
+    scales = (
+        nested.code[state.absmax.long()].view(-1)
+        * nested.absmax.repeat_interleave(nested.blocksize)[: len(state.absmax)]
+    )
+    by_hand = state.code[codes] * (scales + state.offset).repeat_interleave(state.blocksize)
+    weight = quant.dequantised(linear)
+    assert weight.dtype == DTYPE[dtype]
+    expected = by_hand.view(weight.shape).to(weight.dtype)
+    assert torch.allclose(weight.float(), expected.float(), rtol=2.0**-8 if dtype == "bf16" else 1e-6, atol=1e-9)
 
 
 def test_a_quantised_base_says_what_it_really_holds(bases: Bases) -> None:
