@@ -4,33 +4,35 @@ It comes in four ways: by `logging` where nobody has set up a handler, by `warni
 handlers that a library installs for itself. Errors are shown whoever logs them.
 """
 
+import importlib.util
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
+
+_ENVIRONMENT = {
+    # transformers' reader of GGUF files draws a bar of its own, whatever transformers' setting is.
+    "TQDM_DISABLE": "1",
+    # The hub's client logs each of its retries.
+    "HF_HUB_VERBOSITY": "error",
+    # Either value keeps tokenizers from warning once something forks.
+    "TOKENIZERS_PARALLELISM": "true",
+}
+"""Read when the libraries are imported."""
 
 
 @contextmanager
 def silenced() -> Iterator[None]:
     """Keeps it off stderr while a verb runs; this package's own warnings and anybody's errors are written.
 
-    Imports nothing heavy: what it sets in the environment is read when the libraries are imported. `-W` and
-    PYTHONWARNINGS bring warnings back, TQDM_DISABLE and HF_HUB_VERBOSITY in the environment stay as they are.
+    Imports nothing heavy. `-W` and PYTHONWARNINGS bring warnings back, and what the environment has already of
+    TQDM_DISABLE, HF_HUB_VERBOSITY and TOKENIZERS_PARALLELISM stays as it is.
     """
-    # transformers' reader of GGUF files draws a bar of its own, whatever transformers' setting is.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    # Read when the hub's client is imported; it logs each of its retries.
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    # Either value keeps tokenizers from warning once something forks.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Where the processor has AVX512-BF16, bitsandbytes asks this package for a kernel from the hub as soon as it is
-    # imported. Nothing here computes with that kernel, and nothing should be fetched unasked.
-    hides_kernels = "kernels" not in sys.modules
-    if hides_kernels:
-        sys.modules["kernels"] = None  # type: ignore[assignment]
+    added = _ENVIRONMENT.keys() - os.environ.keys()
+    os.environ.update({name: _ENVIRONMENT[name] for name in added})
     # Writes what no handler takes.
     last_resort = logging.lastResort
     if last_resort is not None:
@@ -44,12 +46,18 @@ def silenced() -> Iterator[None]:
         warnings.showwarning = show
         if last_resort is not None:
             last_resort.removeFilter(_is_shown)
-        if hides_kernels:
-            sys.modules.pop("kernels", None)
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def quieten_imported() -> None:
-    """Takes the bars and the own handlers of transformers and datasets away; imports both."""
+    """Imports transformers and datasets without their bars and own handlers, and bitsandbytes, if it is installed,
+    without the hub.
+
+    Where the processor has AVX512-BF16, bitsandbytes asks the package `kernels` for a kernel from the hub as soon as it
+    is imported (PEFT imports it for any adapter). Nothing here computes with that kernel, and nothing should be fetched
+    unasked.
+    """
     import datasets
     from transformers.utils import logging as transformers_logging
 
@@ -58,6 +66,23 @@ def quieten_imported() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        with _hidden("kernels"), suppress(ImportError):  # PEFT tells of one that is broken
+            import bitsandbytes  # noqa: F401
+
+
+@contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """As if it were not installed; nothing changes where it is imported already."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def _is_shown(record: logging.LogRecord) -> bool:

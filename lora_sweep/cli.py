@@ -424,7 +424,7 @@ def _conclude(console: "Console", folder: Path, table: list[dict[str, Any]], con
 
 
 def _quiet() -> None:
-    """Before a verb that trains or loads: imports transformers and datasets without their bars and lines."""
+    """Before a verb that trains or loads: what imports loud libraries does so after them."""
     from lora_sweep import chatter
 
     chatter.quieten_imported()

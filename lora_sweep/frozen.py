@@ -18,8 +18,10 @@ from lora_sweep import attention, quant
 
 _INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
 """Any of them multiplies bf16; by torch's names, for x86 and ARM."""
-_ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
-"""Values of ONEDNN_MAX_CPU_ISA under which oneDNN, and torch through it, leaves those instructions alone."""
+_ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""The first that is set tells oneDNN, and torch through it, which instructions to leave alone."""
+_ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
+"""Values of theirs under which bf16 products are slower than widened ones."""
 
 
 def settle(model: Any, device: torch.device) -> None:
@@ -71,7 +73,8 @@ def input_gradient(linear: nn.Module, wide: Tensor) -> Tensor:
 
 
 def _has_bf16() -> bool:
-    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _ISA_WITHOUT_BF16:
+    isa = next((os.environ[name] for name in _ISA_VARIABLES if name in os.environ), "")
+    if isa.upper() in _ISA_WITHOUT_BF16:
         return False
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in _INSTRUCTIONS)

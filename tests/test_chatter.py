@@ -8,9 +8,11 @@ import sys
 import warnings
 from pathlib import Path
 
+import datasets
 import gguf_file
 import pytest
 import yaml
+from transformers.utils import logging as transformers_logging
 
 from lora_sweep import chatter
 
@@ -32,12 +34,11 @@ for words in json.loads(sys.argv[1]):
 
 HUB_KERNELS = """
 import sys
-print("asked for a kernel", file=sys.stderr)
 def get_kernel(*words, **more):
-    print("fetched a kernel", file=sys.stderr)
+    print("asked the hub for a kernel", file=sys.stderr)
     raise OSError("no hub here")
 """
-"""A package that bitsandbytes imports where the processor has AVX512-BF16."""
+"""A package that bitsandbytes asks as soon as it is imported, where the processor has AVX512-BF16."""
 
 
 def said(folder: Path, commands: list[list[str]], **environment: str) -> list[tuple[int, str]]:
@@ -92,9 +93,12 @@ SEARCH = ["sampler=tpe", "sampler.n_trials=14", "method.alpha=interval(2,32)", "
 
 def test_the_verbs_write_nothing_on_stderr_where_their_input_is_sound(tmp_path: Path) -> None:
     gguf_file.write(tmp_path / "tiny.gguf")
+    lines = [{"prompt": f"Person {number} lives in", "completion": " Bergen."} for number in range(60)]
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     file, gguf = sweep(tmp_path), ["model=local", "model.path=tiny.gguf", "model.dtype=fp32"]
     typed = [
         ["plan", file],
+        ["plan", file, "data=files", "data.path=lines.jsonl", "data.probe_size=4"],
         *commands(file, "embedded"),
         ["launch", file, "study.name=embedded"],  # again: finished
         ["status", "outputs/embedded"],
@@ -137,9 +141,23 @@ def test_warnings_are_dropped_unless_somebody_asked_for_them(monkeypatch: pytest
     assert caught() == ["mind the gap"]
 
 
-def test_it_leaves_the_process_as_it_was() -> None:
-    before = warnings.showwarning, dict(sys.modules).get("kernels"), list(logging.lastResort.filters)  # type: ignore[union-attr]
+def test_libraries_that_print_by_handlers_of_their_own_are_told_not_to() -> None:
+    datasets.enable_progress_bars()
+    transformers_logging.set_verbosity_info()
+    transformers_logging.enable_progress_bar()
+    datasets.logging.set_verbosity_info()
+    chatter.quieten_imported()
+    assert datasets.are_progress_bars_disabled()
+    assert not transformers_logging.is_progress_bar_enabled()
+    assert transformers_logging.get_verbosity() == datasets.logging.get_verbosity() == logging.ERROR
+
+
+def test_it_leaves_the_process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setenv("HF_HUB_VERBOSITY", "debug")
+    assert logging.lastResort is not None
+    before = warnings.showwarning, dict(os.environ), list(logging.lastResort.filters)
     with chatter.silenced():
         assert warnings.showwarning is not before[0]
-    after = warnings.showwarning, dict(sys.modules).get("kernels"), list(logging.lastResort.filters)  # type: ignore[union-attr]
-    assert after == before
+        assert (os.environ["TQDM_DISABLE"], os.environ["HF_HUB_VERBOSITY"]) == ("1", "debug")
+    assert (warnings.showwarning, dict(os.environ), list(logging.lastResort.filters)) == before

@@ -82,12 +82,17 @@ def test_with_bf16_instructions_the_products_are_rounded_once_too(kind: str) -> 
 
 @off(BF16_PRODUCTS)
 @off(BF16_ATTENTION)
-@pytest.mark.parametrize(("isa", "has_bf16"), [("AVX2", False), ("avx512_core", False), ("AVX512_CORE_AMX", True)])
+@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+@pytest.mark.parametrize(
+    ("isa", "has_bf16"),
+    [("AVX2", False), ("AVX2_VNNI_2", False), ("avx512_core", False), ("AVX512_CORE_AMX", True), ("DEFAULT", True)],
+)
 def test_instructions_that_onednn_is_told_to_leave_alone_are_as_good_as_absent(
-    isa: str, has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+    variable: str, isa: str, has_bf16: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", isa)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setenv(variable, isa)
     base = model("llama")
     frozen.settle(base, CPU)
     assert (frozen.multiplied_dtype(base) == torch.bfloat16) == has_bf16

@@ -11,7 +11,7 @@ from pathlib import Path
 import processor
 import pytest
 import torch
-from processor import BF16_PRODUCTS, THREADS, VECTORS, on
+from processor import BF16_PRODUCTS, THREADS, VECTORS, as_found, on
 from test_pack import MakeTrial, largest_difference, losses, packed
 
 from lora_sweep.data import Data
@@ -72,6 +72,7 @@ def test_one_thread_and_two_give_the_same_losses_but_for_rounding(
     before, found = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
+        assert torch.get_num_threads() == threads
         found.append(packed(base, style, trials))
     torch.set_num_threads(before)
     for one, two in zip(*found, strict=True):
@@ -79,9 +80,11 @@ def test_one_thread_and_two_give_the_same_losses_but_for_rounding(
         assert one.eval_loss == pytest.approx(two.eval_loss, rel=1e-5)
 
 
-def test_a_masked_run_is_masked() -> None:
+@as_found(VECTORS)
+def test_a_masked_run_is_masked_and_no_other_is() -> None:
     if not processor.IS_MASKED:
-        pytest.skip("TEST_PROCESSOR=avx2 is not set")
+        assert not processor.MASKS.items() <= os.environ.items()
+        return
     import bitsandbytes
 
     if platform.machine() == "x86_64":
@@ -101,15 +104,21 @@ def test_the_end_of_a_run_counts_the_paths_that_were_taken() -> None:
     assert processor.summary([("passed", [])]) == []
 
 
-def marked(file: Path) -> set[tuple[str, str]]:
-    """(path, test) of each test that processor.py's marks stand at."""
+MARKS = {"off": "off", "on": "on", "either": "off and on", "as_found": "as found"}
+"""processor.py's function -> its word in README.md."""
+
+
+def marked(file: Path) -> set[tuple[str, str, str]]:
+    """(path, test, word) of each test that processor.py's marks stand at."""
     constants = {name: each.name for name, each in vars(processor).items() if isinstance(each, processor.Path)}
     return {
-        (constants[name.id], f"{file.name}::{function.name}")
+        (constants[name.id], f"{file.name}::{function.name}", MARKS[call.func.id])
         for function in ast.walk(ast.parse(file.read_text()))
         if isinstance(function, ast.FunctionDef) and function.name.startswith("test_")
         for decorator in function.decorator_list
-        for name in ast.walk(decorator)
+        for call in ast.walk(decorator)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in MARKS
+        for name in call.args
         if isinstance(name, ast.Name) and name.id in constants
     }
 
@@ -121,9 +130,10 @@ def test_the_readme_lists_each_path_with_its_tests() -> None:
         if line.startswith("### "):
             path = line.removeprefix("### ")
         elif line.startswith("- `test_"):
-            listed.add((path, line.split("`")[1]))
+            _, test, word = line.split("`")
+            listed.add((path, test, word.removeprefix(": ").partition(",")[0]))
         elif line.startswith("## "):
             path = ""
     there = {each for file in TESTS.glob("test_*.py") for each in marked(file)}
     assert listed == there
-    assert {path for path, _ in listed} == {each.name for each in processor.PATHS}
+    assert {path for path, *_ in listed} == {each.name for each in processor.PATHS}

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -203,14 +204,31 @@ def test_the_4bit_kernel_of_bitsandbytes_gives_an_exported_adapter_another_loss(
     for has_kernel in (True, False):
         stock = theirs("nf4", "fp32", even, has_kernel)
         errors.append(abs(mean_loss(PeftModel.from_pretrained(stock, str(tmp_path)).eval(), few.evaluation) - recorded))
-    print(errors, recorded)
     assert errors[1] < 1e-5 * recorded
-    assert 1e-5 * recorded < errors[0] < 5e-3 * recorded
+    assert 5e-5 * recorded < errors[0] < 1e-3 * recorded
 
 
 @on(FOUR_BITS)
-def test_the_4bit_kernel_of_bitsandbytes_refuses_sizes_that_are_no_multiple_of_32() -> None:
-    """The embedded base has such; README.md's switch is a remedy."""
+@pytest.mark.parametrize(
+    ("d_in", "d_out", "message"),
+    [(128, 48, "N must be divisible by block_n"), (96, 64, "is invalid for input of size"), (128, 64, None)],
+)
+def test_the_4bit_kernel_of_bitsandbytes_refuses_odd_sizes(d_in: int, d_out: int, message: str | None) -> None:
+    """Output sizes that are no multiple of 32, input sizes that are none of 64; README.md's switch is a remedy."""
+    layers = [bitsandbytes.nn.Linear4bit(d_in, d_out, bias=False, quant_type="nf4").to(CPU) for _ in range(2)]
+    layers[1].support_avx512bf16_for_cpu = False
+    x = torch.randn(2, d_in)
+    with torch.no_grad():
+        assert torch.isfinite(layers[1].eval()(x)).all()
+        if message is None:
+            assert torch.isfinite(layers[0].eval()(x)).all()
+            return
+        with pytest.raises((AssertionError, RuntimeError), match=message):
+            layers[0].eval()(x)
+
+
+@on(FOUR_BITS)
+def test_the_4bit_kernel_of_bitsandbytes_refuses_the_embedded_base() -> None:
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         with pytest.raises(AssertionError, match="N must be divisible by block_n"):
@@ -241,8 +259,7 @@ def test_the_8bit_product_of_bitsandbytes_gives_an_exported_adapter_another_loss
     recorded = exported(base, few, short(trial), tmp_path)
     loaded = PeftModel.from_pretrained(theirs("int8", "fp32", Path(base.name_or_path)), str(tmp_path)).eval()
     difference = abs(mean_loss(loaded, few.evaluation) / recorded - 1)
-    print(difference)
-    assert 1e-5 < difference < 2e-3
+    assert 5e-5 < difference < 2e-3
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
