@@ -50,7 +50,7 @@ def silenced() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def quieten_imported() -> None:
+def import_quietly() -> None:
     """Imports transformers and datasets without their bars and own handlers, and bitsandbytes, if it is installed,
     without the hub.
 

@@ -427,7 +427,7 @@ def _quiet() -> None:
     """Before a verb that trains or loads: what imports loud libraries does so after them."""
     from lora_sweep import chatter
 
-    chatter.quieten_imported()
+    chatter.import_quietly()
 
 
 @contextmanager

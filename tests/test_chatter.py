@@ -146,7 +146,7 @@ def test_libraries_that_print_by_handlers_of_their_own_are_told_not_to() -> None
     transformers_logging.set_verbosity_info()
     transformers_logging.enable_progress_bar()
     datasets.logging.set_verbosity_info()
-    chatter.quieten_imported()
+    chatter.import_quietly()
     assert datasets.are_progress_bars_disabled()
     assert not transformers_logging.is_progress_bar_enabled()
     assert transformers_logging.get_verbosity() == datasets.logging.get_verbosity() == logging.ERROR
