@@ -19,6 +19,10 @@ from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.records import Cell
 from lora_sweep.tracking import heat_map
 
+pytestmark = pytest.mark.alone
+"""A neighbour takes caches and memory bandwidth away, of which health needs more than training: SmolLM2's 1.35 % became
+2.05 % beside another test."""
+
 ALLOWED = 0.02
 
 
