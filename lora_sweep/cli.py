@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from lora_sweep import chatter
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -38,7 +40,6 @@ STOPPED = 130
 
 def main() -> NoReturn:
     """Runs a verb. Exit codes: 0 done, 2 the user's mistake, 3 no safe answer, 130 stopped, 1 anything else."""
-    from lora_sweep import chatter
     from lora_sweep.errors import NoSafeAnswer, OutOfRoom, UserError
 
     # Read when torch is imported: how long its threads spin for one another before they sleep. By default so long that
@@ -63,7 +64,7 @@ def main() -> NoReturn:
 @app.command()
 def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
     """Run or resume a study here; ends with a ranking, the flags, the winner and where everything lies."""
-    _quiet()
+    chatter.import_quietly()
     from rich.console import Console
 
     from lora_sweep import launch as launcher
@@ -105,7 +106,7 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
 @app.command()
 def plan(sweep: SweepFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Check a sweep and show its cells, memory and time estimate; trains nothing."""
-    _quiet()
+    chatter.import_quietly()
     from rich.console import Console
     from rich.table import Table
 
@@ -164,7 +165,7 @@ def plan(sweep: SweepFile, overrides: Overrides = None, as_json: Json = False) -
 @app.command()
 def train(overrides: Overrides = None) -> None:
     """Train one trial, without a study."""
-    _quiet()
+    chatter.import_quietly()
     from rich.console import Console
 
     from lora_sweep import health, progress, request
@@ -269,7 +270,7 @@ def inspect(
     Exit code 0 when it could be read, whatever the verdict; 2 when not.
     """
     if base is not None:
-        _quiet()
+        chatter.import_quietly()
     from rich.console import Console
 
     from lora_sweep import inspection
@@ -329,7 +330,7 @@ def bench(
         return
     if overrides:
         raise ConfigError([Fault(f"bench {what}", "takes no overrides", overrides[0])])
-    _quiet()
+    chatter.import_quietly()
     from rich.console import Console
 
     with redirect_stdout(sys.stderr):  # transformers' Trainer, when imported, prints how W&B runs
@@ -346,7 +347,7 @@ def bench(
 
 
 def _bench_upkeep(overrides: list[str] | None, trials: int, stock_repetitions: int, as_json: bool) -> None:
-    _quiet()
+    chatter.import_quietly()
     from rich.console import Console
 
     from lora_sweep.errors import ConfigError
@@ -370,7 +371,7 @@ def _bench_upkeep(overrides: list[str] | None, trials: int, stock_repetitions: i
 def _bench_speed(
     overrides: list[str] | None, asked: tuple[str, int | None, int, int, str | None], as_json: bool
 ) -> None:
-    _quiet()
+    chatter.import_quietly()
     from rich.console import Console
 
     from lora_sweep.errors import ConfigError
@@ -421,13 +422,6 @@ def _conclude(console: "Console", folder: Path, table: list[dict[str, Any]], con
         where = f"{folder}/wandb/  (wandb sync {folder}/wandb/offline-run-*)"
         progress.say(console, f"W&B runs      {where if config.tracker.mode == 'offline' else config.tracker.project}")
     progress.say(console, f"ship it       lora-sweep pick {folder}")
-
-
-def _quiet() -> None:
-    """Before a verb that trains or loads: what imports loud libraries does so after them."""
-    from lora_sweep import chatter
-
-    chatter.import_quietly()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -41,7 +42,7 @@ def get_kernel(*words, **more):
 """A package that bitsandbytes asks as soon as it is imported, where the processor has AVX512-BF16."""
 
 
-def said(folder: Path, commands: list[list[str]], **environment: str) -> list[tuple[int, str]]:
+def said(folder: Path, commands: list[list[str]]) -> list[tuple[int, str]]:
     """(exit code, what stood on stderr) of each command."""
     rest = {key: value for key, value in os.environ.items() if not key.startswith(("TQDM", "TOKENIZERS"))}
     (folder / "beside").mkdir(exist_ok=True)
@@ -51,19 +52,16 @@ def said(folder: Path, commands: list[list[str]], **environment: str) -> list[tu
     done = subprocess.run(
         command,
         cwd=folder,
-        env=rest | {"PYTHONPATH": paths, **environment},
+        env=rest | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
-    *parts, after = done.stderr.split(END)
-    assert (done.returncode, after.count("\n")) == (0, 1), done.stderr
-    found = []
-    for place, part in enumerate(parts):
-        code, _, _ = done.stderr.split(END)[place + 1].partition("\n")
-        found.append((int(code), part if place == 0 else part.partition("\n")[2]))
-    return found
+    # A command's exit code stands on the line that ends it, the next one's lines after that.
+    *parts, after = re.split(rf"{END} (\d+)\n", done.stderr)
+    assert (done.returncode, after) == (0, ""), done.stderr
+    return [(int(code), lines) for lines, code in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def sweep(folder: Path) -> str:

@@ -28,6 +28,24 @@ def model(kind: str) -> nn.Module:
     return made
 
 
+def assert_rounded_once(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(x with its gradient, output, the output's gradient), both products held to one rounding of those in fp64."""
+    weight = frozen.weight(linear, torch.bfloat16)
+    x = torch.randn(3, 5, weight.shape[1]).bfloat16().requires_grad_()
+    y = linear(x)
+    exact = x.double() @ weight.double().T
+    if linear.bias is not None:
+        exact = exact + linear.bias.double()
+    assert y.dtype == torch.bfloat16
+    # Half of bf16's last of 8 bits.
+    assert torch.allclose(y.double(), exact, rtol=2.0**-8, atol=1e-6)
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    assert x.grad is not None
+    assert torch.allclose(x.grad.double(), gradient.double() @ weight.double(), rtol=2.0**-8, atol=1e-6)
+    return x, y, gradient
+
+
 @off(BF16_PRODUCTS)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_every_linear_gives_the_rounded_product_and_passes_the_rounded_gradient_down(
@@ -40,19 +58,7 @@ def test_every_linear_gives_the_rounded_product_and_passes_the_rounded_gradient_
     assert len(linears) >= 5
     assert frozen.multiplied_dtype(base) == torch.float32
     for linear in linears.values():
-        weight = frozen.weight(linear, torch.bfloat16)
-        x = torch.randn(3, 5, weight.shape[1]).bfloat16().requires_grad_()
-        y = linear(x)
-        exact = x.double() @ weight.double().T
-        if linear.bias is not None:
-            exact = exact + linear.bias.double()
-        assert y.dtype == torch.bfloat16
-        # One rounding: half of bf16's last of 8 bits.
-        assert torch.allclose(y.double(), exact, rtol=2.0**-8, atol=1e-6)
-        gradient = torch.randn_like(y)
-        y.backward(gradient)
-        assert x.grad is not None
-        assert torch.allclose(x.grad.double(), gradient.double() @ weight.double(), rtol=2.0**-8, atol=1e-6)
+        x, y, gradient = assert_rounded_once(linear)
         assert torch.equal(frozen.input_gradient(linear, frozen.widened(linear, gradient)), x.grad)
         assert torch.equal(frozen.product(linear, frozen.widened(linear, x)), y)
 
@@ -67,17 +73,7 @@ def test_with_bf16_instructions_the_products_are_rounded_once_too(kind: str) -> 
     assert frozen.multiplied_dtype(base) == torch.bfloat16
     for linear in linears:
         assert "forward" not in vars(linear)
-        weight = frozen.weight(linear, torch.bfloat16)
-        x = torch.randn(3, 5, weight.shape[1]).bfloat16().requires_grad_()
-        exact = x.double() @ weight.double().T
-        if linear.bias is not None:
-            exact = exact + linear.bias.double()
-        y = linear(x)
-        assert torch.allclose(y.double(), exact, rtol=2.0**-8, atol=1e-6)
-        gradient = torch.randn_like(y)
-        y.backward(gradient)
-        assert x.grad is not None
-        assert torch.allclose(x.grad.double(), gradient.double() @ weight.double(), rtol=2.0**-8, atol=1e-6)
+        assert_rounded_once(linear)
 
 
 @off(BF16_PRODUCTS)
