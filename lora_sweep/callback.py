@@ -235,19 +235,30 @@ class HealthCallback(TrainerCallback, ExportableState):
     def diagnosis(self) -> Diagnosis:
         """What was seen until now. Raises ValueError before a training has begun."""
         gain, noise = self._logged.gain(self._rules)
-        trapping, found = health.causes(self._seen())
+        what = self._seen()
+        trapping, found = health.causes(what)
         if self._broken():
-            return Diagnosis(None, noise, trapping, trapping)
-        # A training that diverged has no gain because of that.
-        diverged = any(finding.flag == "diverged" for finding in self._logged.findings(self._rules))
-        return Diagnosis(gain, noise, trapping, trapping if diverged else found)
+            gain, found = None, trapping
+        elif any(finding.flag == "diverged" for finding in self._logged.findings(self._rules)):
+            # A training that diverged has no gain because of that.
+            found = trapping
+        return Diagnosis(
+            gain,
+            noise,
+            trapping,
+            found,
+            delta_rel=what.median_delta_rel,
+            fall=self._logged.fall(),
+            window_is_over=what.window_is_over,
+        )
 
     def _concluded(self) -> tuple[Finding, ...]:
-        verdict, broken = health.verdict(self.diagnosis(), None, self._rules), self._broken()
+        broken = self._broken()
         if broken:
-            return (*verdict, broken)
-        course = self._logged.findings(self._rules)
-        return (*verdict, *course, *health.own_findings(self._seen(), None, self._rules))
+            own: tuple[Finding, ...] = (broken,)
+        else:
+            own = (*self._logged.findings(self._rules), *health.own_findings(self._seen(), None, self._rules))
+        return (*health.compared(self.diagnosis(), own, self._rules), *own)
 
     def _broken(self) -> Finding | None:
         reading = self._seen().reading

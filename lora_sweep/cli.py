@@ -170,7 +170,7 @@ def train(overrides: Overrides = None) -> None:
 
     from lora_sweep import health, progress, request
     from lora_sweep import launch as launcher
-    from lora_sweep.records import Diagnosis
+    from lora_sweep.records import Diagnosis, Finding
     from lora_sweep.tracking import read_result
 
     asked = request.checked(None, overrides)
@@ -186,12 +186,11 @@ def train(overrides: Overrides = None) -> None:
     spent = progress.duration(result["seconds"])
     loss = "not finite" if result["eval_loss"] is None else f"{result['eval_loss']:.4f}"
     progress.say(console, f"{result['state']}: eval loss {loss} (base {result['base_loss']:.4f}), {spent}")
-    if result["diagnosis"] is not None:
-        # Alone, a trial is compared with its base only.
-        for found in health.verdict(Diagnosis.of_plain(result["diagnosis"]), None, config.health):
-            progress.say(console, f"{found.flag}: {found.sentence}")
-    for finding in result["findings"]:
-        progress.say(console, f"{finding['flag']}: {finding['sentence']}")
+    # Alone, a trial is compared with its base only.
+    made = None if result["diagnosis"] is None else Diagnosis.of_plain(result["diagnosis"])
+    own = [Finding.of_plain(each) for each in result["findings"]]
+    for found in (*health.compared(made, own, config.health), *own):
+        progress.say(console, f"{found.flag}: {found.sentence}")
     progress.say(console, f"record and adapter in {folder}")
 
 
@@ -314,6 +313,13 @@ def bench(
             "[,kv_heads=3,ffn=1536].",
         ),
     ] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="diagnosis: keeps each part there as soon as it is measured, and does not measure it again.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure the project itself, here."""
@@ -337,12 +343,14 @@ def bench(
         from lora_sweep import progress
         from lora_sweep.bench import diagnosis, tasks
 
-    measured, lines = (tasks.tasks, tasks.lines) if what == "tasks" else (diagnosis.diagnosis, diagnosis.lines)
-    made = measured(lambda line: print(line, file=sys.stderr))
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    made = tasks.tasks(say) if what == "tasks" else diagnosis.diagnosis(say, keep=keep)
     if as_json:
         print(json.dumps(made))
         return
-    for line in lines(made):
+    for line in (tasks if what == "tasks" else diagnosis).lines(made):
         progress.say(Console(), line)
 
 

@@ -233,6 +233,10 @@ class HealthConfig:
     """... or below this share of the best gain in the study at equal steps."""
     min_delta_rel: NotNegative
     """An update of s |BA|_F / |W|_F below this is too small to matter."""
+    max_trapped_delta_rel: NotNegative
+    """An update below this is small: an adapter with a larger one does something, whatever its evaluation says..."""
+    max_delta_rel: NotNegative
+    """... and one above this outweighs the weights: its rate is too high."""
     max_forgetting: NotNegative
     """Nats per token on the retention text, adapter on minus off."""
     look_every: Count

@@ -12,14 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from rich.table import Table
 from rich.text import Text
 
-from lora_sweep import health, results
+from lora_sweep import results
 from lora_sweep.ledger import Outcome
 from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.results import Row
 
 RANKED_SHOWN = 10
 CLASSES_SHOWN = 12
-TRAPPED = ("zero_trapped", "partially_trapped")
+TRAPPED = ("zero_trapped", "partially_trapped", "barely_learned")
 """Flags that have a cause."""
 
 
@@ -213,8 +213,7 @@ def ranking(table: Sequence[Row], ranked: Sequence[Row]) -> Table:
 
 def flags(row: Row) -> str:
     """`zero_trapped (lr_too_small), A_frozen`."""
-    said = [f"{flag} ({row['cause']})" if flag in TRAPPED else flag for flag in row["flags"]]
-    return ", ".join(said)
+    return ", ".join(_flag(row, flag) for flag in row["flags"])
 
 
 def _some(numbers: Sequence[int], most: int = 3) -> str:
@@ -242,16 +241,19 @@ def class_lines(made: Mapping[str, Any]) -> list[str]:
 
 
 def flag_lines(table: Sequence[Row]) -> list[str]:
-    """One line per flag or reason of failure: how many cells, which, and what to do where a cause is known."""
-    named: dict[str, list[int]] = {}
-    remedies: dict[str, str] = {}
+    """One line per flag or reason of failure: how many cells, which, and what to do where that is known."""
+    named: dict[tuple[str, str], list[int]] = {}
     for row in table:
-        for flag in flags(row).split(", ") if row["flags"] else filter(None, [row["reason"]]):
-            named.setdefault(flag, []).append(row["number"])
-            if row["cause"] is not None and flag.endswith(f"({row['cause']})"):
-                remedies[flag] = f": {health.CAUSES[row['cause']].remedy}"
+        words = [(_flag(row, flag), row["remedies"].get(flag, "")) for flag in row["flags"]]
+        for word in words or [(row["reason"], "")] * (row["reason"] is not None):
+            named.setdefault(word, []).append(row["number"])
     lines = []
-    for flag, numbers in sorted(named.items()):
+    for (flag, remedy), numbers in sorted(named.items()):
         shown = ", ".join(f"{number:04d}" for number in numbers[:8]) + (", ..." if len(numbers) > 8 else "")
-        lines.append(f"{flag}: {len(numbers)} cells ({shown}){remedies.get(flag, '')}")
+        cells = "1 cell" if len(numbers) == 1 else f"{len(numbers)} cells"
+        lines.append(f"{flag}: {cells} ({shown}){': ' if remedy else ''}{remedy}")
     return lines
+
+
+def _flag(row: Row, flag: str) -> str:
+    return f"{flag} ({row['cause']})" if flag in TRAPPED else flag

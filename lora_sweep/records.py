@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field
-from typing import Any, Literal
+from dataclasses import astuple, dataclass, field, fields
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -176,6 +176,8 @@ class Evaluation:
     """None while all is finite; else the last step whose loss was finite: the slot has diverged."""
     retention_loss: float | None = None
     """Nats per token over the retention text; None where there is none."""
+    probe_losses: NDArray[np.float64] | None = None
+    """(examples,) mean nats per token of each example of the train probe; None where they were not kept."""
 
     @property
     def gap(self) -> float:
@@ -196,6 +198,8 @@ class Base:
     eval_losses: NDArray[np.float64]
     retention_loss: float | None = None
     """None where no retention text was given."""
+    probe_losses: NDArray[np.float64] | None = None
+    """(examples,) of the train probe; None where they were not kept."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,17 @@ class Cause:
     """Numbers, of the median module, and the thresholds they were held against."""
 
 
+class Estimate(NamedTuple):
+    """A number that was measured, in nats per token, with its standard error."""
+
+    value: float
+    error: float
+
+    @property
+    def in_errors(self) -> float:
+        return self.value / self.error if self.error else math.copysign(math.inf, self.value) if self.value else 0.0
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     """What one trial shows by itself, before it is compared with its study."""
@@ -223,6 +238,16 @@ class Diagnosis:
     """Each module under the first rule that it meets whether the adapter gained or not."""
     causes_without_gain: tuple[Cause, ...]
     """The same, with the rules that mean something only where the adapter gained nothing."""
+    error: float | None = None
+    """Standard error of the gain, paired by example, nats per token; None where no examples are known."""
+    delta_rel: float | None = None
+    """s |BA|_F / |W|_F of the median module; None where |W| is not known."""
+    fall: Estimate | None = None
+    """How far the loss of the steps fell; None where it is not known."""
+    probe_fall: Estimate | None = None
+    """How far the loss fell on the train probe, paired by example; None where it is not known."""
+    window_is_over: bool = True
+    """Whether the training went beyond the steps that the early rules are about."""
 
     @classmethod
     def of_plain(cls, plain: Mapping[str, Any]) -> "Diagnosis":
@@ -231,8 +256,14 @@ class Diagnosis:
             tuple(Cause(**{**each, "modules": tuple(each["modules"])}) for each in plain[key])
             for key in ("causes", "causes_without_gain")
         )
-        # Older versions wrote null where one evaluation example had no standard error.
-        return cls(plain["gain"], plain["noise"] or 0.0, causes, without)
+        # Older versions wrote null where one evaluation example had no standard error, and knew less.
+        known = {name: plain[name] for name in ("error", "delta_rel", "window_is_over") if name in plain}
+        known |= {name: Estimate(*plain[name]) for name in ("fall", "probe_fall") if plain.get(name) is not None}
+        return cls(plain["gain"], plain["noise"] or 0.0, causes, without, **known)
+
+
+UNDECIDED = "undecided"
+"""The flag of a trial that was pruned, or stopped before its window ended: what needs more steps is not said of it."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +280,14 @@ class Finding:
     """Of `zero_trapped` and `partially_trapped`: the rule that most modules meet."""
     is_fault: bool = True
     """Whether the trial must not be shipped; else a warning."""
+    remedy: str = ""
+    """What to do, the same words for every trial in this state; empty where nothing is to be done."""
+
+    @classmethod
+    def of_plain(cls, plain: Mapping[str, Any]) -> "Finding":
+        """Inverse of dataclasses.asdict, by way of JSON; older versions wrote neither warnings, causes nor remedies."""
+        known = {each.name: plain[each.name] for each in fields(cls) if each.name in plain}
+        return cls(**{"evidence": {}, "sentence": "", **known})
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,9 @@ from typing import Any, get_args
 from lora_sweep import health, space
 from lora_sweep.config import HealthConfig
 from lora_sweep.ledger import CellStatus, StudyView
-from lora_sweep.records import Diagnosis, State
+from lora_sweep.records import Diagnosis, Finding, State
+from lora_sweep.run import peer
 from lora_sweep.tracking import read_result, read_rows, write_whole
-
-BestGains = dict[float, dict[int, float]]
-"""Loss of the base -> step -> best gain, nats per token."""
 
 Row = dict[str, Any]
 """A line of trials.jsonl; its keys are kept stable and told in the README."""
@@ -33,14 +31,14 @@ def rows(view: StudyView, rules: HealthConfig | None = None) -> list[Row]:
     folded = view.folded()
     statuses = view.statuses()
     ended = {status.cell.number: read_result(view.trial_folder(status.cell.number)) for status in statuses}
-    best_gains = health.best_gains(filter(None, ended.values()))
+    peers = compared(view, ended)
     rules = rules or space.health_rules(view.folder)
     run = {}
     for status in statuses:
         number, result = status.cell.number, ended[status.cell.number]
         run[number] = _row(view.trial_folder(number), status, result)
         if result is not None and status.state in ("COMPLETE", "PRUNED", "FAIL"):
-            run[number] |= _flags(result, best_gains, rules)
+            run[number] |= _findings(result, peers[result["base_loss"]], rules)
     table = list(run.values())
     for cell, runs in folded.values():
         if runs in run:
@@ -48,25 +46,43 @@ def rows(view: StudyView, rules: HealthConfig | None = None) -> list[Row]:
     return sorted(table, key=itemgetter("number"))
 
 
-def _flags(result: Mapping[str, Any], best_gains: BestGains, rules: HealthConfig) -> dict[str, Any]:
+def compared(view: StudyView, results: Mapping[int, Mapping[str, Any] | None]) -> dict[float, health.Peers]:
+    """{loss of the base: the trials that have a result on it}; trials with one are on one base and one data set."""
+    found: dict[float, health.Peers] = {}
+    for number, result in results.items():
+        if result is not None:
+            base_loss = result["base_loss"]
+            found.setdefault(base_loss, health.Peers(base_loss)).add(peer(view.trial_folder(number), result))
+    return found
+
+
+def _findings(result: Mapping[str, Any], peers: health.Peers, rules: HealthConfig) -> dict[str, Any]:
     """The verdict, which compares with the study as it is now, before the trial's own findings."""
-    # What older versions wrote has neither causes nor warnings.
-    found = [(each["flag"], each.get("is_fault", True), each.get("cause")) for each in result["findings"]]
-    if result.get("diagnosis") is not None:
-        best = best_gains.get(result["base_loss"], {}).get(result["steps"])
-        verdict = health.verdict(Diagnosis.of_plain(result["diagnosis"]), best, rules)
-        found = [(each.flag, each.is_fault, each.cause) for each in verdict] + found
+    made = result.get("diagnosis")
+    own = [Finding.of_plain(each) for each in result["findings"]]
+    verdict = health.compared(
+        None if made is None else Diagnosis.of_plain(made),
+        own,
+        rules,
+        peers,
+        result["cell"],
+        result["steps"],
+        was_pruned=result["state"] == "PRUNED",
+    )
+    found = [*verdict, *own]
     return {
-        "flags": [flag for flag, _, _ in found],
-        "faults": [flag for flag, is_fault, _ in found if is_fault],
-        "cause": next((cause for _, _, cause in found if cause is not None), None),
+        "flags": [each.flag for each in found],
+        "faults": [each.flag for each in found if each.is_fault],
+        "cause": next((each.cause for each in found if each.cause is not None), None),
+        "remedies": {each.flag: each.remedy for each in found if each.remedy},
     }
 
 
 def _row(trial: Path, status: CellStatus, result: dict[str, Any] | None) -> Row:
     row: Row = {"number": status.cell.number, "state": status.state, "params": dict(status.cell.params)}
     row |= dict.fromkeys(_FROM_RESULT)
-    row |= {"flags": [], "faults": [], "cause": None, "reason": status.reason, "same_run_as": None}
+    row |= {"flags": [], "faults": [], "cause": None, "remedies": {}, "reason": status.reason}
+    row["same_run_as"] = None
     if status.state in ("COMPLETE", "PRUNED", "FAIL") and result is not None:
         row |= {key: result.get(key) for key in _FROM_RESULT}
     elif status.state == "RUNNING":

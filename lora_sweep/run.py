@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 from lora_sweep import folding, health
@@ -19,14 +19,12 @@ from lora_sweep.config import Config
 from lora_sweep.ledger import Outcome, Reason
 from lora_sweep.pack import Pack, Trial
 from lora_sweep.records import Base, Cell, Diagnosis, Evaluation, Finding
-from lora_sweep.tracking import Record, Tracker, disk, read_rows, write_whole
+from lora_sweep.tracking import Record, Tracker, disk, read_losses, read_rows, write_whole
 
 Ended = tuple[float | None, tuple[str, ...]]
 """(best evaluation loss or None, flags)."""
 
 Made = TypeVar("Made")
-
-NONE_KNOWN: Mapping[int, float] = MappingProxyType({})
 
 
 class Run:
@@ -98,6 +96,12 @@ class Run:
 
         self._aside(keep)
 
+    def peer(self) -> health.Peer:
+        """The trial as the others of its study see it."""
+        effective = folding.coordinates(self._config)
+        known = {"cell": self.cell.number, "effective": effective and asdict(effective), "curve": self.before}
+        return peer(self.folder, known)
+
     @property
     def failed(self) -> Reason | None:
         """Why the trial need not go on after its last evaluation; None: it may."""
@@ -107,16 +111,13 @@ class Run:
         asked = Trial.of(self.cell, self._config).asked
         return "trapped" if stops and health.cannot_learn(self._last.reading, asked) else None
 
-    def finish(
-        self, state: Outcome, reason: Reason | None = None, best_gains: Mapping[int, float] = NONE_KNOWN
-    ) -> Future[Ended]:
+    def finish(self, state: Outcome, reason: Reason | None = None, peers: health.Peers | None = None) -> Future[Ended]:
         """Frees the slot; the result is written when the future is done.
 
-        `best_gains`: step -> best gain of the study so far, which the run's verdict in W&B is given by.
+        `peers`: the trials of the study so far, this one among them, which its flags in W&B compare it with.
         """
         self._pack.evict(self.slot)
-        best_gain = None if self._last is None else best_gains.get(self._last.step)
-        return self._aside(lambda: self._finish(state, reason, best_gain))
+        return self._aside(lambda: self._finish(state, reason, peers))
 
     def abandon(self) -> None:
         """Interrupted: waits until all is written that can be, and closes files and W&B run without a result."""
@@ -170,13 +171,12 @@ class Run:
             shutil.rmtree(adapter, ignore_errors=True)
             aside.rename(adapter)
 
-    def _finish(self, state: Outcome, reason: Reason | None, best_gain: float | None) -> Ended:
+    def _finish(self, state: Outcome, reason: Reason | None, peers: health.Peers | None) -> Ended:
         last, value = self._last, self.best_loss if math.isfinite(self.best_loss) else None
-        rows = read_rows(self.folder)
-        diagnosis, own = (None, ()) if last is None else self._diagnosed(last, rows)
-        verdict: tuple[Finding, ...] = ()
-        if diagnosis is not None and last is not None and not last.diverged:
-            verdict = health.verdict(diagnosis, best_gain, self._config.health)
+        rows, was_pruned = read_rows(self.folder), state == "PRUNED"
+        diagnosis, own = (None, ()) if last is None else self._diagnosed(last, rows, was_pruned)
+        rules, cell = self._config.health, self.cell.number
+        verdict = health.compared(diagnosis, own, rules, peers, cell, self.step, was_pruned)
         effective = folding.coordinates(self._config)
         result = {
             "params": dict(self.cell.params),
@@ -201,17 +201,29 @@ class Run:
         return value, tuple(finding.flag for finding in (*verdict, *own))
 
     def _diagnosed(
-        self, last: Evaluation, rows: Sequence[Mapping[str, Any]]
+        self, last: Evaluation, rows: Sequence[Mapping[str, Any]], was_pruned: bool
     ) -> tuple[Diagnosis | None, tuple[Finding, ...]]:
         """What the trial shows by itself."""
         rules = self._config.health
         losses = [row["train/loss"] for row in rows if row.get("train/loss") is not None]
         how = health.Course(self._base, losses, self._config.train.warmup_steps, self._best or last, last)
         seen = health.seen(last, Trial.of(self.cell, self._config).asked, rules, self._lost_on_save)
-        own = health.own_findings(seen, how, rules)
-        return None if last.diverged else health.diagnose(self._base, last, seen, own, rules), own
+        own = health.own_findings(seen, how, rules, was_pruned)
+        return None if last.diverged else health.diagnose(how, seen, own, rules), own
 
 
 def _curve(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     """Step -> evaluation loss."""
     return {row["step"]: row["eval/loss"] for row in rows if row.get("eval/loss") is not None}
+
+
+def peer(folder: Path, result: Mapping[str, Any]) -> health.Peer:
+    """A trial as the others of its study see it. `result`: its `cell`, `effective` and `curve`, as far as known."""
+    coordinates = result.get("effective") or {}
+    return health.Peer(
+        result["cell"],
+        coordinates.get("log_X", math.nan),
+        coordinates.get("log_Y", math.nan),
+        {int(step): loss for step, loss in result.get("curve", {}).items() if loss is not None},
+        partial(read_losses, folder),
+    )

@@ -14,6 +14,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import optuna
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -90,6 +91,12 @@ class Sweep:
         keys = [axis.key for axis in self.axes]
         grid = itertools.product(*(axis.values for axis in self.axes))
         return tuple(Cell(number, dict(zip(keys, values, strict=True))) for number, values in enumerate(grid))
+
+    def drawn(self, count: int, seed: int) -> tuple[Cell, ...]:
+        """Cells at random, each axis by itself; the same for one seed."""
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+        params = (study.ask(self.distributions()).params for _ in range(count))
+        return tuple(Cell(number, self.decode(each)) for number, each in enumerate(params))
 
     def classes(self, fold: folding.Fold) -> tuple[folding.SameRun, ...]:
         """The cells of the grid in classes of the same run. Raises ConfigError."""

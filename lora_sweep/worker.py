@@ -18,7 +18,7 @@ from lora_sweep.config import Config, LauncherConfig, StudyConfig
 from lora_sweep.ledger import Outcome, Reason
 from lora_sweep.pack import Exhausted, Pack, Trial
 from lora_sweep.records import Base, Cell, Evaluation, Fault
-from lora_sweep.run import Ended, Run
+from lora_sweep.run import Ended, Run, peer
 from lora_sweep.space import Sweep
 from lora_sweep.study import Lease, Study
 from lora_sweep.tracking import Tracker, read_result
@@ -106,11 +106,12 @@ class _Shift:
         self._ending: dict[Lease, _Ending] = {}
         """Without a slot any more, to be told as soon as their results are written."""
         self._told = False
-        finished = (read_result(study.trial_folder(status.cell.number)) for status in study.statuses())
-        self._best_gains = health.best_gains(result for result in finished if result is not None).get(
-            base.eval_loss, {}
-        )
-        """Step -> best gain on this base and data."""
+        self._peers = health.Peers(base.eval_loss)
+        """The trials of the study on this base and data."""
+        for folder in (study.trial_folder(status.cell.number) for status in study.statuses()):
+            result = read_result(folder)
+            if result is not None and result["base_loss"] == base.eval_loss:
+                self._peers.add(peer(folder, result))
         self._looked_ahead = False
 
     def run(self, first: Lease, stop: Stop) -> bool:
@@ -188,6 +189,7 @@ class _Shift:
             self._study.release(lease)
             raise
         self._runs[lease] = run
+        self._peers.add(run.peer())
         self._looked_ahead = False
         for step, loss in run.before.items():
             # A rung passed by an earlier attempt counts for the others; its verdict was to go on.
@@ -209,8 +211,7 @@ class _Shift:
             self._runs[lease].take(evaluation)
             self._watcher.evaluated(lease.cell, evaluation, self._base)
             if not evaluation.diverged:
-                gain = self._base.eval_loss - evaluation.eval_loss
-                self._best_gains[evaluation.step] = max(gain, self._best_gains.get(evaluation.step, gain))
+                self._peers.record(lease.cell.number, evaluation.step, evaluation.eval_loss)
         for lease in due:
             if (failed := self._runs[lease].failed) is not None:
                 self._end(lease, "FAIL", failed)
@@ -229,7 +230,7 @@ class _Shift:
     def _end(self, lease: Lease, state: Outcome, reason: Reason | None = None) -> None:
         """Frees the slot."""
         run = self._runs.pop(lease)
-        self._ending[lease] = _Ending(run, state, reason, run.finish(state, reason, self._best_gains))
+        self._ending[lease] = _Ending(run, state, reason, run.finish(state, reason, self._peers))
         if state == "FAIL":
             # Its values at the rungs count against the others until it is told.
             self._settle(0)

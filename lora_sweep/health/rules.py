@@ -4,6 +4,7 @@ Thresholds are of the table of causes that LoRA's mathematics gives; those that 
 the embedded transformer by `lora-sweep bench diagnosis`.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,6 +64,26 @@ class Seen:
     knows_way: bool = True
     """Whether the sums are over every step since the start, at the rates it was taken at. Else nothing is said of how
     far A and B came on their way."""
+
+    @property
+    def never_stepped(self) -> bool:
+        """Whether B's rate was 0 at every step, and there were enough of them to tell."""
+        steps = self.reading.steps
+        return bool(steps) and self.reading.tally.stepped == 0 and steps[-1] >= STEPS_TO_MOVE
+
+    @property
+    def window_is_over(self) -> bool:
+        """Whether rules that need the window may speak; that the rate was 0 throughout needs none.
+
+        Where the way is not known there were more steps than were seen.
+        """
+        return self.never_stepped or not self.knows_way or self.reading.tally.stepped >= self.reading.window
+
+    @property
+    def median_delta_rel(self) -> float | None:
+        """Of the modules whose |W| is known; None where none is."""
+        known = self.delta_rel[~np.isnan(self.delta_rel)]
+        return float(np.median(known)) if len(known) else None
 
     @cached_property
     def looks(self) -> list[int]:
@@ -126,10 +147,14 @@ def _not_in_graph(seen: Seen) -> Found:
     A, B = (seen.of(f"gradmax_{side}", seen.early_looks).max(0) for side in "AB")
     # fp16 makes zeros of small gradients; that there is none at all it cannot make.
     nothing = -1.0 if seen.asked.fp16_gradients else 0.0
-    return Found((nothing >= A) & (nothing >= B), {"largest_gradient_A": A, "largest_gradient_B": B})
+    return Found(
+        (nothing >= A) & (nothing >= B) & seen.window_is_over, {"largest_gradient_A": A, "largest_gradient_B": B}
+    )
 
 
 def _not_stepped(seen: Seen) -> Found:
+    if seen.never_stepped:
+        return Found(seen.everywhere(True), {"lr_B": 0.0, "steps": float(seen.reading.steps[-1])})
     gradient, moved = seen.of("gradmax_B", seen.looks).max(0), seen.of("moved_B", seen.looks).max(0)
     sizes = seen.of("rms_B", seen.looks)
     still = (moved == 0) & (sizes.max(0) == sizes.min(0))
@@ -165,8 +190,10 @@ def _decay_trapped(seen: Seen) -> Found:
 
 
 def _ratio_lost(seen: Seen) -> Found:
-    if seen.asked.ratio is None or not len(seen.ratios):
+    if seen.asked.ratio is None or not (seen.never_stepped or len(seen.ratios)):
         return Found(seen.everywhere(False), {})
+    if seen.never_stepped:
+        return Found(seen.everywhere(True), {"ratio": 0.0, "asked": seen.asked.ratio, "octaves_allowed": RATIO_OCTAVES})
     octaves = np.log2(seen.ratios / seen.asked.ratio)
     worst = int(np.abs(octaves).argmax())
     evidence = {"ratio": float(seen.ratios[worst]), "asked": seen.asked.ratio, "octaves_allowed": RATIO_OCTAVES}
@@ -198,7 +225,10 @@ def _a_frozen(seen: Seen) -> Found:
     moved = seen.of("moved_A", later).mean(0)
     with np.errstate(all="ignore"):
         slow = seen.of("rms_A", seen.looks[:1])[0] / (seen.reading.tally.lr_A if seen.knows_way else np.nan)
-    evidence = {"moved_A": moved, "moved_needed": A_STILL, "size_over_way": slow, "size_over_way_allowed": A_SLOW}
+    evidence: dict[str, Numbers | float] = {"moved_A": moved, "moved_needed": A_STILL}
+    evidence |= {"size_over_way": slow, "size_over_way_allowed": A_SLOW}
+    if len(seen.ratios):
+        evidence["ratio"] = float(np.median(seen.ratios))
     return Found((moved < A_STILL) | (slow > A_SLOW), evidence)
 
 
@@ -253,13 +283,32 @@ CAUSES: Mapping[str, Rule] = {
         _no_signal, False, "B walks at random: look at the data, the labels may have nothing to do with the inputs."
     ),
     "lost_on_save": Rule(_lost_on_save, False, "the file does not hold what was trained: save the adapter again."),
-    "A_frozen": Rule(_a_frozen, False, "A hardly moves: raise optimizer.base_lr and lower the ratio, or use fp32."),
+    "A_frozen": Rule(
+        _a_frozen, False, "A hardly moves: raise optimizer.base_lr and lower optimizer.ratio by the same factor."
+    ),
     "generic": Rule(_generic, False, "B hardly moves, for none of the known reasons: please report this adapter."),
 }
 
 
+def remedy(cause: Cause) -> str:
+    """What to do about it: the rule's own words, or those that fit what was measured."""
+    if cause.name == "not_stepped" and cause.evidence.get("lr_B") == 0:
+        return (
+            "the learning rate of B was 0 at every step: raise that of its parameter group, or its schedule's factor."
+        )
+    if cause.name == "A_frozen":
+        if cause.evidence["moved_A"] < A_STILL:
+            return "A's steps are smaller than the spacing of its numbers: hold the adapter in fp32, or raise A's rate."
+        if cause.evidence.get("ratio", math.inf) <= 1:
+            return "A hardly moves, nor does B at this ratio: raise optimizer.base_lr or train.max_steps."
+    return CAUSES[cause.name].remedy
+
+
 def causes(seen: Seen) -> tuple[tuple[Cause, ...], tuple[Cause, ...]]:
     """(each module under the first rule that traps it, each under the first of all rules)."""
+    if seen.never_stepped:
+        only = _first_hits(seen, {"not_stepped": _not_stepped(seen)})
+        return only, only
     if not seen.looks:
         return (), ()
     with np.errstate(invalid="ignore"):
@@ -270,7 +319,7 @@ def causes(seen: Seen) -> tuple[tuple[Cause, ...], tuple[Cause, ...]]:
 
 def alone(seen: Seen, name: str) -> Cause | None:
     """The rule by itself, whatever else the modules meet; None where none does."""
-    if not seen.looks:
+    if not seen.looks and not (seen.never_stepped and name == "ratio_lost"):
         return None
     with np.errstate(invalid="ignore"):
         made = _first_hits(seen, {name: CAUSES[name].find(seen)})

@@ -1,15 +1,16 @@
-"""From what a trial shows to what is said of it; `zero_trapped` compares it with its study."""
+"""From what a trial shows to what is said of it; `compared` compares it with its study."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from lora_sweep.config import HealthConfig
 from lora_sweep.health import course, rules
 from lora_sweep.health.course import Course
+from lora_sweep.health.peers import Cooler, Peers
 from lora_sweep.health.rules import Asked, Seen
-from lora_sweep.records import Base, Cause, Diagnosis, Evaluation, Finding, Reading
+from lora_sweep.records import UNDECIDED, Cause, Diagnosis, Estimate, Evaluation, Finding, Reading
 
 TRAPPED, PARTIALLY = 0.5, 0.1
 """Share of the modules that have a cause."""
@@ -20,109 +21,238 @@ UNTOUCHED = ("dead_product", "not_in_graph", "not_stepped")
 HOPELESS = (*UNTOUCHED, "underflow")
 """Causes that more steps cannot mend."""
 
+NEGLIGIBLE = 0.02
+"""Of the least gain that counts: paired by example even the tenth of a millionth of a nat may be beyond chance."""
+
+FAR = 0.5
+"""s |BA| / |W| beyond which B has not just walked: random labels moved the embedded base by .25 at its best rate."""
+
+COOL_DOWN = "lower optimizer.base_lr or method.alpha, to a tenth to begin with."
+
 
 def seen(evaluation: Evaluation, asked: Asked, config: HealthConfig, lost: Sequence[str] = ()) -> Seen:
     return Seen(evaluation.reading, asked, evaluation.delta_rel, config.min_delta_rel, frozenset(lost))
 
 
-def diagnose(base: Base, last: Evaluation, what: Seen, own: Sequence[Finding], config: HealthConfig) -> Diagnosis:
+def diagnose(how: Course, what: Seen, own: Sequence[Finding], config: HealthConfig) -> Diagnosis:
     """Of one trial by itself, after its last evaluation; `own`: its own findings.
 
     A trial that diverged has no gain because of that: rules that ask why there is none have nothing to add.
     """
-    gain, error = course.paired_gain(base, last)
+    base = how.base
+    gain, error = course.paired_gain(base, how.last)
     # One example alone has no error to be paired.
     chance = config.min_gain_standard_errors * error if np.isfinite(error) else 0.0
     noise = max(chance, config.min_gain_of_base * base.eval_loss)
     trapping, all_found = rules.causes(what)
     diverged = any(finding.flag == "diverged" for finding in own)
-    return Diagnosis(gain if np.isfinite(gain) else None, noise, trapping, trapping if diverged else all_found)
+    return Diagnosis(
+        gain if np.isfinite(gain) else None,
+        noise,
+        trapping,
+        trapping if diverged else all_found,
+        error=error if np.isfinite(error) else None,
+        delta_rel=what.median_delta_rel,
+        fall=course.training_fall(base, how.train_losses),
+        probe_fall=course.paired_fall(base, how.last),
+        window_is_over=what.window_is_over,
+    )
 
 
-def own_findings(what: Seen, how: Course | None, config: HealthConfig) -> tuple[Finding, ...]:
+def own_findings(what: Seen, how: Course | None, config: HealthConfig, was_pruned: bool = False) -> tuple[Finding, ...]:
     """What needs no comparison with other trials, worst first."""
     made = [] if how is None else list(course.findings(how, config))
     if how is None or not how.last.diverged:
-        made += _of_causes(what)
+        made += _of_causes(what, is_decided=what.window_is_over and not was_pruned)
     return tuple(made)
 
 
 def certain(what: Seen, config: HealthConfig) -> tuple[Finding, ...]:
     """What holds of a training that goes on, however its rate and its losses do from here: worst first."""
     trapping, _ = rules.causes(what)
-    hopeless = tuple(cause for cause in trapping if cause.name in HOPELESS)
-    ratio_lost = (finding for finding in _of_causes(what) if finding.flag == "ratio_lost")
-    return (*verdict(Diagnosis(None, 0.0, hopeless, hopeless), None, config), *ratio_lost)
+    made = Diagnosis(None, 0.0, trapping, trapping, window_is_over=False)
+    ratio_lost = (finding for finding in _of_causes(what, is_decided=False) if finding.flag == "ratio_lost")
+    return (*(each for each in verdict(made, None, config) if each.flag != UNDECIDED), *ratio_lost)
 
 
-def _of_causes(what: Seen) -> Iterator[Finding]:
+def _of_causes(what: Seen, is_decided: bool) -> Iterator[Finding]:
+    """`is_decided`: whether rules that need the whole window may speak."""
     # A that hardly moves where B does is LoRA-FA by accident; where neither does it says nothing new.
-    works = bool(np.nanmedian(what.delta_rel) >= what.min_delta_rel) if np.isfinite(what.delta_rel).any() else True
-    for name, needed, is_fault in (
-        ("lost_on_save", 0.0, True),
-        ("ratio_lost", TRAPPED, True),
-        ("precision_stalled", TRAPPED, False),
-        ("A_frozen", TRAPPED, False),
+    update = what.median_delta_rel
+    works = update is None or update >= what.min_delta_rel
+    for name, needed, is_fault, needs_window in (
+        ("lost_on_save", 0.0, True, False),
+        ("ratio_lost", TRAPPED, True, False),
+        ("precision_stalled", TRAPPED, False, True),
+        ("A_frozen", TRAPPED, False, True),
     ):
+        if needs_window and not is_decided:
+            continue
         cause = rules.alone(what, name)
         if cause is not None and cause.share >= needed and (works or name != "A_frozen"):
-            yield Finding(name, cause.evidence, _sentence(cause), is_fault=is_fault)
-    edge = rules.near_precision(what)
+            yield Finding(name, cause.evidence, _sentence(cause), is_fault=is_fault, remedy=rules.remedy(cause))
+    edge = rules.near_precision(what) if is_decided else None
     if edge is not None and edge.share >= TRAPPED:
         sentence = f"B moves at the edge of what eps or its precision lets through in {_modules(edge)}."
         yield Finding("edge_of_precision", edge.evidence, sentence, is_fault=False)
 
 
-def verdict(made: Diagnosis, best_gain: float | None, config: HealthConfig) -> tuple[Finding, ...]:
-    """`zero_trapped`, `partially_trapped` or nothing.
+def compared(
+    made: Diagnosis | None,
+    own: Sequence[Finding],
+    config: HealthConfig,
+    peers: Peers | None = None,
+    cell: int = 0,
+    step: int = 0,
+    was_pruned: bool = False,
+) -> tuple[Finding, ...]:
+    """The verdict on a trial, to stand before its `own` findings.
+
+    `made`: after its last evaluation, at `step`; None of a trial whose loss is not finite. `peers`: the trials of its
+    study, `cell` among them; None where there is none.
+    """
+    if made is None:
+        return ()
+    best_gain = None if peers is None else peers.best_gain(step)
+    cooler = None if peers is None else peers.cooler(cell, step, config.min_gain_standard_errors)
+    faults = {each.flag for each in own if each.is_fault}
+    # Diverged is the stronger word for a rate that is too high; and with a fault of its own a trial is decided.
+    hidden = {UNDECIDED} if faults else set()
+    if "diverged" in faults:
+        hidden.add("rate_too_high")
+    found = verdict(made, best_gain, config, cooler, was_pruned)
+    return tuple(each for each in found if each.flag not in hidden)
+
+
+def verdict(
+    made: Diagnosis,
+    best_gain: float | None,
+    config: HealthConfig,
+    cooler: Cooler | None = None,
+    was_pruned: bool = False,
+) -> tuple[Finding, ...]:
+    """`zero_trapped`, `partially_trapped`, `barely_learned`, `rate_too_high`, `undecided` or nothing, worst first.
 
     `best_gain`: of the study's trials on the same base and data at equal steps, nats per token; None where no other is
-    known.
+    known. `cooler`: a trial of the study that does better at a tenth of the rate.
     """
+    if was_pruned or not made.window_is_over:
+        sure = [cause for cause in made.causes if cause.name in HOPELESS]
+        return (_trapped(made, sure, "partially_trapped") or _undecided(made, was_pruned),)
     needed = max(made.noise, config.min_gain_of_best * (best_gain or 0.0))
-    # Where no module could learn, what looks like a gain is chance.
-    untouched = sum(cause.share for cause in made.causes if cause.name in UNTOUCHED) == 1
-    gained_nothing = untouched or (made.gain is not None and made.gain < needed)
-    found = made.causes_without_gain if gained_nothing else made.causes
+    # What others have learned from the same data is no matter of chance.
+    labels_are_sound = best_gain is not None and best_gain > made.noise
+    hot = _rate_too_high(made, config, cooler, labels_are_sound)
+    # An adapter that hurts does something: why it gained nothing is no question.
+    gained_little = made.gain is not None and made.gain < needed and not (hot is not None and hot.is_fault)
+    if not gained_little:
+        trapped = _trapped(made, made.causes, "partially_trapped")
+    elif does_nothing(made, config):
+        # A walk so short, over labels that others learn from, has not gone far enough.
+        slow = {"no_signal": "lr_too_small"} if labels_are_sound else {}
+        found = [replace(cause, name=slow.get(cause.name, cause.name)) for cause in made.causes_without_gain]
+        trapped = _trapped(made, found, "zero_trapped", needed)
+    else:
+        has_signal = labels_are_sound or _is_sure(made.fall, made, config)
+        found = [cause for cause in made.causes_without_gain if not (has_signal and cause.name == "no_signal")]
+        many = sum(cause.share for cause in found) >= TRAPPED
+        trapped = _trapped(made, found if many else made.causes, "barely_learned", needed)
+    return tuple(each for each in (trapped, hot) if each is not None)
+
+
+def does_nothing(made: Diagnosis, config: HealthConfig) -> bool:
+    """Whether its evaluation is the base's but for chance, its update small and its training loss not fallen."""
+    small = made.delta_rel is None or made.delta_rel < config.max_trapped_delta_rel
+    fell = _is_sure(made.fall, made, config) or _is_sure(made.probe_fall, made, config)
+    return made.gain is not None and abs(made.gain) <= _chance(made, config) and small and not fell
+
+
+def _chance(made: Diagnosis, config: HealthConfig) -> float:
+    """A difference from the base up to which there is none, nats per token."""
+    if made.error is None:
+        return made.noise
+    return max(config.min_gain_standard_errors * made.error, NEGLIGIBLE * made.noise)
+
+
+def _is_sure(fall: Estimate | None, made: Diagnosis, config: HealthConfig) -> bool:
+    """Whether the training loss fell beyond its own chance and beyond what is nothing in the evaluation."""
+    least = _chance(made, config)
+    return fall is not None and fall.value > max(config.min_gain_standard_errors * fall.error, least)
+
+
+def _rate_too_high(
+    made: Diagnosis, config: HealthConfig, cooler: Cooler | None, labels_are_sound: bool
+) -> Finding | None:
+    """A fault where the adapter is worse than its base; else a warning, since it has learned."""
+    size, loss, chance = made.delta_rel, -(made.gain or 0.0), _chance(made, config)
+    moved = size is None or size >= config.max_trapped_delta_rel
+    # Labels without a signal hurt too: B walks at random, and the training loss does not fall.
+    walks = not labels_are_sound and not _is_sure(made.fall, made, config) and size is not None and size < FAR
+    hurts = loss > chance and moved and not walks
+    wasted = (
+        size is not None and size >= (config.max_trapped_delta_rel if labels_are_sound else FAR) and -loss < made.noise
+    )
+    evidence = {} if size is None else {"delta_rel": size, "delta_rel_allowed": config.max_delta_rel}
+    if hurts:
+        of_weights = "" if size is None else f" under an update of {size:.2g} times the weights"
+        evidence |= {"loss_over_base": loss, "loss_allowed": chance}
+        sentence = f"The evaluation loss is {loss:.2g} nats above the base's{of_weights}: {COOL_DOWN}"
+    elif wasted:
+        sentence = (
+            f"An update of {size:.2g} times the weights gained nothing, where others of the study did: {COOL_DOWN}"
+        )
+    elif cooler is not None:
+        evidence |= {"cell": float(cooler.cell), "better_by": cooler.gain, "standard_error": cooler.error}
+        sentence = f"Cell {cooler.cell} does better by {cooler.gain:.2g} nats at a tenth of the rate: {COOL_DOWN}"
+    elif size is not None and size > config.max_delta_rel:
+        sentence = f"The update outweighs the weights ({size:.2g} times their size): {COOL_DOWN}"
+    else:
+        return None
+    return Finding("rate_too_high", evidence, sentence, is_fault=hurts or wasted, remedy=COOL_DOWN)
+
+
+def _undecided(made: Diagnosis, was_pruned: bool) -> Finding:
+    when = "was pruned" if was_pruned else "ended before its health window did"
+    evidence = {} if made.gain is None else {"gain": made.gain, "gain_needed": made.noise}
+    return Finding(UNDECIDED, evidence, f"The trial {when}, so whether it learns is not known.", is_fault=False)
+
+
+def _trapped(made: Diagnosis, found: Sequence[Cause], flag: str, needed: float | None = None) -> Finding | None:
+    """`flag` if half of the modules have a cause, `partially_trapped` if a tenth have; None of fewer.
+
+    `needed`: the gain that would have counted.
+    """
     share = sum(cause.share for cause in found)
     if share < PARTIALLY:
-        return ()
+        return None
+    # Where no module could learn, what looks like a gain is chance.
+    if sum(cause.share for cause in found if cause.name in UNTOUCHED) == 1:
+        flag = "zero_trapped"
+    elif share < TRAPPED:
+        flag = "partially_trapped"
     worst = found[0]
     evidence = {**worst.evidence, "share_of_modules": share}
+    sentence = _sentence(worst)
     if made.gain is not None:
-        evidence |= {"gain": made.gain, "gain_needed": needed}
-    if gained_nothing and share >= TRAPPED:
-        sentence = _sentence(worst)
-        if made.gain is not None:
+        evidence["gain"] = made.gain
+        if needed is not None:
+            evidence["gain_needed"] = needed
             sentence = f"It gained {made.gain:.2g} nats over its base ({needed:.2g} would count): {sentence}"
-        return (Finding("zero_trapped", evidence, sentence, cause=worst.name),)
-    return (Finding("partially_trapped", evidence, _sentence(worst), cause=worst.name),)
-
-
-def best_gains(results: Iterable[Mapping[str, Any]]) -> dict[float, dict[int, float]]:
-    """{loss of the base: {step: best gain of the trials that were evaluated there}}, nats per token.
-
-    `results`: of trials, with `base_loss` and `curve` (step -> evaluation loss). Trials with one base loss are those on
-    one base and one data set.
-    """
-    found: dict[float, dict[int, float]] = {}
-    for result in results:
-        best = found.setdefault(result["base_loss"], {})
-        for step, loss in result.get("curve", {}).items():
-            gain = result["base_loss"] - loss
-            best[int(step)] = max(gain, best.get(int(step), gain))
-    return found
+    return Finding(flag, evidence, sentence, cause=worst.name, remedy=rules.remedy(worst))
 
 
 def cannot_learn(reading: Reading, asked: Asked) -> bool:
     """Whether half of the modules learn nothing for a cause that more steps cannot mend."""
-    unknown = np.full(len(reading.modules), np.nan)
-    trapping, _ = rules.causes(Seen(reading, asked, unknown, 0.0))
+    what = Seen(reading, asked, np.full(len(reading.modules), np.nan), 0.0)
+    if what.never_stepped:
+        # The rate may still rise.
+        return False
+    trapping, _ = rules.causes(what)
     return sum(cause.share for cause in trapping if cause.name in HOPELESS) >= TRAPPED
 
 
 def _sentence(cause: Cause) -> str:
-    return f"{cause.name} in {_modules(cause)}: {rules.CAUSES[cause.name].remedy}"
+    return f"{cause.name} in {_modules(cause)}: {rules.remedy(cause)}"
 
 
 def _modules(cause: Cause) -> str:

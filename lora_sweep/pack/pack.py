@@ -227,7 +227,8 @@ class Pack:
     def evaluate_base(self) -> Base:
         """The losses of the base alone on the evaluation set, the train probe and the retention text."""
         evaluation, probe, retention = self._passes.losses(None)
-        return Base(evaluation[0][0], probe[0][0], evaluation[1][0], None if retention is None else retention[0][0])
+        kept = None if retention is None else retention[0][0]
+        return Base(evaluation[0][0], probe[0][0], evaluation[1][0], kept, probe[1][0])
 
     def _train_step(self, measures: bool = False) -> None:
         began = time.monotonic()
@@ -282,7 +283,7 @@ class Pack:
                 if slot is not None and slot.is_due:
                     report = self._report(slot, evaluation[0][place], probe[0][place], evaluation[1][place], speed)
                     kept = None if retention is None else retention[0][place]
-                    reports[slot.index] = replace(report, retention_loss=kept)
+                    reports[slot.index] = replace(report, retention_loss=kept, probe_losses=probe[1][place])
         return [report for _, report in sorted(reports.items())]
 
     def _within_memory(

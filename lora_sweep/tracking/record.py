@@ -107,7 +107,7 @@ class Record:
         whole["wandb_id"] = self.wandb_id
         picture = heat_map.draw(self._table, self._causes(result)) if self._table is not None else None
         if self._run is not None:
-            cause = next((finding.cause for finding in verdict), None)
+            cause = next((finding.cause for finding in verdict if finding.cause is not None), None)
             self._run.finish(whole | _told([*verdict, *findings]) | {"cause": cause}, picture)
         with disk(self.folder):
             self._metrics.close()
@@ -155,6 +155,14 @@ def read_evaluation(folder: Path, step: int) -> tuple[NDArray[np.float64], dict[
     Raises FileNotFoundError where the trial has none at `step`.
     """
     return _read_npz(_npz(folder, step))
+
+
+def read_losses(folder: Path, step: int) -> NDArray[np.float64] | None:
+    """(examples,) losses in nats per token of the evaluation at `step`; None where the trial has none."""
+    try:
+        return _read_npz(_npz(folder, step))[0]
+    except FileNotFoundError:
+        return None
 
 
 def read_base_losses(folder: Path) -> NDArray[np.float64]:

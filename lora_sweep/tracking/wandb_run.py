@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sweep.records import Base, Cell
+from lora_sweep.records import UNDECIDED, Base, Cell
 
 Row = dict[str, Any]
 """One line of metrics.jsonl: `step` (optimizer steps done) and metric -> float, or None where it was not finite."""
@@ -235,7 +235,7 @@ class Run:
         if trapped is not None and self._tracker.alerts_now():
             title = f"{self._tracker.study}: {trapped['flag']} ({trapped['cause']})"
             self._run.alert(title=title, text=f"cell {result['cell']}: {trapped['sentence']}")
-        words = [*result["flags"], *filter(None, [result["cause"]])]
+        words = [*(flag for flag in result["flags"] if flag != UNDECIDED), *filter(None, [result["cause"]])]
         flags = [flag[:_TAG_LENGTH] for flag in words]
         if flags:
             self._run.tags = tuple(dict.fromkeys((*(self._run.tags or ()), *flags)))
