@@ -7,17 +7,20 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lora_sweep import adapter_keys
+from lora_sweep.adapter_keys import Key
 from lora_sweep.blueprint import peft_chatter_off
 from lora_sweep.errors import UserError
 
@@ -62,6 +65,14 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class Unloaded:
+    """Tensors of the file that PEFT passes over."""
+
+    why: str
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Saved:
     """One adapter as it lies in its folder."""
 
@@ -76,6 +87,12 @@ class Saved:
     """Of the weights file."""
     notes: tuple[str, ...] = ()
     """What PEFT had to say about the configuration."""
+    misnamed: tuple[Key, ...] = ()
+    """Tensors that PEFT does not load for their names."""
+    unasked: tuple[Unloaded, ...] = ()
+    """Tensors that PEFT does not load for the configuration."""
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Name in the file -> shape, of all tensors."""
 
 
 FOREIGN = ("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "target_parameters")
@@ -106,11 +123,16 @@ def read(folder: Path, allow_pickle: bool = False) -> Saved:
             remedy = " (if you trust it: --allow-pickle)" if (folder / PICKLE).is_file() else ""
             raise UserError(f"{error}{remedy}") from None
     tensors, size = _tensors(folder)
-    astray = [key for key in tensors if not key.startswith(PREFIX)]
-    factors, extras = _split(folder, tensors, config)
-    if astray:
-        notes += (f"{len(astray)} tensors ({astray[0]}, ...) are not named {PREFIX}..., so PEFT loads none of them",)
-    return Saved(folder, config, factors, extras, size, notes + _ambiguous(config, factors))
+    factors, extras, misnamed, unasked = _split(folder, tensors, config)
+    named = [key for key in map(adapter_keys.parse, tensors) if key.has_adapter_name]
+    if named:
+        notes += (
+            f"{len(named)} tensors carry the adapter's name, such as {named[0].name}: PEFT from 0.21 on loads them as "
+            f"adapter {adapter_keys.ADAPTER!r} alone, older versions load none; {named[0].saved_as} loads everywhere",
+        )
+    notes += _ambiguous(config, factors)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return Saved(folder, config, factors, extras, size, notes, misnamed, unasked, shapes)
 
 
 def lost(folder: Path, weights: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[str, ...]:
@@ -197,41 +219,53 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], int]:
     return tensors, file.stat().st_size
 
 
-PREFIX = "base_model.model."
-"""How the name of what PEFT loads begins; all else in the file it passes over."""
-
-PARTS = {
-    "lora_A.weight": "A",
-    "lora_B.weight": "B",
-    "lora_B.bias": "bias",
-    "lora_embedding_A": "A",
-    "lora_embedding_B": "B",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-}
-"""How a key of the file ends -> which part of a module's LoRA it is."""
-
-
-def _split(folder: Path, tensors: dict[str, Tensor], config: Any) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+def _split(
+    folder: Path, tensors: dict[str, Tensor], config: Any
+) -> tuple[dict[str, Factors], dict[str, Tensor], tuple[Key, ...], tuple[Unloaded, ...]]:
+    """(LoRA by module, what is saved whole by parameter, what PEFT passes over: by name, by configuration)."""
     parts: dict[str, dict[str, Tensor]] = {}
     embeddings: set[str] = set()
     extras: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        if not key.startswith(PREFIX):
-            continue
-        name = key.removeprefix(PREFIX)
-        ending = next((ending for ending in PARTS if name.endswith(f".{ending}")), None)
-        if ending is None:
-            extras[name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")] = tensor
-            continue
-        module = name.removesuffix(f".{ending}")
-        parts.setdefault(module, {})[PARTS[ending]] = tensor
-        if "embedding" in ending:
-            embeddings.add(module)
-    return {
+    misnamed: list[Key] = []
+    unasked: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        key = adapter_keys.parse(name)
+        if not key.loads:
+            misnamed.append(key)
+        elif key.part is None:
+            extras[key.target] = tensor
+        elif (reason := _unasked(key, config)) is not None:
+            unasked.setdefault(reason, []).append(name)
+        else:
+            parts.setdefault(key.target, {})[key.part] = tensor
+            if key.is_embedding:
+                embeddings.add(key.target)
+    torn = [key for key in misnamed if key.is_lora and not {"A", "B"} <= parts.get(key.target, {"A": 0, "B": 0}).keys()]
+    if torn:
+        raise UserError(f"{folder}: {torn[0].target}: has half a LoRA: {adapter_keys.passed_over(torn)}")
+    factors = {
         module: _factors(f"{folder}: {module}", module, found, config, module in embeddings)
         for module, found in parts.items()
-    }, extras
+    }
+    return factors, extras, tuple(misnamed), tuple(Unloaded(why, tuple(names)) for why, names in unasked.items())
+
+
+def _unasked(key: Key, config: Any) -> str | None:
+    """Why PEFT has no place for a tensor under this configuration, or None where it has."""
+    if key.part == "magnitude" and not config.use_dora:
+        return "use_dora is false"
+    if key.part == "bias" and not config.lora_bias:
+        return "lora_bias is false"
+    # A tied module is adapted though nothing names it, and all-linear names what only the base can tell.
+    if config.ensure_weight_tying or not names_targets(config) or check_target_module_exists(config, key.target):
+        return None
+    return "target_modules (less exclude_modules, in layers_to_transform) does not name their modules"
+
+
+def names_targets(config: Any) -> bool:
+    """Whether target_modules names modules; else PEFT takes those of the base's kind."""
+    targets = config.target_modules
+    return bool(targets) and not (isinstance(targets, str) and targets.lower() == "all-linear")
 
 
 def _factors(where: str, module: str, found: dict[str, Tensor], config: Any, is_embedding: bool) -> Factors:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from lora_sweep import adapters, composition, health, quant
+from lora_sweep import adapter_keys, adapters, composition, health, quant
 from lora_sweep.errors import UserError
 from lora_sweep.health import AdaptedModule, Asked, Chart, Logged, Side, Snapshot, Stepped
 from lora_sweep.records import Diagnosis, Finding
@@ -341,7 +341,7 @@ def _loras(model: Any) -> Iterator[_Lora]:
             if adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear):
                 weight = quant.dequantised(layer.get_base_layer())
                 norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
-                yield _Lora(path.removeprefix(adapters.PREFIX), layer, adapter, configs.get(adapter), norm)
+                yield _Lora(path.removeprefix(adapter_keys.PREFIX), layer, adapter, configs.get(adapter), norm)
 
 
 def _side(optimizer: Any, groups: Mapping[int, dict[str, Any]], module: _Lora, which: str) -> Side:
