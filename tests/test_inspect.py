@@ -3,9 +3,11 @@
 import json
 import math
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lora_sweep import adapters, cli
+from lora_sweep import adapter_keys, adapters, cli
 from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.inspection import Inspection, inspect
+from lora_sweep.inspection.measure import MIN_DELTA_REL
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file"),
@@ -350,20 +353,383 @@ def test_a_tied_weight_saved_whole_is_held_against_the_base_by_either_name(make:
         assert (extra.name.split(".")[-2], extra.delta_rel) == (name, 0)
 
 
-def test_what_peft_does_not_load_is_not_there_and_told(make: Make) -> None:
+Rename = Callable[[str], str]
+PREFIX = "base_model.model."
+
+
+def rename(folder: Path, name: Rename) -> list[str]:
+    """The file under other names; those before."""
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name(key): each for key, each in tensors.items()}, folder / WEIGHTS, metadata={"format": "pt"})
+    return list(tensors)
+
+
+def named(adapter: str, magnitude: str = ".weight") -> Rename:
+    """As model.state_dict() has it of an adapter of this name."""
+
+    def name(key: str) -> str:
+        for ending in ("lora_A.weight", "lora_B.weight", "lora_B.bias"):
+            if key.endswith(ending):
+                factor, _, rest = ending.partition(".")
+                return f"{key.removesuffix(ending)}{factor}.{adapter}.{rest}"
+        if "lora_" not in key:
+            return key
+        return f"{key}.{adapter}" + (magnitude if key.endswith("lora_magnitude_vector") else "")
+
+    return name
+
+
+def outputs(model: Any) -> torch.Tensor:
+    return model(input_ids=torch.arange(12)[None]).logits.detach()
+
+
+def loaded_by_peft(folder: Path, adapter: str = "default") -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
+        return PeftModel.from_pretrained(llama(), str(folder), adapter_name=adapter)
+
+
+UNLOADED: dict[str, Rename] = {
+    "bare": lambda key: key.removeprefix(PREFIX),
+    "bare, with the adapter's name": lambda key: named("default")(key.removeprefix(PREFIX)),
+    "twice the prefix": lambda key: PREFIX + key,
+    "DDP": lambda key: "module." + key,
+    "DDP inside": lambda key: f"{PREFIX}module.{key.removeprefix(PREFIX)}",
+    "torch.compile": lambda key: "_orig_mod." + key,
+    "torch.compile inside": lambda key: f"{PREFIX}_orig_mod.{key.removeprefix(PREFIX)}",
+    "FSDP": lambda key: "_fsdp_wrapped_module." + key,
+    "FSDP inside": lambda key: re.sub(r"layers[.](\d)", r"layers.\1._fsdp_wrapped_module", key),
+    "checkpointing": lambda key: re.sub(r"layers[.](\d)", r"layers.\1._checkpoint_wrapped_module", key),
+    "another adapter's name": named("other"),
+    "parameters": lambda key: key.removesuffix(".weight"),
+}
+"""Names as other programs write them, none of which PEFT loads."""
+
+
+@pytest.mark.parametrize("variant", UNLOADED)
+def test_names_that_peft_does_not_load_leave_the_base_and_the_remedy_helps(make: Make, variant: str) -> None:
     folder, model = make()
     weights = {name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for name, layer in layers(model)}
     assert adapters.lost(folder, weights) == ()
-    tensors = load_file(folder / WEIGHTS)
-    bare = {key.removeprefix("base_model.model."): each for key, each in tensors.items()}
-    save_file(bare, folder / WEIGHTS, metadata={"format": "pt"})
-    with pytest.warns(match="Found missing adapter keys"):
-        loaded = PeftModel.from_pretrained(llama(), str(folder))
-    assert not any(bool(layer.lora_B["default"].weight.any()) for _, layer in layers(loaded)), "PEFT loads nothing"
+    right = rename(folder, UNLOADED[variant])
+    assert torch.equal(outputs(loaded_by_peft(folder)), outputs(llama())), "PEFT loads nothing"
     made = one(folder)
-    assert made.verdict == "empty"
-    assert any("16 tensors" in note and "PEFT loads none of them" in note for note in made.notes)
+    assert (made.verdict, made.modules, len(made.passed_over)) == ("empty", (), 16)
+    assert "PEFT passes over 16 of the file's tensors for their names" in made.sentence
+    assert "save again with save_pretrained" in made.sentence
     assert adapters.lost(folder, weights) == tuple(weights)
+    wrong = list(load_file(folder / WEIGHTS))
+    assert {adapter_keys.parse(key).saved_as for key in wrong} == set(right)
+    rename(folder, lambda key: adapter_keys.parse(key).saved_as)
+    assert torch.equal(outputs(loaded_by_peft(folder)), outputs(model))
+    assert one(folder).verdict == "healthy"
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"target_modules": ["embed_tokens", "v_proj"]}], ids=str)
+def test_the_adapters_name_in_the_names_is_read_as_peft_reads_it(make: Make, settings: Any, base: str) -> None:
+    folder, model = make(**settings)
+    before = one(folder, base)
+    rename(folder, named("default"))
+    assert torch.equal(outputs(loaded_by_peft(folder)), outputs(model))
+    assert torch.equal(outputs(loaded_by_peft(folder, "other")), outputs(llama()))
+    made = one(folder, base)
+    assert (made.verdict, made.modules, made.passed_over) == ("healthy", before.modules, ())
+    (note,) = [note for note in made.notes if "carry the adapter's name" in note]
+    assert "as adapter 'default' alone" in note and "older versions load none" in note
+
+
+def test_a_magnitude_named_as_no_peft_has_it_is_missing(make: Make, base: str) -> None:
+    folder, model = make(use_dora=True)
+    rename(folder, named("default", magnitude=""))
+    loaded = loaded_by_peft(folder)
+    for _, layer in layers(loaded):
+        W = layer.get_base_layer().weight
+        assert torch.allclose(layer.lora_magnitude_vector["default"].weight, W.norm(dim=1)), "as of the base"
+    for made in (one(folder), one(folder, base)):
+        assert made.verdict == "incomplete" and len(made.passed_over) == 8
+        assert "no lora_magnitude_vector, though use_dora is true: " in made.sentence
+    rename(folder, lambda key: adapter_keys.parse(key).saved_as)
+    assert one(folder, base).verdict == "healthy"
+    assert torch.equal(outputs(loaded_by_peft(folder)), outputs(model))
+
+
+def test_half_a_lora_under_a_wrong_name_is_told_with_the_right_one(make: Make) -> None:
+    folder, _ = make()
+    rename(folder, lambda key: named("other")(key) if "lora_B" in key else key)
+    _, (error,) = inspect(folder)
+    assert "has half a LoRA: PEFT passes over 8 of the file's tensors" in error and "k_proj.lora_B.weight'" in error
+
+
+def test_names_of_another_class_of_the_base_are_told_with_the_base(make: Make, base: str) -> None:
+    """LlamaModel has `layers.0`, LlamaForCausalLM `model.layers.0`: the names alone are right."""
+    folder, _ = make()
+    rename(folder, lambda key: key.replace(f"{PREFIX}model.", PREFIX))
+    assert torch.equal(outputs(loaded_by_peft(folder)), outputs(llama())), "PEFT loads nothing"
+    made, (error,) = inspect(folder, base)
+    assert made == [] and error.startswith("--base: has no weight layers.0.self_attn.k_proj, which")
+
+
+@pytest.mark.parametrize("ending", [".modules_to_save.default.", ".modules_to_save."])
+def test_modules_saved_under_the_names_of_the_model_are_refused_by_peft_and_told(
+    make: Make, ending: str, base: str
+) -> None:
+    folder, model = make(modules_to_save=["lm_head"])
+    rename(folder, lambda key: key.replace("lm_head.", f"lm_head{ending}"))
+    with pytest.raises(KeyError, match=r"lm_head\.weight"):
+        loaded_by_peft(folder)
+    for made in (one(folder), one(folder, base)):
+        assert made.verdict == "incomplete" and made.passed_over == (f"{PREFIX}lm_head{ending}weight",)
+        assert "PEFT refuses to load it (KeyError)" in made.sentence
+    rename(folder, lambda key: adapter_keys.parse(key).saved_as)
+    assert torch.equal(outputs(loaded_by_peft(folder)), outputs(model))
+    assert one(folder, base).verdict == "healthy"
+
+
+def test_a_dump_of_the_whole_model_is_read_as_peft_reads_it(make: Make, base: str) -> None:
+    folder, model = make()
+    dump = {key: each.clone() for key, each in model.state_dict().items()}
+    save_file(dump, folder / WEIGHTS, metadata={"format": "pt"})
+    assert torch.equal(outputs(loaded_by_peft(folder)), outputs(model))
+    for made in (one(folder), one(folder, base)):
+        assert (made.verdict, made.missing, made.passed_over) == ("healthy", (), ())
+    folder, model = make(name="whole", modules_to_save=["lm_head"])
+    dump = {key: each.clone() for key, each in model.state_dict().items()}
+    save_file(dump, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(KeyError, match=r"lm_head\.weight"):
+        loaded_by_peft(folder)
+    for made in (one(folder), one(folder, base)):
+        assert made.verdict == "incomplete" and "PEFT refuses to load it (KeyError)" in made.sentence
+
+
+# -- what the configuration promises ---------------------------------------------------------------------------------
+
+
+def configure(folder: Path, **settings: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def drop(folder: Path, expression: str) -> None:
+    change(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if re.search(expression, key)])
+
+
+def untouched(folder: Path) -> set[str]:
+    """Modules that PEFT adapts on loading, but leaves with B = 0."""
+    return {name for name, layer in layers(loaded_by_peft(folder)) if not bool(layer.lora_B["default"].weight.any())}
+
+
+TARGETS: dict[str, Any] = {
+    "a list": ["q_proj", "v_proj"],
+    "an expression": r".*self_attn\.(q|v)_proj",
+    "all-linear": "all-linear",
+}
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_a_module_without_factors_makes_it_incomplete_with_and_without_the_base(
+    make: Make, targets: str, base: str
+) -> None:
+    folder, _ = make(target_modules=TARGETS[targets])
+    assert one(folder).verdict == one(folder, base).verdict == "healthy"
+    drop(folder, r"layers\.1\.self_attn\.v_proj")
+    name = "model.layers.1.self_attn.v_proj"
+    for made in (one(folder), one(folder, base)):
+        assert made.verdict == "incomplete"
+        assert untouched(folder) == {each for found in made.missing for each in found.names} - {"v_proj"} == {name}
+        assert name in made.sentence
+    configure(folder, target_modules="all-linear" if targets == "all-linear" else TARGETS[targets])
+    assert one(folder, base).verdict == "incomplete"
+
+
+def test_a_name_of_target_modules_without_any_factors_is_incomplete_unless_the_base_lacks_it(
+    make: Make, base: str
+) -> None:
+    folder, model = make(target_modules=["q_proj", "v_proj"])
+    drop(folder, "v_proj")
+    assert untouched(folder) == {f"model.layers.{layer}.self_attn.v_proj" for layer in (0, 1)}
+    made = one(folder)
+    assert made.verdict == "incomplete"
+    assert "no LoRA for what target_modules names: v_proj; PEFT leaves them" in made.sentence
+    assert "unless the base has no such module, which --base checks" in made.sentence
+    assert {each for found in one(folder, base).missing for each in found.names} == untouched(folder)
+    folder, model = make(name="generic", target_modules=["q_proj", "query_key_value"])
+    assert torch.equal(outputs(loaded_by_peft(folder)), outputs(model))
+    assert one(folder).verdict == "incomplete", "without the base nobody can tell"
+    assert one(folder, base).verdict == "healthy"
+    configure(folder, target_modules=["q_proj", "o_proj"], exclude_modules=["o_proj"])
+    assert one(folder).verdict == one(folder, base).verdict == "healthy"
+
+
+def test_layers_that_are_promised_by_number_or_pattern_are_missed(make: Make, base: str) -> None:
+    folder, _ = make(target_modules=["q_proj"], layers_to_transform=[1])
+    assert one(folder).verdict == one(folder, base).verdict == "healthy"
+    configure(folder, layers_to_transform=[0, 1])
+    for made in (one(folder), one(folder, base)):
+        assert made.verdict == "incomplete" and "model.layers.0.self_attn.q_proj" in made.sentence
+    pattern = {"model.layers.0.self_attn.q_proj": 2}
+    folder, _ = make(name="pattern", target_modules=["q_proj"], rank_pattern=pattern)
+    drop(folder, r"layers\.0")
+    for made in (one(folder), one(folder, base)):
+        assert made.verdict == "incomplete" and "model.layers.0.self_attn.q_proj" in made.sentence
+
+
+def test_a_block_in_fewer_layers_is_a_note_as_hybrid_models_have_it(make: Make, base: str) -> None:
+    folder, _ = make(target_modules=["q_proj", "v_proj", "down_proj"])
+    drop(folder, r"layers\.1\.self_attn")
+    made = one(folder)
+    assert made.verdict == "healthy"
+    assert any("self_attn has LoRA in 1 of the 2 layers that the file names, not in 1: " in note for note in made.notes)
+    assert one(folder, base).verdict == "incomplete"
+
+
+def test_what_modules_to_save_promises_and_the_file_lacks_is_told_as_peft_takes_it(make: Make, base: str) -> None:
+    folder, model = make(modules_to_save=["lm_head"])
+    whole = outputs(model)
+    configure(folder, modules_to_save=["lm_head", "score"])
+    assert torch.equal(outputs(loaded_by_peft(folder)), whole), "the base has no score"
+    assert one(folder, base).verdict == "healthy"
+    drop(folder, "lm_head")
+    with pytest.raises(KeyError, match=r"lm_head\.weight"):
+        loaded_by_peft(folder)
+    for made in (one(folder), one(folder, base)):
+        assert made.verdict == "incomplete" and "lm_head" in made.sentence and "refuses" in made.sentence
+    folder, _ = make(name="tokens", trainable_token_indices=[1, 2])
+    assert one(folder, base).verdict == "healthy"
+    drop(folder, "token_adapter")
+    for made in (one(folder), one(folder, base)):
+        assert made.verdict == "incomplete" and "refuses" in made.sentence
+
+
+def test_dora_without_some_magnitudes_is_incomplete(make: Make, base: str) -> None:
+    folder, _ = make(use_dora=True)
+    drop(folder, r"layers\.0\.self_attn\.k_proj\.lora_magnitude")
+    for made in (one(folder), one(folder, base)):
+        assert made.verdict == "incomplete"
+        assert [found.names for found in made.missing] == [("model.layers.0.self_attn.k_proj",)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "edit", "reason", "count"),
+    [
+        ({}, {"target_modules": ["q_proj", "k_proj"]}, "target_modules", 8),
+        ({"use_dora": True}, {"use_dora": False}, "use_dora is false", 8),
+        ({}, {"layers_to_transform": [0]}, "layers_to_transform", 8),
+        ({}, {"exclude_modules": ["v_proj", "o_proj"]}, "exclude_modules", 8),
+    ],
+)
+def test_tensors_that_the_configuration_has_no_place_for_are_told(
+    make: Make, settings: Any, edit: Any, reason: str, count: int, base: str
+) -> None:
+    folder, _ = make(**settings)
+    configure(folder, **edit)
+    loaded = loaded_by_peft(folder)
+    for made in (one(folder), one(folder, base)):
+        assert made.verdict == "incomplete" and reason in made.sentence and len(made.passed_over) == count
+        agrees_with_peft(made, loaded)
+
+
+def test_targets_that_match_nothing_are_told_as_peft_refuses_them(make: Make, base: str) -> None:
+    folder, _ = make()
+    configure(folder, target_modules=["query_key_value"])
+    with pytest.raises(ValueError, match="not found in the base model"):
+        loaded_by_peft(folder)
+    assert one(folder).verdict == "empty"
+    made = one(folder, base)
+    assert made.verdict == "empty" and "PEFT refuses to load it: Target modules" in made.sentence
+
+
+def test_json_names_all_that_is_missing_or_passed_over(make: Make, run: Any, base: str) -> None:
+    folder, _ = make()
+    drop(folder, "v_proj")
+    rename(folder, lambda key: key.replace("lora_A.weight", "lora_A.other.weight") if "o_proj" in key else key)
+    rename(folder, lambda key: key.replace("lora_B.weight", "lora_B.other.weight") if "o_proj" in key else key)
+    code, out, err = run("inspect", str(folder), "--json", "--base", base)
+    (adapter,) = json.loads(out)["adapters"]
+    assert (code, err, adapter["verdict"], len(adapter["passed_over"])) == (0, "", "incomplete", 4)
+    (found,) = adapter["missing"]
+    assert set(found["names"]) == untouched(folder)
+    assert found.keys() == {"names", "what", "effect", "refused"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+        {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+        {"target_modules": r"model\.layers\.0\..*_proj", "exclude_modules": r".*\.mlp\..*"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_peft_saved_whole_is_never_incomplete(make: Make, settings: Any, tied: bool, tmp_path: Path) -> None:
+    if settings.get("ensure_weight_tying") and not tied:
+        pytest.skip("PEFT warns that nothing is tied")
+    llama(tied).save_pretrained(tmp_path / "base")
+    folder, _ = make(on=llama(tied), **settings)
+    for made in (one(folder), one(folder, str(tmp_path / "base"))):
+        assert (made.verdict, made.missing, made.passed_over) == ("healthy", (), ())
+
+
+def test_a_hybrid_model_is_not_incomplete(make: Make, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    hybrid = Lfm2ForCausalLM(Lfm2Config(vocab_size=64, num_hidden_layers=4, full_attn_idxs=[1, 3], **sizes))
+    hybrid.save_pretrained(tmp_path / "hybrid")
+    folder, _ = make(on=hybrid, target_modules=["q_proj", "v_proj", "w1"])
+    for made in (one(folder), one(folder, str(tmp_path / "hybrid"))):
+        assert (made.verdict, made.missing, len(made.modules)) == ("healthy", (), 8)
+
+
+# -- too small to matter ---------------------------------------------------------------------------------------------
+
+
+def shrink(folder: Path, factor: float, expression: str = "") -> None:
+    change(
+        folder,
+        lambda tensors: [each.mul_(factor) for key, each in tensors.items() if re.search(f"{expression}.*lora_B", key)],
+    )
+
+
+def test_an_update_too_small_to_matter_is_negligible(make: Make, base: str) -> None:
+    folder, _ = make()
+    largest = max(each.delta_rel or 0 for each in one(folder, base).modules)
+    shrink(folder, 4e-7 / largest)
+    made = one(folder, base)
+    assert made.verdict == "negligible" and all(each.negligible for each in made.modules)
+    assert "8 of 8 modules change their weight by less than 0.001 of it" in made.sentence
+    assert "at most by 4.0e-07" in made.sentence
+    half = llama().bfloat16()
+    merged = PeftModel.from_pretrained(half, str(folder)).merge_and_unload()
+    before = llama().bfloat16().state_dict()
+    kept = [(each != before[name]).float().mean() for name, each in merged.state_dict().items() if "self_attn" in name]
+    assert max(kept) < 0.01, "a merge into bf16 loses it"
+    assert one(folder).verdict == "healthy", "without the base nobody can tell"
+
+
+def test_some_modules_too_small_to_matter_are_counted_with_the_dead(make: Make, base: str) -> None:
+    folder, _ = make()
+    shrink(folder, 1e-6, "[qk]_proj")
+    made = one(folder, base)
+    assert made.verdict == "partially_dead"
+    assert "4 of 8 modules change their weight by less than 0.001 of it" in made.sentence
+    shrink(folder, 0, "q_proj")
+    made = one(folder, base)
+    assert made.verdict == "partially_dead"
+    assert "2 of 8 modules change nothing" in made.sentence and "2 of 8 modules change their weight" in made.sentence
+    shrink(folder, 1e-6)
+    assert one(folder, base).verdict == "negligible"
+
+
+def test_the_bound_is_that_of_training() -> None:
+    rules = (Path(__file__).parents[1] / "conf" / "health" / "default.yaml").read_text()
+    assert float(re.search(r"^min_delta_rel: (.+)$", rules, re.MULTILINE)[1]) == MIN_DELTA_REL  # type: ignore[index]
+
+
+# -- more of what lies about, again ----------------------------------------------------------------------------------
 
 
 def test_a_trained_bias_keeps_a_module_alive(make: Make) -> None:

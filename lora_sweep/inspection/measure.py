@@ -10,11 +10,17 @@ from torch import Tensor
 
 from lora_sweep.adapters import Factors
 
-Verdict = Literal["healthy", "untrained", "partially_dead", "dead", "broken", "empty"]
+Verdict = Literal["healthy", "untrained", "partially_dead", "negligible", "incomplete", "dead", "broken", "empty"]
 ZeroStart = Literal["A", "B", "BA"]
 
 CANCELLED = 1e-6
 """|BA| / (|A| |B|) below which the product is rounding: `orthogonal` starts so; independent factors have 1/sqrt(r)."""
+
+MIN_DELTA_REL = 1e-3
+"""Update relative to the weight below which a module is negligible: health.min_delta_rel, as training is judged."""
+
+BF16_KEEPS = 2.0**-9
+"""Of a bf16 element: half the least distance to the next; a merge rounds smaller changes away."""
 
 ROWS = 1024
 """Rows of a base weight that are turned into fp64 at a time."""
@@ -55,6 +61,8 @@ class ModuleMeasurement:
     """DoRA: largest |m / |W_row| - 1| over the rows, 0 as initialised. None without a base."""
     dead: str | None
     """Why the module changes nothing, or None where it changes something (or is not finite)."""
+    negligible: bool
+    """Whether it changes its weight by less than MIN_DELTA_REL, though by something; False without a base."""
 
     @property
     def group(self) -> str:
@@ -113,6 +121,8 @@ def measure(name: str, factors: Factors, start: ZeroStart | None, weight: Tensor
         stable_rank = float((singular / singular[0]).square().sum()) if norm else None
         if weight is not None:
             delta_rel, deviation = _against(weight, A, B, factors)
+    dead = _dead(A, B, factors, delta_norm, deviation, weight) if delta_norm is not None else None
+    has_bias = factors.bias is not None and bool(factors.bias.any())
     return ModuleMeasurement(
         name=name,
         rank=A.shape[0],
@@ -135,7 +145,8 @@ def measure(name: str, factors: Factors, start: ZeroStart | None, weight: Tensor
         stable_rank=stable_rank,
         delta_rel=delta_rel,
         magnitude_deviation=deviation,
-        dead=_dead(A, B, factors, delta_norm, deviation, weight) if delta_norm is not None else None,
+        dead=dead,
+        negligible=dead is None and delta_rel is not None and delta_rel < MIN_DELTA_REL and not has_bias,
     )
 
 
@@ -207,34 +218,69 @@ def measure_extra(
     )
 
 
-def judge(modules: Sequence[ModuleMeasurement], extras: Sequence[ExtraMeasurement]) -> tuple[Verdict, str]:
-    """(verdict, what it means in a sentence)."""
+def judge(
+    modules: Sequence[ModuleMeasurement],
+    extras: Sequence[ExtraMeasurement],
+    missing: Sequence[str] = (),
+) -> tuple[Verdict, str]:
+    """(verdict, what it means in a sentence).
+
+    `missing`: clauses on what the configuration promises and PEFT does not find, and on what it passes over.
+    """
     beside = f"; the {len(extras)} tensors saved beside it may still change the model" if extras else ""
+    also = "".join(f"; {each}" for each in missing)
     broken = [each.name for each in modules if each.nonfinite] + [each.name for each in extras if each.nonfinite]
-    dead = {each.name: each.dead for each in modules if each.dead is not None}
     if broken:
-        return "broken", f"NaN or infinite values in {_named(broken)}"
+        return "broken", f"NaN or infinite values in {named(broken)}{also}"
     too_large = [each.name for each in modules if each.delta_norm is None]
     if too_large:
-        return "broken", f"values so large that BA is not finite in {_named(too_large)}"
+        return "broken", f"values so large that BA is not finite in {named(too_large)}{also}"
     if not modules:
-        return "empty", f"no LoRA weights at all{beside}"
-    if not dead:
-        return "healthy", "every module is finite and changes its weight; what it learned, only its loss can tell"
-    if len(dead) < len(modules):
-        return "partially_dead", f"{len(dead)} of {len(modules)} modules change nothing: {_named(list(dead), dead)}"
-    why = ", ".join(dict.fromkeys(dead.values()))
+        return "empty", f"no LoRA weights at all{beside}" if not missing else f"no LoRA that PEFT loads{beside}{also}"
+    dead = {each.name: each.dead for each in modules if each.dead is not None}
+    if len(dead) == len(modules):
+        verdict, sentence = _all_dead(modules, list(dict.fromkeys(dead.values())))
+        return verdict, f"{sentence}{beside}{also}"
+    found = _weak(modules, dead)
+    if missing:
+        return "incomplete", "; ".join((*missing, *(found[1:] if found else ())))
+    return found or (
+        "healthy",
+        "every module is finite and changes its weight; what it learned, only its loss can tell",
+    )
+
+
+def _all_dead(modules: Sequence[ModuleMeasurement], reasons: Sequence[str]) -> tuple[Verdict, str]:
+    why = ", ".join(reasons)
     if all(_as_started(each) for each in modules):
         fresh = f"as in a fresh adapter, or as one lost on save ({why})"
-        return "untrained", f"what starts at zero is still zero in every module, {fresh}{beside}"
-    return "dead", f"no module changes anything ({why}), though not for a start at zero: lost on save?{beside}"
+        return "untrained", f"what starts at zero is still zero in every module, {fresh}"
+    return "dead", f"no module changes anything ({why}), though not for a start at zero: lost on save?"
+
+
+def _weak(modules: Sequence[ModuleMeasurement], dead: Mapping[str, str]) -> tuple[Verdict, str] | None:
+    """Of modules that are not all dead: what those are that change nothing, or too little to matter."""
+    small = {each.name: f"{each.delta_rel:.1e}" for each in modules if each.negligible and each.delta_rel is not None}
+    clauses = []
+    if dead:
+        clauses.append(f"{len(dead)} of {len(modules)} modules change nothing: {named(list(dead), dead)}")
+    if small:
+        most = max(each.delta_rel or 0.0 for each in modules if each.negligible)
+        clauses.append(
+            f"{len(small)} of {len(modules)} modules change their weight by less than {MIN_DELTA_REL:g} of it "
+            f"(health.min_delta_rel), at most by {most:.1e}: {named(list(small), small)}; merged into a bf16 base, "
+            f"what is below {BF16_KEEPS:.1e} of an element is rounded away; train longer or with a larger rate"
+        )
+    if not clauses:
+        return None
+    return "negligible" if len(dead) + len(small) == len(modules) else "partially_dead", "; ".join(clauses)
 
 
 def _as_started(module: ModuleMeasurement) -> bool:
     return module.zero_start == "BA" or (module.zero_start is not None and module.exact_zero == 1)
 
 
-def _named(names: Sequence[str], why: Mapping[str, str] | None = None) -> str:
+def named(names: Sequence[str], why: Mapping[str, str] | None = None) -> str:
     shown = [f"{name} ({why[name]})" if why else name for name in names[:4]]
     more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
     return ", ".join(shown) + more

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_sweep import adapters
+from lora_sweep import adapter_keys, adapter_targets, adapters
+from lora_sweep.adapter_targets import Missing
 from lora_sweep.adapters import Saved
 from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.inspection.measure import (
@@ -16,6 +17,7 @@ from lora_sweep.inspection.measure import (
     judge,
     measure,
     measure_extra,
+    named,
     zero_start,
 )
 from lora_sweep.records import Fault
@@ -60,6 +62,10 @@ class Inspection:
     modules: tuple[ModuleMeasurement, ...]
     extras: tuple[ExtraMeasurement, ...]
     loraplus: LoraPlus
+    missing: tuple[Missing, ...]
+    """What the configuration promises and PEFT does not find in the file."""
+    passed_over: tuple[str, ...]
+    """Tensors of the file that PEFT does not load."""
     notes: tuple[str, ...]
 
     def plain(self) -> dict[str, Any]:
@@ -113,13 +119,20 @@ def _inspected(saved: Saved, base: str | None, loaded: Any) -> Inspection:
     modules = tuple(
         measure(name, each, starts[name], _weight(saved, name, loaded)) for name, each in saved.factors.items()
     )
+    missing, homeless = (
+        (adapter_targets.missing(saved), ()) if loaded is None else adapter_targets.missing_on(saved, loaded)
+    )
+    if loaded is None and (thin := adapter_targets.thin_blocks(saved)) is not None:
+        notes.append(thin)
+    if homeless:
+        modules = tuple(each for each in modules if not any(f".{each.name}.lora_" in name for name in homeless))
     # A tied weight has two names.
     parameters = {} if loaded is None else dict(loaded.named_parameters(remove_duplicate=False))
     extras = tuple(
         measure_extra(name, tensor, config.modules_to_save or [], parameters.get(name))
         for name, tensor in saved.extras.items()
     )
-    verdict, sentence = judge(modules, extras)
+    verdict, sentence = judge(modules, extras, _clauses(saved, missing, homeless))
     return Inspection(
         folder=str(saved.folder),
         verdict=verdict,
@@ -133,8 +146,29 @@ def _inspected(saved: Saved, base: str | None, loaded: Any) -> Inspection:
         modules=modules,
         extras=extras,
         loraplus=loraplus(saved.folder),
+        missing=tuple(missing),
+        passed_over=(
+            *(key.name for key in saved.misnamed),
+            *(name for each in saved.unasked for name in each.names),
+            *homeless,
+        ),
         notes=tuple(notes),
     )
+
+
+def _clauses(saved: Saved, missing: Sequence[Missing], homeless: Sequence[str]) -> list[str]:
+    """What a person would miss after loading, the cause first."""
+    clauses = [adapter_keys.passed_over(saved.misnamed)] if saved.misnamed else []
+    for unasked in saved.unasked:
+        clauses.append(
+            f"PEFT passes over {len(unasked.names)} of the file's tensors, as {unasked.why}: {named(unasked.names)}; "
+            "correct adapter_config.json"
+        )
+    if homeless:
+        clauses.append(f"PEFT has no place for {len(homeless)} tensors in this base: {named(homeless)}")
+    # Of a file that PEFT loads no LoRA from, what is missing is everything.
+    is_news = bool(saved.factors) or not clauses
+    return clauses + [f"{each.what}: {named(each.names)}; {each.effect}" for each in missing if is_news or each.refused]
 
 
 def _weight(saved: Saved, name: str, loaded: Any) -> Any:

@@ -92,6 +92,7 @@ def _conspicuous(modules: Sequence[ModuleMeasurement]) -> Iterator[str]:
     """Dead, not finite, mostly zero, or an update far from its group's median; the worst kinds first."""
     yield from (f"not finite: {each.name}, {each.nonfinite} elements" for each in modules if each.nonfinite)
     yield from (f"dead: {each.name}, {each.dead}" for each in modules if each.dead)
+    yield from (f"negligible: {each.name}, {each.delta_rel:.1e} of W" for each in modules if each.negligible)
     alive = [each for each in modules if each.delta_norm and not each.dead]
     for each in alive:
         if each.exact_zero > MANY_ZEROS:
