@@ -16,8 +16,12 @@ ZeroStart = Literal["A", "B", "BA"]
 CANCELLED = 1e-6
 """|BA| / (|A| |B|) below which the product is rounding: `orthogonal` starts so; independent factors have 1/sqrt(r)."""
 
-MIN_DELTA_REL = 1e-3
-"""Update relative to the weight below which a module is negligible: health.min_delta_rel, as training is judged."""
+MIN_DELTA_REL = 1e-4
+"""Update relative to the weight below which a module is negligible: a merge into bf16 loses it. A tenth of where training
+looks for a loss that did not fall (health.min_delta_rel), since short preference trainings end near there and work."""
+
+MANY = 0.5
+"""Share of negligible modules that decides the verdict; of fewer each is listed."""
 
 BF16_KEEPS = 2.0**-9
 """Of a bf16 element: half the least distance to the next; a merge rounds smaller changes away."""
@@ -264,11 +268,11 @@ def _weak(modules: Sequence[ModuleMeasurement], dead: Mapping[str, str]) -> tupl
     clauses = []
     if dead:
         clauses.append(f"{len(dead)} of {len(modules)} modules change nothing: {named(list(dead), dead)}")
-    if small:
+    if len(small) + len(dead) >= MANY * len(modules) and small:
         most = max(each.delta_rel or 0.0 for each in modules if each.negligible)
         clauses.append(
             f"{len(small)} of {len(modules)} modules change their weight by less than {MIN_DELTA_REL:g} of it "
-            f"(health.min_delta_rel), at most by {most:.1e}: {named(list(small), small)}; merged into a bf16 base, "
+            f"at most by {most:.1e}: {named(list(small), small)}; merged into a bf16 base, "
             f"what is below {BF16_KEEPS:.1e} of an element is rounded away; train longer or with a larger rate"
         )
     if not clauses:
