@@ -257,8 +257,8 @@ class StudyConfig:
     keep_adapters: Literal["all"] | Whole
     """`all`: the adapter of every finished trial; k: of the best k only."""
     fold: Annotated[Literal["exact", "near", "off"], BeforeValidator(_yaml_off)]
-    """Of cells that are the same run one is run for all. exact: equal by algebra; near: also those that differ by eps,
-    a clip that may bind or the rounding of a 16-bit base or of 8-bit moments; off: every cell is run."""
+    """Of cells that are the same run one is run for all. exact: equal by algebra; near: also those that eps or the
+    rounding of a quantized base in fp32 tells apart, by at most 1e-2 of the loss; off: every cell is run."""
     verify_fold: Whole
     """Of so many classes of equal cells of a grid, drawn at random, a second cell is run and compared."""
 

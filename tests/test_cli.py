@@ -310,10 +310,10 @@ def test_plan_shows_the_classes_and_what_keeps_others_apart(run: Run) -> None:
     assert "\ncell 0001 runs for 0003: bitwise\ncell 0002 runs for 0004 0006: bitwise\n" in said.out
     said = run("plan", small(), *axes)
     assert said.out.startswith("mine: 9 cells, 9 distinct runs")
-    assert "study.fold=near would leave 5 runs, equal up to 1e-03 of the loss (eps)" in said.out
+    assert "study.fold=near would leave 5 runs, equal up to 2e-03 of the loss (eps)" in said.out
     plan = json.loads(run("plan", small(), *axes, "study.fold=near", "--json").out)
     assert plan["distinct_runs"] == 5
-    assert plan["classes"][0] == {"cells": [1, 3], "grade": "near", "reasons": ["eps"], "size": 1e-3}
+    assert plan["classes"][0] == {"cells": [1, 3], "grade": "near", "reasons": ["eps"], "size": 2e-3}
 
 
 def test_plan_says_that_drawn_cells_may_be_fewer_runs_unless_folding_is_off(run: Run) -> None:
