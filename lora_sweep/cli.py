@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -68,7 +69,7 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
     from rich.console import Console
 
     from lora_sweep import launch as launcher
-    from lora_sweep import progress, request, results, space
+    from lora_sweep import pitfalls, progress, request, results, space
     from lora_sweep.ledger import StudyView
 
     asked = request.checked(sweep, overrides)
@@ -92,6 +93,8 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
         console,
         f"{config.study.name}: {cells} cells, {most}{runs} runs, {done} of them finished, {slots} -> {folder}",
     )
+    for line in progress.warning_lines([asdict(each) for each in pitfalls.pitfalls(asked)]) if done < runs else ():
+        progress.say(console, line)
     with _stoppable() as stop, progress.Show(console, runs, done, config.train.max_steps) as show:
         finished = launcher.launch(asked, show, stop)
     view = StudyView.read(folder)
@@ -158,7 +161,7 @@ def plan(sweep: SweepFile, overrides: Overrides = None, as_json: Json = False) -
         progress.say(console, f"cell {cell.folder}: {short(cell.params)}")
     if not made["is_grid"] and asked.base().study.fold != "off":
         progress.say(console, "a cell that is drawn and is the same run as one before it is not run, but told its end")
-    for line in class_lines(made):
+    for line in [*class_lines(made), *progress.warning_lines(made["warnings"])]:
         progress.say(console, line)
 
 

@@ -1,13 +1,14 @@
 """What a sweep will cost, measured on its own base before anything is trained."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from lora_sweep import data as data_room
+from lora_sweep import folding, worker
 from lora_sweep import model as model_room
-from lora_sweep import worker
 from lora_sweep.blueprint import Blueprint
 from lora_sweep.data import Data
 from lora_sweep.errors import UserError
@@ -15,6 +16,7 @@ from lora_sweep.folding import SameRun
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Capacity, Exhausted, Pack, Settings, Trial
 from lora_sweep.pack.pack import BYTES_A_PARAMETER
+from lora_sweep.pitfalls import EvaluationSize, data_key, pitfalls
 from lora_sweep.records import Cell
 from lora_sweep.space import Sweep
 
@@ -52,6 +54,8 @@ def plan(sweep: Sweep) -> dict[str, Any]:
         "distinct_runs": len(classes) if is_grid else cells,
         "classes": [_class(each) for each in classes if len(each.cells) > 1],
         "near": _near(sweep, classes) if config.study.fold == "exact" else None,
+        "scaled_runs": _scaled_runs(sweep, len(classes)) if classes and config.study.fold != "off" else None,
+        "warnings": [asdict(each) for each in pitfalls(sweep, {data_key(config): EvaluationSize.of(data)})],
         "is_grid": is_grid,
         "axes": {axis.key: str(axis) for axis in sweep.axes},
         "packs": _packs(sweep) if is_grid else 1,
@@ -110,6 +114,17 @@ def _near(sweep: Sweep, exact: Sequence[SameRun]) -> dict[str, Any] | None:
         return None
     reasons = {reason for each in near for reason in each.grade.reasons}
     return {"distinct_runs": len(near), "reasons": sorted(reasons), "size": max(each.grade.size for each in near)}
+
+
+def _scaled_runs(sweep: Sweep, runs: int) -> int | None:
+    """How many runs the grid would have under the scaled rules; None where it is no fewer."""
+    scaled = {}
+    for cell in sweep.cells():
+        config = sweep.config(cell)
+        rules = replace(config.optimizer, eps_rule="scaled", decay_rule="scaled", clip_rule="scaled")
+        scaled[cell.number] = replace(config, optimizer=rules)
+    found = len(folding.classes(scaled, "exact"))
+    return found if found < runs else None
 
 
 def _data(data: Data) -> dict[str, Any]:

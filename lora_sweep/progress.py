@@ -232,12 +232,19 @@ def class_lines(made: Mapping[str, Any]) -> list[str]:
     if len(made["classes"]) > CLASSES_SHOWN:
         lines.append(f"... and {len(made['classes']) - CLASSES_SHOWN} more classes; --json has them all")
     if near := made["near"]:
-        scaled = "; under optimizer.eps_rule, decay_rule and clip_rule=scaled they are exact"
         lines.append(
             f"study.fold=near would leave {near['distinct_runs']} runs, equal up to {near['size']:.0e} of the loss "
-            f"({', '.join(near['reasons'])}){'' if 'rounding' in near['reasons'] else scaled}"
+            f"({', '.join(near['reasons'])})"
         )
+    if runs := made["scaled_runs"]:
+        rules = "optimizer.eps_rule=scaled optimizer.decay_rule=scaled optimizer.clip_rule=scaled"
+        lines.append(f"{rules} would leave {runs} runs, equal by algebra")
     return lines
+
+
+def warning_lines(warnings: Sequence[Mapping[str, str]]) -> list[str]:
+    """Each warning of `pitfalls` as a line."""
+    return [f"warning: {each['field']}: {each['sentence']}" for each in warnings]
 
 
 def flag_lines(table: Sequence[Row]) -> list[str]:

@@ -316,6 +316,19 @@ def test_plan_shows_the_classes_and_what_keeps_others_apart(run: Run) -> None:
     assert plan["classes"][0] == {"cells": [1, 3], "grade": "near", "reasons": ["eps"], "size": 2e-3}
 
 
+def test_warnings_stand_under_plan_and_in_its_json_and_are_no_fault(run: Run) -> None:
+    few = "data.eval_size: 4 evaluation examples tell runs apart"
+    said = run("plan", small())
+    assert (said.code, said.err) == (0, "")
+    assert said.out.splitlines()[-1].startswith(f"warning: {few}")
+    (warning,) = json.loads(run("plan", small(), "--json").out)["warnings"]
+    assert f"{warning['field']}: {warning['sentence']}".startswith(few)
+    assert json.loads(run("plan", small(), "data.eval_size=200", "--json").out)["warnings"] == []
+    said = run("launch", small())
+    assert said.code == 0
+    assert said.out.splitlines()[1].startswith(f"warning: {few}"), "before anything is trained"
+
+
 def test_plan_says_that_drawn_cells_may_be_fewer_runs_unless_folding_is_off(run: Run) -> None:
     words = ("plan", small(), "sampler=random", "sampler.n_trials=3", "method.alpha=choice(8,16)")
     told = "\na cell that is drawn and is the same run as one before it is not run, but told its end\n"

@@ -46,6 +46,7 @@ FLOORS: dict[str, float] = {
     "ledger": 1.5,
     "study": 2,
     "pack": 2,
+    "pitfalls": 2,
     "callback": 2,
     "run": 2.5,
     "workbench": 2.7,

@@ -5,7 +5,7 @@
 shows by itself (`diagnose`, `own_findings`); `compared` judges it beside its study (`Peers`) whenever that is shown.
 """
 
-from lora_sweep.health.chart import Chart
+from lora_sweep.health.chart import Chart, window
 from lora_sweep.health.course import Course, forgetting, paired_gain
 from lora_sweep.health.group import delta_rel, measurements
 from lora_sweep.health.histogram import BIN_EDGES
@@ -45,4 +45,5 @@ __all__ = [
     "seen",
     "snapshot",
     "verdict",
+    "window",
 ]
