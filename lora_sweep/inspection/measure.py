@@ -17,8 +17,10 @@ CANCELLED = 1e-6
 """|BA| / (|A| |B|) below which the product is rounding: `orthogonal` starts so; independent factors have 1/sqrt(r)."""
 
 MIN_DELTA_REL = 1e-4
-"""Update relative to the weight below which a module is negligible: a merge into bf16 loses it. A tenth of where training
-looks for a loss that did not fall (health.min_delta_rel), since short preference trainings end near there and work."""
+"""Update relative to the weight below which a module is negligible: a merge into bf16 loses it.
+
+A tenth of health.min_delta_rel, which judges with the loss: short preference trainings end near there and work.
+"""
 
 MANY = 0.5
 """Share of negligible modules that decides the verdict; of fewer each is listed."""
