@@ -247,6 +247,7 @@ class HealthCallback(TrainerCallback, ExportableState):
             noise,
             trapping,
             found,
+            error=self._logged.error(self._rules),
             delta_rel=what.median_delta_rel,
             fall=self._logged.fall(),
             window_is_over=what.window_is_over,

@@ -27,9 +27,10 @@ TOLD_APART = 0.01
 
 PAIRED_SPREAD = 0.07
 """Standard deviation of the differences of per-example losses between two runs whose losses are within 3 % of each
-other, over the mean loss. Measured: median 0.068 over the 14 such pairs of sweeps/quickstart.yaml (quartiles 0.025 and
-0.12), and 0.14 over the 5 of sweeps/loraplus.yaml (0.10 and 0.16), both on the style task. The smaller median, since
-nobody knows beforehand how alike the compared runs are."""
+other, over the mean loss. Measured medians (quartiles): on the style task 0.07 (0.03, 0.12) over 15 pairs of
+sweeps/quickstart.yaml and 0.14 (0.10, 0.16) over 5 of sweeps/loraplus.yaml, on facts 0.04 (0.02, 0.06) over 30 pairs of
+sweeps/effective.yaml and 0.19 (0.03, 0.27) over 110 of sweeps/grid.yaml. One in their midst, since nobody knows
+beforehand how alike the compared runs are."""
 
 NEEDED_EXAMPLES = math.ceil((2 * PAIRED_SPREAD / TOLD_APART) ** 2)
 

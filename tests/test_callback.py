@@ -280,6 +280,95 @@ def test_what_no_more_steps_can_mend_is_warned_of_when_the_window_ends(
     assert [each.partition(":")[0] for each in heard] == ["partially_trapped", "ratio_lost"]
 
 
+# -- rates -----------------------------------------------------------------------------------------------------------
+
+
+class _Rates(TrainerCallback):
+    """Sets the rate of A and that of B before each step."""
+
+    def __init__(self, rates: Callable[[int], tuple[float, float]]) -> None:
+        self._rates = rates
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+        for group, lr in zip(told["optimizer"].param_groups, self._rates(state.global_step), strict=True):
+            group["lr"] = lr
+
+
+def by_side(model: Any) -> torch.optim.Optimizer:
+    """A group of A's and one of B's, as LoRA+ has them."""
+    A, B = ([each for name, each in model.named_parameters() if f"lora_{side}" in name] for side in "AB")
+    return torch.optim.AdamW([{"params": A}, {"params": B}], lr=1e-3)
+
+
+def fitted_at(
+    base: LoadedBase, folder: Path, watch: HealthCallback, rates: Callable[[int], tuple[float, float]], **settings: Any
+) -> None:
+    made: list[Any] = []
+
+    def adapt(model: Any) -> Any:
+        made.append(adapted(model))
+        return made[0]
+
+    fitted(base, folder, watch, adapt, lambda _: by_side(made[0]), others=[_Rates(rates)], **settings)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "rates",
+    [lambda _: (0.0, 0.0), lambda _: (1e-3, 0.0), lambda step: (1e-3 * (step > 1000), 16e-3 * (step > 1000))],
+    ids=["learning rate 0", "lr of B 0", "a schedule of 0"],
+)
+def test_a_rate_of_0_is_named_and_a_ratio_that_was_asked_for_is_lost(
+    base: LoadedBase, tmp_path: Path, rates: Callable[[int], tuple[float, float]]
+) -> None:
+    watch = HealthCallback(ratio=16)
+    fitted_at(base, tmp_path, watch, rates)
+    assert [(each.flag, each.cause) for each in watch.findings] == [
+        ("zero_trapped", "not_stepped"),
+        ("ratio_lost", None),
+    ]
+    assert watch.findings[0].evidence["lr_B"] == 0.0
+    assert "the learning rate of B was 0 at every step" in watch.findings[0].sentence
+    assert watch.findings[1].evidence["ratio"] == 0.0
+    assert [each["flag"] for each in written(tmp_path)["findings"]] == ["zero_trapped", "ratio_lost"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_rate_that_is_far_too_high_is_named_and_random_labels_are_not(base: LoadedBase, tmp_path: Path) -> None:
+    """On facts the signs of its steps flip, so that B walks as under random labels."""
+    training = Training(0, "facts", steps=25, batch_size=8, alpha=32.0, lr_A=4e-3, lr_B=64e-3, ratio=16.0)
+    made = train(base, training, tmp_path)
+    assert made.gain < -0.2
+    assert {"rate_too_high", "diverged"} & set(made.named)
+    assert not {"zero_trapped", "partially_trapped", "no_signal"} & set(made.named)
+    tenth = train(base, replace(training, lr_A=4e-4, lr_B=64e-4), tmp_path)
+    assert (tenth.gain > 0.3, tenth.named) == (True, ()), "the advice works"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("ratio", "advice"), [(1.0, "train.max_steps"), (1000.0, "lower optimizer.ratio")])
+def test_of_an_a_that_hardly_moves_the_advice_fits_the_ratio(
+    base: LoadedBase, tmp_path: Path, ratio: float, advice: str
+) -> None:
+    watch = HealthCallback(ratio=ratio)
+    lr_A = 4e-5 if ratio == 1 else 4e-6
+    fitted_at(base, tmp_path, watch, lambda _: (lr_A, ratio * lr_A))
+    (finding,) = (each for each in watch.findings if each.flag == "A_frozen")
+    assert advice in finding.sentence
+    assert (ratio == 1) == ("lower" not in finding.sentence)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_that_ends_before_its_window_is_undecided(base: LoadedBase, tmp_path: Path) -> None:
+    class Stopping(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+            control.should_training_stop = state.global_step == 8
+
+    watch = HealthCallback()
+    fitted(base, tmp_path, watch, learning_rate=1e-7, others=[Stopping()])
+    assert [(each.flag, each.is_fault) for each in watch.findings] == [("undecided", False)]
+
+
 # -- the losses --------------------------------------------------------------------------------------------------------
 
 EVALUATED = {"eval_on_start": True, "eval_strategy": "steps", "per_device_eval_batch_size": 24}

@@ -48,6 +48,7 @@ CONFIG = {
     "data": {"name": "facts"},
 }
 TRAPPED = Finding("zero_trapped", {"rho": 0.1, "rho_min": 0.3}, "B hardly moved; raise the rate.", "lr_too_small")
+WITHHELD = Finding("undecided", {}, "The trial was pruned.", is_fault=False)
 OVERFIT = Finding("overfit", {"rise": 0.1, "allowed": 0.05}, "The evaluation loss rose; train for fewer steps.")
 
 
@@ -115,7 +116,7 @@ def finish(record: Record) -> None:
         "COMPLETE",
         {"eval_loss": 2.1, "gain": 0.4, "gap": math.inf, "params": {"method.rank": 16}},
         [OVERFIT],
-        [TRAPPED],
+        [TRAPPED, WITHHELD],
     )
 
 
@@ -265,7 +266,7 @@ def assert_arrived(run: ServerRun, folder: Path) -> None:
     assert told["lora_B/q_proj/rms"] == pytest.approx(rows[-1]["lora_B/q_proj/rms"])
     assert not [key for key in told if key.startswith("lora_B_histogram/")]
     expected = {"eval_loss": 2.1, "gain": 0.4, "base_loss": 2.5, "state": "COMPLETE", "cause": "lr_too_small"}
-    assert told["flags"] == ["zero_trapped", "overfit"]
+    assert told["flags"] == ["zero_trapped", "undecided", "overfit"], "which is no tag"
     assert {key: told.get(key) for key in (*expected, "gap", "reason")} == {**expected, "gap": None, "reason": None}
     assert told["evidence/zero_trapped/rho"] == 0.1
 

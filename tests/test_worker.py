@@ -32,9 +32,9 @@ from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Pack
 from lora_sweep.pack.passes import Passes
 from lora_sweep.pick import pick
-from lora_sweep.progress import Show
+from lora_sweep.progress import Show, flag_lines
 from lora_sweep.records import Base, Cell, Evaluation
-from lora_sweep.tracking import Record
+from lora_sweep.tracking import Record, Tracker
 
 SMALL = {
     "data": {"subjects": 32, "eval_size": 16, "probe_size": 8},
@@ -354,6 +354,54 @@ def test_an_adapter_that_cannot_learn_is_stopped_and_its_slot_refilled_when_aske
     assert (alive["state"], alive["steps"], alive["flags"]) == ("COMPLETE", 40, [])
 
 
+HOT = {
+    "data": {"subjects": 128, "eval_size": 48, "probe_size": 24},
+    "method": {"rank": 8, "alpha": 16},
+    "optimizer": {"ratio": 16},
+    "train": {"max_steps": 25, "eval_every": 25, "batch_size": 8, "slots": 2},
+}
+
+
+def test_what_is_said_of_a_rate_that_is_too_high_is_the_same_everywhere(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its B walks as under random labels: on disk, in W&B's summary and tags, in trials.jsonl and on the terminal."""
+    sent: dict[int, dict[str, Any]] = {}
+
+    class Run:
+        def log(self, *_: Any) -> None: ...
+
+        def finish(self, result: dict[str, Any], _: Any) -> None:
+            sent[result["cell"]] = result
+
+        def end(self, **_: Any) -> None: ...
+
+    monkeypatch.setattr(Tracker, "start", lambda *_: Run())
+    path = write_sweep(in_folder, {"optimizer.base_lr": "choice(4e-4, 3e-3, 1e-9)"}, **HOT)
+    path.write_text(path.read_text().replace("defaults:", "defaults:\n- override /data: facts"))
+    _, finished, (sound, hot, slow) = run(path)
+    assert finished
+    assert sound["base_loss"] - sound["eval_loss"] > 0.3
+    assert hot["eval_loss"] > hot["base_loss"]
+    assert (sound["flags"], sound["faults"], sound["cause"]) == ([], [], None)
+    assert (hot["flags"], hot["faults"], hot["cause"]) == (["rate_too_high"], ["rate_too_high"], None)
+    assert (slow["flags"], slow["faults"], slow["cause"]) == (["zero_trapped"], ["zero_trapped"], "lr_too_small")
+    for row in (sound, hot, slow):
+        told = sent[row["number"]]
+        assert (told["flags"], told["cause"]) == (row["flags"], row["cause"])
+    assert "lower optimizer.base_lr" in sent[1]["findings"][0]["sentence"]
+    assert "raise optimizer.base_lr" in sent[2]["findings"][0]["sentence"]
+    assert flag_lines([sound, hot, slow]) == [
+        f"rate_too_high: 1 cell (0001): {hot['remedies']['rate_too_high']}",
+        f"zero_trapped (lr_too_small): 1 cell (0002): {slow['remedies']['zero_trapped']}",
+    ]
+    lines = [json.loads(line) for line in (in_folder / "outputs/ask/trials.jsonl").read_text().splitlines()]
+    assert lines == [sound, hot, slow]
+    result = json.loads((in_folder / "outputs/ask/trials/0001/result.json").read_text())
+    assert result["diagnosis"]["delta_rel"] > 0.05
+    assert result["diagnosis"]["gain"] < -2 * result["diagnosis"]["error"]
+
+
 def test_asha_prunes_at_its_rungs_and_the_slots_are_refilled(in_folder: Path) -> None:
     # The good ones come first: a rung looks at the values it has, so late comers are held against them.
     axes = {"optimizer.base_lr": "choice(3e-3, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)", "method.rank": "choice(2, 4)"}
@@ -363,6 +411,8 @@ def test_asha_prunes_at_its_rungs_and_the_slots_are_refilled(in_folder: Path) ->
     pruned = [row for row in table if row["state"] == "PRUNED"]
     assert len(pruned) >= 4
     assert {row["steps"] for row in pruned} <= {2, 4}
+    assert {(*row["flags"], *row["faults"], row["cause"]) for row in pruned} == {("undecided", None)}
+    assert any(line.startswith("undecided: ") for line in flag_lines(table))
     best = results.ranked(table)[0]
     assert best["params"]["optimizer.base_lr"] >= 1e-3
     refilled = [number for number, _, _ in watcher.admissions]

@@ -64,6 +64,14 @@ class Logged:
             return None, 0.0
         return start - stop, max(rules.min_gain_of_base * start, chance)
 
+    def error(self, rules: HealthConfig) -> float | None:
+        """Standard error of a gain between two evaluations, on the same examples; None where losses of steps tell it.
+
+        Of its examples nothing is logged: the share of the base's loss that is no gain stands for two errors.
+        """
+        base = self.base_loss
+        return None if base is None or len(self.evaluations) < 2 else rules.min_gain_of_base * base / course.SURE
+
     def fall(self) -> Estimate | None:
         """How far the logged losses fell; None where they are too few to tell."""
         finite = [(step, loss) for step, loss in self.losses if math.isfinite(loss)]

@@ -299,7 +299,7 @@ def remedy(cause: Cause) -> str:
     if cause.name == "A_frozen":
         if cause.evidence["moved_A"] < A_STILL:
             return "A's steps are smaller than the spacing of its numbers: hold the adapter in fp32, or raise A's rate."
-        if cause.evidence.get("ratio", math.inf) <= 1:
+        if cause.evidence.get("ratio", math.inf) <= 2**RATIO_OCTAVES:
             return "A hardly moves, nor does B at this ratio: raise optimizer.base_lr or train.max_steps."
     return CAUSES[cause.name].remedy
 
