@@ -161,6 +161,8 @@ KNOBS: dict[str, tuple[list[Any], list[Any]]] = {
     "health.min_gain_standard_errors": NOT_NEGATIVE,
     "health.min_gain_of_best": SHARE,
     "health.min_delta_rel": NOT_NEGATIVE,
+    "health.max_trapped_delta_rel": NOT_NEGATIVE,
+    "health.max_delta_rel": NOT_NEGATIVE,
     "health.max_forgetting": NOT_NEGATIVE,
     "health.look_every": COUNT,
     "health.action": (["flag", "stop"], ["prune", None]),

@@ -1,11 +1,12 @@
-"""Every fault of the table and as many healthy trainings at least: recall, causes, false alarms."""
+"""Every fault of the table, as many healthy trainings at least, and sweeps over their whole ranges."""
 
 import os
+from collections.abc import Sequence
 
 import pytest
 import torch
 
-from lora_sweep.bench import diagnosis
+from lora_sweep.bench import diagnosis, ranges
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,7 @@ def test_faults_are_named_with_the_right_cause_and_healthy_trainings_left_alone(
 ) -> None:
     """Of each fault one training, and of the ordinary sweeps one seed; README.md's table has five and two."""
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-    made = diagnosis.diagnosis(lambda _: None, range(seeds))
+    made = diagnosis.diagnosis(lambda _: None, range(seeds), asked={})
     with capsys.disabled():
         print("", *diagnosis.lines(made), sep="\n")
     assert made["injected"] == seeds * len(made["faults"])
@@ -31,3 +32,30 @@ def test_faults_are_named_with_the_right_cause_and_healthy_trainings_left_alone(
     assert made["healthy_packed"] >= 50 * min(seeds, 2)
     assert made["false_alarms"] <= 0.02, made["alarms"]
     assert made["decay_blamed"] == 0
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(("quickstart", "a hot grid on facts"), marks=pytest.mark.slow, id="two of them"),
+        pytest.param((*ranges.RANGES,), marks=pytest.mark.full, id="all"),
+    ],
+)
+@pytest.mark.timeout(30000)
+@pytest.mark.filterwarnings("ignore")
+def test_over_whole_ranges_what_moved_is_never_called_trapped_and_what_is_hot_is_named(
+    names: Sequence[str], capsys: pytest.CaptureFixture
+) -> None:
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    made = {name: ranges.counts(ranges.measured(ranges.RANGES[name], 0)) for name in names}
+    with capsys.disabled():
+        print("", *ranges.lines(made), sep="\n")
+    moved, trapped, hot, named, sound, alarmed = (
+        sum(each[key] for each in made.values())
+        for key in ("moved", "moved_called_trapped", "hot", "hot_named", "sound", "sound_named")
+    )
+    assert min(moved, hot, sound) > 0
+    assert trapped <= 0.01 * moved
+    assert named >= 0.9 * hot
+    # Of few cells one is more than a fiftieth.
+    assert alarmed <= max(1, 0.02 * sound)

@@ -171,9 +171,9 @@ def test_durations_read_like_a_clock(seconds: float | None, text: str) -> None:
     assert progress.duration(seconds) == text
 
 
-def test_the_scaled_rules_are_offered_only_where_they_make_cells_exact() -> None:
-    near = {"distinct_runs": 5, "size": 1e-3}
-    (line,) = progress.class_lines({"classes": [], "near": near | {"reasons": ["clip", "eps"]}})
-    assert line.endswith("(clip, eps); under optimizer.eps_rule, decay_rule and clip_rule=scaled they are exact")
-    (line,) = progress.class_lines({"classes": [], "near": near | {"reasons": ["rounding"]}})
-    assert line.endswith("of the loss (rounding)")
+def test_the_scaled_rules_are_offered_only_where_they_leave_fewer_runs() -> None:
+    near = {"distinct_runs": 5, "size": 1e-3, "reasons": ["eps"]}
+    first, second = progress.class_lines({"classes": [], "near": near, "scaled_runs": 3})
+    assert first == "study.fold=near would leave 5 runs, equal up to 1e-03 of the loss (eps)"
+    assert second.startswith("optimizer.eps_rule=scaled") and second.endswith("would leave 3 runs, equal by algebra")
+    assert progress.class_lines({"classes": [], "near": None, "scaled_runs": None}) == []
