@@ -527,6 +527,9 @@ COOLER = Cooler(3, 0.2, 0.01)
         # Hot: worse than the base, and B walks since its signs flip.
         (walking(-0.1, fall=FELL), None, "rate_too_high", None),
         (walking(-0.1, fall=FLAT, delta_rel=0.9), None, "rate_too_high", None),
+        (walking(0.0, fall=FLAT, delta_rel=0.9), None, "rate_too_high", None),
+        (diagnosis(-0.1, delta_rel=0.2, fall=FLAT), None, "rate_too_high", None),
+        (diagnosis(None, delta_rel=0.9), None, None, None),
         (walking(-0.1, delta_rel=None), None, "rate_too_high", None),
         (diagnosis(0.5, delta_rel=1.2), None, "rate_too_high", None),
         (diagnosis(0.5, delta_rel=0.9), None, None, None),
@@ -550,20 +553,41 @@ def test_a_rate_that_is_too_high_is_a_fault_only_where_the_adapter_is_worse_than
     assert "Cell 3 does better by 0.2 nats" in slower.sentence
 
 
-@pytest.mark.parametrize("stopped", [{"was_pruned": True}, {"early": True}])
-def test_a_trial_that_was_stopped_is_undecided_but_for_what_no_more_steps_can_mend(stopped: dict[str, bool]) -> None:
-    early = {"window_is_over": False} if stopped.pop("early", False) else {}
-    for made in (diagnosis(0.0, without=1.0, **early), walking(-0.1, **early), diagnosis(0.5, delta_rel=2.0, **early)):
-        (found,) = health.verdict(made, 1.0, RULES, COOLER, **stopped)
-        assert (found.flag, found.is_fault) == ("undecided", False)
-    (found,) = health.verdict(diagnosis(0.0, trapped=1.0, **early), 1.0, RULES, **stopped)
-    assert (found.flag, found.cause) == ("zero_trapped", "not_in_graph")
+EARLY = {"window_is_over": False}
+
+
+@pytest.mark.parametrize(
+    ("made", "cooler", "was_pruned", "flag", "cause"),
+    [
+        (diagnosis(0.0, without=1.0), None, True, "undecided", None),
+        (walking(0.0, delta_rel=0.01), None, True, "undecided", None),
+        (diagnosis(0.5), None, True, "undecided", None),
+        (diagnosis(0.0, without=1.0, **EARLY), None, False, "undecided", None),
+        (walking(-0.1, **EARLY), COOLER, False, "undecided", None),
+        (walking(-0.1, **EARLY), COOLER, True, "undecided", None),
+        (diagnosis(0.5, delta_rel=2.0, **EARLY), None, False, "undecided", None),
+        # No more steps are needed to see that.
+        (diagnosis(0.0, trapped=1.0), None, True, "zero_trapped", "not_in_graph"),
+        (diagnosis(0.0, trapped=1.0, **EARLY), None, False, "zero_trapped", "not_in_graph"),
+        (walking(-0.1), None, True, "rate_too_high", None),
+        (diagnosis(0.5), COOLER, True, "rate_too_high", None),
+    ],
+)
+def test_a_trial_that_was_stopped_is_undecided_but_for_what_no_more_steps_can_mend(
+    made: Diagnosis, cooler: Cooler | None, was_pruned: bool, flag: str, cause: str | None
+) -> None:
+    (found,) = health.verdict(made, 1.0, RULES, cooler, was_pruned)
+    assert (found.flag, found.cause) == (flag, cause)
+    assert found.is_fault == (flag != "undecided" and cooler is None)
+
+
+def test_with_a_fault_of_its_own_a_trial_that_was_stopped_is_decided() -> None:
     own = (Finding("ratio_lost", {}, "lost"), Finding("spiking", {}, "jumps", is_fault=False))
     flags = [
-        [each.flag for each in health.compared(diagnosis(0.0, **early), part, RULES, **stopped)]
+        [each.flag for each in health.compared(diagnosis(0.0), part, RULES, was_pruned=True)]
         for part in (own[:1], own[1:])
     ]
-    assert flags == [[], ["undecided"]], "a fault of its own decides it"
+    assert flags == [[], ["undecided"]]
 
 
 def test_a_trial_that_diverged_is_not_said_to_have_a_high_rate_as_well() -> None:

@@ -136,13 +136,14 @@ def verdict(
     `best_gain`: of the study's trials on the same base and data at equal steps, nats per token; None where no other is
     known. `cooler`: a trial of the study that does better at a tenth of the rate.
     """
-    if was_pruned or not made.window_is_over:
-        sure = [cause for cause in made.causes if cause.name in HOPELESS]
-        return (_trapped(made, sure, "partially_trapped") or _undecided(made, was_pruned),)
-    needed = max(made.noise, config.min_gain_of_best * (best_gain or 0.0))
     # What others have learned from the same data is no matter of chance.
     labels_are_sound = best_gain is not None and best_gain > made.noise
-    hot = _rate_too_high(made, config, cooler, labels_are_sound)
+    hot = _rate_too_high(made, config, cooler, labels_are_sound) if made.window_is_over else None
+    if was_pruned or not made.window_is_over:
+        # That it is worse than its base, or than a slower trial at the same step, needs no more steps.
+        sure = [cause for cause in made.causes if cause.name in HOPELESS]
+        return (_trapped(made, sure, "partially_trapped") or hot or _undecided(made, was_pruned),)
+    needed = max(made.noise, config.min_gain_of_best * (best_gain or 0.0))
     # An adapter that hurts does something: why it gained nothing is no question.
     gained_little = made.gain is not None and made.gain < needed and not (hot is not None and hot.is_fault)
     if not gained_little:
@@ -184,23 +185,22 @@ def _rate_too_high(
     made: Diagnosis, config: HealthConfig, cooler: Cooler | None, labels_are_sound: bool
 ) -> Finding | None:
     """A fault where the adapter is worse than its base; else a warning, since it has learned."""
-    size, loss, chance = made.delta_rel, -(made.gain or 0.0), _chance(made, config)
-    moved = size is None or size >= config.max_trapped_delta_rel
+    size, chance = made.delta_rel, _chance(made, config)
     # Labels without a signal hurt too: B walks at random, and the training loss does not fall.
-    walks = not labels_are_sound and not _is_sure(made.fall, made, config) and size is not None and size < FAR
-    hurts = loss > chance and moved and not walks
-    wasted = (
-        size is not None and size >= (config.max_trapped_delta_rel if labels_are_sound else FAR) and -loss < made.noise
-    )
+    walk = sum(cause.share for cause in made.causes_without_gain if cause.name == "no_signal")
+    may_walk = walk >= TRAPPED and not labels_are_sound and not _is_sure(made.fall, made, config)
+    small = FAR if may_walk else config.max_trapped_delta_rel
+    moved = size is None or size >= small
+    hurts = made.gain is not None and moved and made.gain < -chance
+    enough = size is not None and size >= (config.max_trapped_delta_rel if labels_are_sound else FAR)
+    wasted = made.gain is not None and made.gain < made.noise and enough
     evidence = {} if size is None else {"delta_rel": size, "delta_rel_allowed": config.max_delta_rel}
     if hurts:
         of_weights = "" if size is None else f" under an update of {size:.2g} times the weights"
-        evidence |= {"loss_over_base": loss, "loss_allowed": chance}
-        sentence = f"The evaluation loss is {loss:.2g} nats above the base's{of_weights}: {COOL_DOWN}"
+        evidence |= {"loss_over_base": -(made.gain or 0.0), "loss_allowed": chance}
+        sentence = f"The evaluation loss is {-(made.gain or 0.0):.2g} nats above the base's{of_weights}: {COOL_DOWN}"
     elif wasted:
-        sentence = (
-            f"An update of {size:.2g} times the weights gained nothing, where others of the study did: {COOL_DOWN}"
-        )
+        sentence = f"An update of {size:.2g} times the weights gained nothing: {COOL_DOWN}"
     elif cooler is not None:
         evidence |= {"cell": float(cooler.cell), "better_by": cooler.gain, "standard_error": cooler.error}
         sentence = f"Cell {cooler.cell} does better by {cooler.gain:.2g} nats at a tenth of the rate: {COOL_DOWN}"
