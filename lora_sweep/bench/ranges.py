@@ -2,8 +2,8 @@
 
 What is true of a cell never comes from the tool's own gate. It moved if its evaluation differs from the base's, or its
 training loss fell, by more than two standard errors. It is hot if its twin at a tenth of the rate does better by more
-than two paired standard errors; above the best cell's slope a second twin, at a hundredth, is asked as well, since far
-beyond the hill a tenth is as bad. Else it is sound.
+than two paired standard errors; where it does not, but the cell lies above the slope of the best one, a second twin
+at a hundredth is asked, since far beyond the hill a tenth is as bad. Else it is sound.
 """
 
 import math
@@ -113,7 +113,7 @@ class Trained:
     runs: Sequence[int]
     """Of each cell: the place of its config."""
     twins: Sequence[tuple[int, ...]]
-    """Of each cell: those at a tenth of its rate and, above the best cell, at a hundredth."""
+    """Of each cell: the one at a tenth of its rate and, where that is not enough to tell, the one at a hundredth."""
 
 
 def measured(asked: Range, seed: int) -> list[dict[str, Any]]:
@@ -135,7 +135,7 @@ def labelled(made: Trained) -> list[dict[str, Any]]:
         rows.append(
             {
                 "moved": bool(last.diverged or abs(gain[0]) > SURE * gain[1] or _fell(losses)),
-                "hot": bool(last.diverged or any(by > SURE * error for by, error in cooler)),
+                "hot": any(_is_better(made.records[twin][-1], last) for twin in twins),
                 "words": judge.words(said[run]),
                 "gain": gain,
                 "twins_better_by": cooler,
@@ -222,15 +222,14 @@ def trained(asked: Range, seed: int) -> Trained:
     runs = [made.place(config) for config in cells]
     tenths = [made.place(_cooler(config, 10)) for config in cells]
     alone = made.train()
-    best = min(set(runs), key=lambda run: made.records[run][-1].eval_loss)
-    far = [
-        made.place(_cooler(config, 100)) if _slope(config) > _slope(made.configs[best]) else None for config in cells
-    ]
-    if len(made.configs) > len(made.records):
-        made.train()
-    twins = [
-        (tenth,) if hundredth is None else (tenth, hundredth) for tenth, hundredth in zip(tenths, far, strict=True)
-    ]
+    ends = {run: made.records[run][-1] for run in runs}
+    best = min(ends, key=lambda run: math.inf if ends[run].diverged else ends[run].eval_loss)
+    top = _slope(made.configs[best])
+    twins = []
+    for config, run, tenth in zip(cells, runs, tenths, strict=True):
+        unclear = _slope(config) > top and not _is_better(made.records[tenth][-1], ends[run])
+        twins.append((tenth, made.place(_cooler(config, 100))) if unclear else (tenth,))
+    made.train()
     return Trained(alone, made.configs, made.records, runs, twins)
 
 
@@ -245,6 +244,11 @@ def _slope(config: Config) -> float:
 
 
 # -- what is true ------------------------------------------------------------------------------------------------------
+
+
+def _is_better(twin: Evaluation, last: Evaluation) -> bool:
+    by, error = _better(twin, last)
+    return bool(last.diverged or by > SURE * error)
 
 
 def _better(twin: Evaluation, last: Evaluation) -> tuple[float, float]:
