@@ -293,6 +293,19 @@ def test_looks_come_after_the_first_steps_at_the_end_of_the_window_at_the_cadenc
     assert due == [2, 10, 55, 300, 444, 600, 900]
 
 
+def test_the_window_of_a_short_run_ends_with_it_though_a_warm_up_began_at_0() -> None:
+    chart = Chart(("a",), max_steps=20, every=100)
+    ends = []
+    for step in range(1, 21):
+        chart.stepped(1e-3 * (step > 1), 1e-3 * (step > 1), 1.0)
+        chart.take(step, torch.zeros(1, len(METRICS), dtype=torch.float64))
+        ends += [step] * chart.ends_window
+    assert (ends, chart.window_is_over, chart.reading().window) == ([20], True, 19)
+    again = Chart(("a",), max_steps=20, every=100)
+    again.restore(*chart.state())
+    assert again.reading().window == 19
+
+
 def test_the_sums_are_those_of_the_steps() -> None:
     tally, decay, rates = Tally(), 0.1, [(0.0, 0.0), (0.01, 0.16), (0.02, 0.16), (0.01, 0.16)]
     for lr_A, lr_B in rates:

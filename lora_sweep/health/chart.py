@@ -34,6 +34,8 @@ class Chart:
     max_steps: int
     every: int
     _tally: Tally = field(default_factory=Tally)
+    _idle: int = 0
+    """Steps at which B's learning rate was 0: those at the start of a warm-up, say."""
     _seen: list[tuple[int, Tally]] = field(default_factory=list)
     """(step, sums up to it) of each look."""
     _unread: list[Tensor] = field(default_factory=list)
@@ -46,11 +48,12 @@ class Chart:
     def is_due(self, step: int, at_evaluation: bool) -> bool:
         """Whether to look after this step, the next one."""
         first = step in FIRST_LOOKS or step % self.every == 0
-        return at_evaluation or first or self._tally.stepped + 1 == window(self.max_steps)
+        return at_evaluation or first or self._tally.stepped + 1 == self._window
 
     def stepped(self, lr_A: float, lr_B: float, shrink_B: float) -> None:
         """Adds a step to the sums; `shrink_B` = 1 - lr_B x weight decay of B where decay is decoupled."""
         self._tally = self._tally.after(lr_A, lr_B, shrink_B)
+        self._idle += lr_B == 0
 
     def take(self, step: int, rows: Tensor) -> None:
         """A look (modules, METRICS), after `stepped`. Kept where it lies until somebody reads."""
@@ -62,20 +65,25 @@ class Chart:
         return self._tally
 
     @property
+    def _window(self) -> int:
+        """No more than there can be steps with a learning rate above 0."""
+        return min(window(self.max_steps), self.max_steps - self._idle)
+
+    @property
     def window_is_over(self) -> bool:
-        return self._tally.stepped >= window(self.max_steps)
+        return self._tally.stepped >= self._window
 
     @property
     def ends_window(self) -> bool:
         """Whether the last step was the window's last."""
-        return self._tally.stepped == window(self.max_steps)
+        return self._tally.stepped == self._window
 
     def reading(self) -> Reading:
         """All of it in plain numbers."""
         found = self._on_host()
         return Reading(
             modules=self.modules,
-            window=window(self.max_steps),
+            window=self._window,
             steps=tuple(step for step, _ in self._seen),
             tallies=tuple(tally for _, tally in self._seen),
             values={name: found[:, :, column] for column, name in enumerate(METRICS)},
@@ -95,11 +103,14 @@ class Chart:
         """(plain values, (looks, modules, METRICS)) that `restore` takes."""
         plain = {
             "tally": self._tally.plain(),
+            "idle": self._idle,
             "seen": [[step, tally.plain()] for step, tally in self._seen],
         }
         return plain, torch.from_numpy(self._on_host()).clone()
 
     def restore(self, plain: Mapping[str, Any], rows: Tensor) -> None:
         self._tally = Tally(*plain["tally"])
+        # Checkpoints of older versions know none.
+        self._idle = plain.get("idle", 0)
         self._seen = [(step, Tally(*tally)) for step, tally in plain["seen"]]
         self._read, self._unread = rows.numpy(), []
