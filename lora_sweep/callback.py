@@ -146,7 +146,8 @@ class HealthCallback(TrainerCallback, ExportableState):
         if self._chart is None:
             return
         optimizer = told["optimizer"]
-        A, B = (next(self._groups(optimizer, side), None) for side in "AB")
+        # Of several groups the one that moves the most speaks for its side.
+        A, B = (max(self._groups(optimizer, side), key=_rate, default=None) for side in "AB")
         lr_A, lr_B = (_number(group or optimizer.param_groups[0], "lr") for group in (A, B))
         if lr_A is None or lr_B is None:
             # Steps are counted all the same.
@@ -367,6 +368,10 @@ def _coupled(group: Mapping[str, Any]) -> float:
     """Weight decay that is added to the gradient, as Adam and SGD of torch have it; 0 where decay is decoupled."""
     decoupled = group.get("decoupled_weight_decay", "momentum" not in group)
     return 0.0 if decoupled else _number(group, "weight_decay") or 0.0
+
+
+def _rate(group: Mapping[str, Any]) -> float:
+    return _number(group, "lr") or 0.0
 
 
 def _shrink(group: Mapping[str, Any]) -> float:

@@ -203,7 +203,8 @@ def ranking(table: Sequence[Row], ranked: Sequence[Row]) -> Table:
     for place, row in enumerate(ranked[:RANKED_SHOWN], start=1):
         params = [_short(row["params"].get(key, "")) for key in keys]
         share = f"{row['eval_loss'] / row['base_loss']:.1%}"
-        numbers = [f"{row['eval_loss']:.4f}", share, f"{row['gap']:+.4f}"]
+        gap = "-" if row["gap"] is None else f"{row['gap']:+.4f}"
+        numbers = [f"{row['eval_loss']:.4f}", share, gap]
         beside: list[str | Text] = [same[place - 1]] if any(same) else []
         if flagged:
             beside.append(Text(flags(row), style="red" if row["faults"] else "yellow"))
@@ -263,4 +264,4 @@ def flag_lines(table: Sequence[Row]) -> list[str]:
 
 
 def _flag(row: Row, flag: str) -> str:
-    return f"{flag} ({row['cause']})" if flag in TRAPPED else flag
+    return f"{flag} ({row['cause']})" if flag in TRAPPED and row["cause"] is not None else flag

@@ -258,7 +258,8 @@ class Diagnosis:
         )
         # Older versions wrote null where one evaluation example had no standard error, and knew less.
         known = {name: plain[name] for name in ("error", "delta_rel", "window_is_over") if name in plain}
-        known |= {name: Estimate(*plain[name]) for name in ("fall", "probe_fall") if plain.get(name) is not None}
+        falls = {name: plain.get(name) for name in ("fall", "probe_fall")}
+        known |= {name: Estimate(*fall) for name, fall in falls.items() if fall is not None and None not in fall}
         return cls(plain["gain"], plain["noise"] or 0.0, causes, without, **known)
 
 

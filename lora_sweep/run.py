@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -206,10 +206,21 @@ class Run:
         """What the trial shows by itself."""
         rules = self._config.health
         losses = [row["train/loss"] for row in rows if row.get("train/loss") is not None]
-        how = health.Course(self._base, losses, self._config.train.warmup_steps, self._best or last, last)
+        how = health.Course(self._base, losses, self._config.train.warmup_steps, self._lowest(last, rows), last)
         seen = health.seen(last, Trial.of(self.cell, self._config).asked, rules, self._lost_on_save)
         own = health.own_findings(seen, how, rules, was_pruned)
         return None if last.diverged else health.diagnose(how, seen, own, rules), own
+
+    def _lowest(self, last: Evaluation, rows: Sequence[Mapping[str, Any]]) -> Evaluation:
+        """The evaluation with the lowest loss, of an earlier attempt too: what the losses tell of it is on disk."""
+        best = self._best or last
+        known = [row for row in rows if row.get("eval/loss") is not None and row.get("probe/loss") is not None]
+        row = min(known, key=lambda each: each["eval/loss"], default=None)
+        losses = None if row is None else read_losses(self.folder, row["step"])
+        if row is None or losses is None or not row["eval/loss"] < best.eval_loss:
+            return best
+        loss, probe = row["eval/loss"], row["probe/loss"]
+        return replace(best, step=row["step"], eval_loss=loss, probe_loss=probe, eval_losses=losses)
 
 
 def _curve(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:

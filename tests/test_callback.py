@@ -346,7 +346,10 @@ def test_a_rate_that_is_far_too_high_is_named_and_random_labels_are_not(base: Lo
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("ratio", "advice"), [(1.0, "train.max_steps"), (1000.0, "lower optimizer.ratio")])
+@pytest.mark.parametrize(
+    ("ratio", "advice"),
+    [(1.0, "lower method.alpha by the same factor"), (1000.0, "lower optimizer.ratio or method.alpha")],
+)
 def test_of_an_a_that_hardly_moves_the_advice_fits_the_ratio(
     base: LoadedBase, tmp_path: Path, ratio: float, advice: str
 ) -> None:
@@ -355,7 +358,33 @@ def test_of_an_a_that_hardly_moves_the_advice_fits_the_ratio(
     fitted_at(base, tmp_path, watch, lambda _: (lr_A, ratio * lr_A))
     (finding,) = (each for each in watch.findings if each.flag == "A_frozen")
     assert advice in finding.sentence
-    assert (ratio == 1) == ("lower" not in finding.sentence)
+    assert (ratio == 1) == ("optimizer.ratio" not in finding.sentence)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_of_several_groups_of_b_one_without_a_rate_is_not_all(base: LoadedBase, tmp_path: Path) -> None:
+    made: list[Any] = []
+
+    def adapt(model: Any) -> Any:
+        made.append(adapted(model))
+        return made[0]
+
+    def layered(_: Any) -> torch.optim.Optimizer:
+        first, *rest = [each for name, each in made[0].named_parameters() if "lora_B" in name]
+        A = [each for name, each in made[0].named_parameters() if "lora_A" in name]
+        return torch.optim.AdamW([{"params": [first], "lr": 0.0}, {"params": [*A, *rest]}], lr=1e-3)
+
+    watch = HealthCallback()
+    fitted(base, tmp_path, watch, adapt, layered)
+    assert not {"zero_trapped", "partially_trapped"} & {each.flag for each in watch.findings}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_training_of_one_step_is_not_told_that_its_a_does_not_move(base: LoadedBase, tmp_path: Path) -> None:
+    """Before B has moved, A has no gradient."""
+    watch = HealthCallback(ratio=16)
+    fitted(base, tmp_path, watch, max_steps=1)
+    assert "A_frozen" not in {each.flag for each in watch.findings}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -731,6 +731,14 @@ def test_a_few_modules_too_small_to_matter_are_listed_and_decide_nothing(make: M
     assert sum(each.negligible for each in made.modules) == 1
 
 
+@pytest.mark.parametrize("config", ["optimizer: adamw_torch", "- a", "optimizer: {ratio: many}"])
+def test_files_of_another_program_beside_an_adapter_tell_nothing_of_loraplus(make: Make, config: str) -> None:
+    folder, _ = make()
+    (folder.parent / "config.yaml").write_text(config)
+    (folder.parent / "metrics.jsonl").write_text('[1]\n{"loss": 2.0}\n')
+    assert one(folder).loraplus.conforms is None
+
+
 # -- more of what lies about, again ----------------------------------------------------------------------------------
 
 

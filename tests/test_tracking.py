@@ -31,6 +31,7 @@ from lora_sweep.tracking import (
     Tracker,
     read_base_losses,
     read_evaluation,
+    read_losses,
     read_result,
     read_rows,
 )
@@ -279,6 +280,14 @@ def strict(text: str) -> Any:
         raise AssertionError(f"{word} is not JSON")
 
     return json.loads(text, parse_constant=refuse)
+
+
+def test_losses_that_are_missing_or_damaged_are_none(tmp_path: Path) -> None:
+    folder = whole(tmp_path)
+    assert np.array_equal(read_losses(folder, 40), read_evaluation(folder, 40)[0])
+    file = folder / "evaluations" / "000040.npz"
+    file.write_bytes(file.read_bytes()[:100])
+    assert (read_losses(folder, 40), read_losses(folder, 41)) == (None, None)
 
 
 def test_every_step_is_one_row_and_an_evaluation_is_merged_into_the_row_of_its_step(tmp_path: Path) -> None:

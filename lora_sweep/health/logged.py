@@ -93,9 +93,10 @@ class Logged:
     def findings(self, rules: HealthConfig) -> Iterator[Finding]:
         """Of finite losses, worst first. Overfitting needs errors by example, which nobody logs."""
         steps, L0 = self._by_step(), self._highest_start()
-        base, trained = self.base_loss, [loss for step, loss in self.evaluations if step > 0]
+        base = self.base_loss
+        trained = [loss for step, loss in self.evaluations if step > 0 and math.isfinite(loss)]
         diverged = None if L0 is None else course.above_start(steps[self.warmup_steps :], L0)
-        if diverged is None and base is not None and trained:
+        if diverged is None and base is not None and math.isfinite(base) and trained:
             error = max(rules.min_gain_of_base * base / course.SURE, self._wander())
             diverged = course.given_back(base - min(trained), error, base - trained[-1])
         if diverged is not None:

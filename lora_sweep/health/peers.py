@@ -48,6 +48,8 @@ class Cooler:
     """By how much, nats per token."""
     error: float
     """Standard error of the gain, paired by example."""
+    factor: float
+    """By which its X is lower."""
 
 
 class Peers:
@@ -95,7 +97,8 @@ class Peers:
         if here is None or there is None or len(here) != len(there):
             return None
         gain, error = loss - best.curve[step], paired_error(here - there)
-        return Cooler(best.cell, gain, error) if gain > standard_errors * error else None
+        factor = math.exp(trial.log_X - best.log_X)
+        return Cooler(best.cell, gain, error, factor) if gain > standard_errors * error else None
 
     def _at(self, step: int) -> Numbers:
         """(trials evaluated at this step, [loss, log X, log Y, cell])."""

@@ -67,9 +67,10 @@ class Seen:
 
     @property
     def never_stepped(self) -> bool:
-        """Whether B's rate was 0 at every step, and there were enough of them to tell."""
+        """Whether B's rate was 0 at every step, nothing moved it, and there were enough steps to tell."""
         steps = self.reading.steps
-        return bool(steps) and self.reading.tally.stepped == 0 and steps[-1] >= STEPS_TO_MOVE
+        enough = bool(steps) and self.reading.tally.stepped == 0 and steps[-1] >= STEPS_TO_MOVE
+        return enough and not (self.reading.values["moved_B"] > 0).any()
 
     @property
     def window_is_over(self) -> bool:
@@ -154,7 +155,8 @@ def _not_in_graph(seen: Seen) -> Found:
 
 def _not_stepped(seen: Seen) -> Found:
     if seen.never_stepped:
-        return Found(seen.everywhere(True), {"lr_B": 0.0, "steps": float(seen.reading.steps[-1])})
+        # A B that does not start at 0 may be held as it is on purpose.
+        return Found(seen.reading.values["rms_B"][-1] == 0, {"lr_B": 0.0, "steps": float(seen.reading.steps[-1])})
     gradient, moved = seen.of("gradmax_B", seen.looks).max(0), seen.of("moved_B", seen.looks).max(0)
     sizes = seen.of("rms_B", seen.looks)
     still = (moved == 0) & (sizes.max(0) == sizes.min(0))
@@ -221,7 +223,9 @@ def _lost_on_save(seen: Seen) -> Found:
 
 def _a_frozen(seen: Seen) -> Found:
     # Before B has moved, A has no gradient.
-    later = [i for i in seen.looks if seen.reading.tallies[i].stepped > 1] or seen.looks
+    later = [i for i in seen.looks if seen.reading.tallies[i].stepped > 1]
+    if not later:
+        return Found(seen.everywhere(False), {})
     moved = seen.of("moved_A", later).mean(0)
     with np.errstate(all="ignore"):
         slow = seen.of("rms_A", seen.looks[:1])[0] / (seen.reading.tally.lr_A if seen.knows_way else np.nan)
@@ -284,7 +288,9 @@ CAUSES: Mapping[str, Rule] = {
     ),
     "lost_on_save": Rule(_lost_on_save, False, "the file does not hold what was trained: save the adapter again."),
     "A_frozen": Rule(
-        _a_frozen, False, "A hardly moves: raise optimizer.base_lr and lower optimizer.ratio by the same factor."
+        _a_frozen,
+        False,
+        "A hardly moves: raise optimizer.base_lr, and lower optimizer.ratio or method.alpha by the same factor.",
     ),
     "generic": Rule(_generic, False, "B hardly moves, for none of the known reasons: please report this adapter."),
 }
@@ -300,7 +306,9 @@ def remedy(cause: Cause) -> str:
         if cause.evidence["moved_A"] < A_STILL:
             return "A's steps are smaller than the spacing of its numbers: hold the adapter in fp32, or raise A's rate."
         if cause.evidence.get("ratio", math.inf) <= 2**RATIO_OCTAVES:
-            return "A hardly moves, nor does B at this ratio: raise optimizer.base_lr or train.max_steps."
+            return (
+                "A hardly moves: raise optimizer.base_lr, and lower method.alpha by the same factor to keep B's part."
+            )
     return CAUSES[cause.name].remedy
 
 

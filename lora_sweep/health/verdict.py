@@ -1,7 +1,7 @@
 """From what a trial shows to what is said of it; `compared` compares it with its study."""
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +23,13 @@ HOPELESS = (*UNTOUCHED, "underflow")
 
 NEGLIGIBLE = 0.02
 """Of the least gain that counts: paired by example even the tenth of a millionth of a nat may be beyond chance."""
+
+LITTLE = 0.2
+"""Of the study's best gain: an adapter with a large update that cannot have gained more has wasted it."""
+
+CERTAIN = 4.0
+"""Standard errors of a fall that shows a signal: where B walks under random labels the first steps hurt and the next
+ones make up for some of it, by 2.7 of them in what was seen."""
 
 FAR = 0.5
 """s |BA| / |W| beyond which B has not just walked: random labels moved the embedded base by .25 at its best rate."""
@@ -138,7 +145,7 @@ def verdict(
     """
     # What others have learned from the same data is no matter of chance.
     labels_are_sound = best_gain is not None and best_gain > made.noise
-    hot = _rate_too_high(made, config, cooler, labels_are_sound) if made.window_is_over else None
+    hot = _rate_too_high(made, config, cooler, best_gain, labels_are_sound) if made.window_is_over else None
     if was_pruned or not made.window_is_over:
         # That it is worse than its base, or than a slower trial at the same step, needs no more steps.
         sure = [cause for cause in made.causes if cause.name in HOPELESS]
@@ -149,22 +156,36 @@ def verdict(
     if not gained_little:
         trapped = _trapped(made, made.causes, "partially_trapped")
     elif does_nothing(made, config):
-        # A walk so short, over labels that others learn from, has not gone far enough.
-        slow = {"no_signal": "lr_too_small"} if labels_are_sound else {}
-        found = [replace(cause, name=slow.get(cause.name, cause.name)) for cause in made.causes_without_gain]
-        trapped = _trapped(made, found, "zero_trapped", needed)
+        trapped = _trapped(made, _explained(made, config, labels_are_sound, is_idle=True), "zero_trapped", needed)
     else:
-        has_signal = labels_are_sound or _is_sure(made.fall, made, config)
-        found = [cause for cause in made.causes_without_gain if not (has_signal and cause.name == "no_signal")]
+        found = _explained(made, config, labels_are_sound, is_idle=False)
         many = sum(cause.share for cause in found) >= TRAPPED
         trapped = _trapped(made, found if many else made.causes, "barely_learned", needed)
     return tuple(each for each in (trapped, hot) if each is not None)
 
 
+def _explained(made: Diagnosis, config: HealthConfig, labels_are_sound: bool, is_idle: bool) -> list[Cause]:
+    """Why it gained nothing. Of labels without a signal only where the training loss is known not to fall.
+
+    Over labels that others learn from, a walk so short that the adapter is idle has not gone far enough.
+    """
+    if made.fall is not None and not labels_are_sound and not _fell(made.fall, made, config, CERTAIN):
+        return [*made.causes_without_gain]
+    walks = [cause for cause in made.causes_without_gain if cause.name == "no_signal"]
+    others = [cause for cause in made.causes_without_gain if cause.name != "no_signal"]
+    if not (is_idle and labels_are_sound and walks):
+        return others
+    slow = [*walks, *(cause for cause in others if cause.name == "lr_too_small")]
+    modules = tuple(module for cause in slow for module in cause.modules)
+    merged = Cause("lr_too_small", modules, sum(cause.share for cause in slow), walks[0].evidence)
+    return sorted([merged, *(cause for cause in others if cause.name != "lr_too_small")], key=lambda each: -each.share)
+
+
 def does_nothing(made: Diagnosis, config: HealthConfig) -> bool:
     """Whether its evaluation is the base's but for chance, its update small and its training loss not fallen."""
     small = made.delta_rel is None or made.delta_rel < config.max_trapped_delta_rel
-    fell = _is_sure(made.fall, made, config) or _is_sure(made.probe_fall, made, config)
+    errors = config.min_gain_standard_errors
+    fell = any(_fell(fall, made, config, errors) for fall in (made.fall, made.probe_fall))
     return made.gain is not None and abs(made.gain) <= _chance(made, config) and small and not fell
 
 
@@ -175,25 +196,27 @@ def _chance(made: Diagnosis, config: HealthConfig) -> float:
     return max(config.min_gain_standard_errors * made.error, NEGLIGIBLE * made.noise)
 
 
-def _is_sure(fall: Estimate | None, made: Diagnosis, config: HealthConfig) -> bool:
-    """Whether the training loss fell beyond its own chance and beyond what is nothing in the evaluation."""
-    least = _chance(made, config)
-    return fall is not None and fall.value > max(config.min_gain_standard_errors * fall.error, least)
+def _fell(fall: Estimate | None, made: Diagnosis, config: HealthConfig, errors: float) -> bool:
+    """Whether the training loss fell beyond so many of its standard errors, and beyond what is nothing in a gain."""
+    return fall is not None and fall.value > max(errors * fall.error, _chance(made, config))
 
 
 def _rate_too_high(
-    made: Diagnosis, config: HealthConfig, cooler: Cooler | None, labels_are_sound: bool
+    made: Diagnosis, config: HealthConfig, cooler: Cooler | None, best_gain: float | None, labels_are_sound: bool
 ) -> Finding | None:
     """A fault where the adapter is worse than its base; else a warning, since it has learned."""
     size, chance = made.delta_rel, _chance(made, config)
     # Labels without a signal hurt too: B walks at random, and the training loss does not fall.
     walk = sum(cause.share for cause in made.causes_without_gain if cause.name == "no_signal")
-    may_walk = walk >= TRAPPED and not labels_are_sound and not _is_sure(made.fall, made, config)
-    small = FAR if may_walk else config.max_trapped_delta_rel
-    moved = size is None or size >= small
-    hurts = made.gain is not None and moved and made.gain < -chance
-    enough = size is not None and size >= (config.max_trapped_delta_rel if labels_are_sound else FAR)
-    wasted = made.gain is not None and made.gain < made.noise and enough
+    may_walk = walk >= TRAPPED and not labels_are_sound and not _fell(made.fall, made, config, CERTAIN)
+    if size is None or size >= (FAR if may_walk else config.max_trapped_delta_rel):
+        hurts = made.gain is not None and made.gain < -chance
+    else:
+        # A small update must hurt more than what counts, or it may be chance.
+        hurts = made.gain is not None and made.gain < -made.noise and size >= config.min_delta_rel and not may_walk
+    little = best_gain is not None and made.gain is not None and made.gain + chance < LITTLE * best_gain
+    nothing = made.gain is not None and made.gain <= chance
+    wasted = size is not None and nothing and (size >= FAR or (little and size >= config.max_trapped_delta_rel))
     evidence = {} if size is None else {"delta_rel": size, "delta_rel_allowed": config.max_delta_rel}
     if hurts:
         of_weights = "" if size is None else f" under an update of {size:.2g} times the weights"
@@ -203,7 +226,9 @@ def _rate_too_high(
         sentence = f"An update of {size:.2g} times the weights gained nothing: {COOL_DOWN}"
     elif cooler is not None:
         evidence |= {"cell": float(cooler.cell), "better_by": cooler.gain, "standard_error": cooler.error}
-        sentence = f"Cell {cooler.cell} does better by {cooler.gain:.2g} nats at a tenth of the rate: {COOL_DOWN}"
+        evidence["rate_lower_by"] = cooler.factor
+        slower = f"at a rate that is lower by a factor of {cooler.factor:.2g}"
+        sentence = f"Cell {cooler.cell} does better by {cooler.gain:.2g} nats {slower}: {COOL_DOWN}"
     elif size is not None and size > config.max_delta_rel:
         sentence = f"The update outweighs the weights ({size:.2g} times their size): {COOL_DOWN}"
     else:
@@ -226,7 +251,7 @@ def _trapped(made: Diagnosis, found: Sequence[Cause], flag: str, needed: float |
     if share < PARTIALLY:
         return None
     # Where no module could learn, what looks like a gain is chance.
-    if sum(cause.share for cause in found if cause.name in UNTOUCHED) == 1:
+    if math.isclose(sum(cause.share for cause in found if cause.name in UNTOUCHED), 1):
         flag = "zero_trapped"
     elif share < TRAPPED:
         flag = "partially_trapped"

@@ -1,7 +1,7 @@
 """Folder, base and trial brought together: one Inspection per adapter."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -201,9 +201,13 @@ def loraplus(folder: Path) -> LoraPlus:
     from lora_sweep import space
     from lora_sweep.tracking import read_rows
 
-    pairs = [(row.get("optimizer/lr_A") or 0.0, row.get("optimizer/lr_B") or 0.0) for row in read_rows(trial)]
+    # Other programs write files of these names too.
+    rows = [row for row in read_rows(trial) if isinstance(row, Mapping)]
+    pairs = [(row.get("optimizer/lr_A") or 0.0, row.get("optimizer/lr_B") or 0.0) for row in rows]
     ratios = [lr_B / lr_A for lr_A, lr_B in pairs if lr_A > 0 and lr_B > 0]
-    asked = ((space.load_launched(trial) or {}).get("optimizer") or {}).get("ratio")
+    launched = space.load_launched(trial)
+    optimizer = launched.get("optimizer") if isinstance(launched, Mapping) else None
+    asked = optimizer.get("ratio") if isinstance(optimizer, Mapping) else None
     if not ratios or not isinstance(asked, int | float):
         return LoraPlus(None, f"cannot be told: {trial} holds no step with a learning rate, or no configuration")
     return _held(ratios, float(asked))

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,10 +159,10 @@ def read_evaluation(folder: Path, step: int) -> tuple[NDArray[np.float64], dict[
 
 
 def read_losses(folder: Path, step: int) -> NDArray[np.float64] | None:
-    """(examples,) losses in nats per token of the evaluation at `step`; None where the trial has none."""
+    """(examples,) losses in nats per token of the evaluation at `step`; None where the trial has none to be read."""
     try:
         return _read_npz(_npz(folder, step))[0]
-    except FileNotFoundError:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
 
 
@@ -237,7 +238,8 @@ def _write_evaluation(
 
 
 def _read_npz(path: Path) -> tuple[NDArray[np.float64], dict[str, NDArray[np.int64]]]:
-    with np.load(path, allow_pickle=False) as arrays:
+    # numpy leaves a damaged file open that it has opened itself.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         losses = arrays["losses"]
         groups = [name for name in arrays.files if name.startswith("lora_B/")]
         return losses, {name.removeprefix("lora_B/"): arrays[name] for name in groups}
