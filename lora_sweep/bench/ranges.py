@@ -91,9 +91,9 @@ RANGES: Mapping[str, Range] = {
         "smollm2_facts",
         (
             *("optimizer.base_lr=tag(log,interval(3e-5,1e-1))", "optimizer.ratio=tag(log,interval(1,16))"),
-            "method.rank=choice(2,8,32)",
+            *("method.rank=choice(2,8,32)", "train.max_steps=20", "train.eval_every=10", "train.warmup_steps=2"),
         ),
-        draws=12,
+        draws=6,
     ),
 }
 """The shipped sweeps but for the one that needs a GPU, and ranges around them."""
