@@ -679,6 +679,7 @@ def test_a_cooler_trial_has_a_tenth_of_the_slope_no_larger_rate_of_a_and_is_bett
 
     assert found() is None
     assert found(peer(1, 0.1, 1e-3, 1.4), peer(2, 0.05, 1e-4, 1.3)) == 2, "the best of them"
+    assert found(peer(1, 0.12, 1e-3, 1.0)) == 1, "about a tenth"
     assert found(peer(1, 0.2, 1e-3, 1.0)) is None, "half a decade is the same hill"
     assert found(peer(1, 0.1, 2e-3, 1.0)) is None, "A may be what is better"
     assert found(peer(1, 0.1, 1e-3, 1.45, spread=0.1)) is None, "chance: the error of the mean of four is .058"
@@ -751,6 +752,16 @@ def test_a_loss_above_the_bases_for_a_while_is_diverged() -> None:
     hot = [*FALLING[:40], *([3.0] * 20), *FALLING[60:]]
     assert [each.flag for each in course(hot)][:1] == ["diverged"]
     assert course([2.0 + 0.05 * math.sin(step) for step in range(100)]) == [], "at the start is not above it"
+
+
+def test_training_data_that_is_harder_than_the_train_probe_is_no_divergence() -> None:
+    """A small probe of texts that differ much says little of what the steps see."""
+    steps = [2.3 + 0.05 * math.sin(step) for step in range(100)]
+    end = evaluation(gain=0.1, step=100)
+    for spread, flags in ((0.0, ["diverged"]), (0.3, [])):
+        base = replace(BASE, probe_losses=2.0 + spread * np.array([1.0, -1.0, 1.0, -1.0]))
+        own = health.own_findings(health.seen(end, Asked(None), RULES), Course(base, steps, 0, end, end), RULES)
+        assert [each.flag for each in own if each.flag == "diverged"] == flags
 
 
 def test_a_hot_trial_that_ends_above_its_base_is_not_said_to_lack_a_signal() -> None:

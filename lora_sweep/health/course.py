@@ -47,6 +47,12 @@ class Course:
         """The loss of the training data at step 0, which is the base's."""
         return self.base.probe_loss
 
+    @property
+    def highest_start(self) -> float:
+        """What that can have been at most: the train probe is a sample, and the steps see other examples."""
+        sample = self.base.probe_losses
+        return self.L0 + (0.0 if sample is None or len(sample) < 2 else SURE * _error_of_mean(sample))
+
 
 def paired_gain(base: Base, evaluation: Evaluation) -> tuple[float, float]:
     """(gain of the adapter over the base, its standard error paired by example), nats per token.
@@ -106,7 +112,9 @@ def findings(course: Course, rules: HealthConfig) -> Iterator[Finding]:
         return
     best, error = paired_gain(course.base, course.best)
     kept, _ = paired_gain(course.base, course.last)
-    diverged = above_start(course.train_losses[course.warmup_steps :], course.L0) or given_back(best, error, kept)
+    diverged = above_start(course.train_losses[course.warmup_steps :], course.highest_start) or given_back(
+        best, error, kept
+    )
     if diverged is not None:
         yield diverged
     spikes = spiking(course.train_losses, course.warmup_steps, course.L0)

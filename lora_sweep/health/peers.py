@@ -17,8 +17,11 @@ Numbers = NDArray[np.float64]
 
 TENTH = math.log(10)
 
+ABOUT = math.log(10 / 8)
+"""A trial at an eighth of X stands for a tenth too."""
+
 ROUNDING = 1e-6
-"""Of a tenth as it is typed."""
+"""Of lr_A as it is typed."""
 
 AS_NEAR = 0.3
 """In natural logs of X and lr_A: trials that are about as near have other ranks, say, and the best of them counts."""
@@ -78,7 +81,7 @@ class Peers:
     def cooler(self, cell: int, step: int, standard_errors: float) -> Cooler | None:
         """The trial that stands for `cell` at a tenth of both rates, if it does better at `step` beyond chance.
 
-        It has at most a tenth of X and no larger lr_A; of those as near as any to a tenth of both it is the best.
+        It has at most an eighth of X and no larger lr_A; of those as near as any to a tenth of both it is the best.
         """
         trial = self._trials.get(cell)
         loss = None if trial is None else trial.curve.get(step)
@@ -86,7 +89,7 @@ class Peers:
             return None
         table = self._at(step)
         below, slower = trial.log_X - table[:, 1] - TENTH, table[:, 2] - trial.log_Y
-        fits = (below >= -ROUNDING) & (slower >= -ROUNDING)
+        fits = (below >= -ABOUT) & (slower >= -ROUNDING)
         if not fits.any():
             return None
         with np.errstate(invalid="ignore"):
