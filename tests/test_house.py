@@ -17,6 +17,8 @@ PACKAGE = REPOSITORY / "lora_sweep"
 
 FLOORS: dict[str, float] = {
     "records": 0.0,
+    "files": 0.0,
+    "terminal": 0.0,
     "errors": 0.1,
     "chatter": 0.1,
     "tiny": 0.1,
