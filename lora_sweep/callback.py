@@ -23,10 +23,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from lora_sweep import adapter_keys, adapters, composition, health, quant
+from lora_sweep.disk import write_whole
 from lora_sweep.errors import UserError
 from lora_sweep.health import AdaptedModule, Asked, Chart, Logged, Side, Snapshot, Stepped
 from lora_sweep.records import Diagnosis, Finding
-from lora_sweep.tracking import write_whole
 from lora_sweep.tracking.wandb_run import plain
 
 HEALTH = "health.json"

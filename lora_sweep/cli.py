@@ -69,7 +69,7 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
     from rich.console import Console
 
     from lora_sweep import launch as launcher
-    from lora_sweep import pitfalls, progress, request, results, space
+    from lora_sweep import pitfalls, progress, request, results
     from lora_sweep.ledger import StudyView
 
     asked = request.checked(sweep, overrides)
@@ -77,8 +77,8 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
     folder = launcher.study_folder(config.study)
     console = Console()
     done = 0
-    if space.load_launched(folder) is not None:
-        before = StudyView.read(folder)
+    before = StudyView.find(folder)
+    if before is not None:
         counts = before.counts()
         done = counts["COMPLETE"] + counts["PRUNED"] + counts["FAIL"]
         if config.sampler.name != "grid":
@@ -202,13 +202,12 @@ def status(study: StudyFolder, as_json: Json = False) -> None:
     """How far a study is, once."""
     from rich.console import Console
 
-    from lora_sweep import progress, results, space
+    from lora_sweep import composition, progress, results
     from lora_sweep.ledger import StudyView
 
     view = StudyView.read(study)
-    launched = space.load_launched(study) or {}
     table = results.rows(view)
-    made = results.summary(view, table, launched.get("train", {}).get("slots"))
+    made = results.summary(view, table, composition.leaf(results.launched(view), "train.slots"))
     if as_json:
         print(json.dumps(made))
         return
@@ -229,9 +228,10 @@ def pick(study: StudyFolder, overrides: Overrides = None, as_json: Json = False)
     """Export the best healthy finished cell to STUDY/production; pick.form=lora writes it as plain LoRA."""
     from rich.console import Console
 
+    from lora_sweep import bases, composition, progress, results, space
     from lora_sweep import pick as picker
-    from lora_sweep import progress, space
     from lora_sweep.errors import ConfigError
+    from lora_sweep.ledger import StudyView
     from lora_sweep.progress import short
     from lora_sweep.records import Fault
 
@@ -241,12 +241,19 @@ def pick(study: StudyFolder, overrides: Overrides = None, as_json: Json = False)
     faults += [Fault(word, "pick reads pick.form only") for word in foreign]
     if faults:
         raise ConfigError(faults)
-    launched = (space.load_launched(study) or {}).get("pick", {})
-    winner, production = picker.pick(study, asked.base().pick.form or launched.get("form"))
+    launched = composition.leaf(results.launched(StudyView.read(study)), "pick.form")
+    picked = picker.pick(study, asked.base().pick.form or launched)
+    winner, production = picked.winner, picked.production
     if as_json:
-        print(json.dumps({"winner": winner, "production": str(production)}))
+        over = [row["number"] for row in picked.passed_over]
+        print(json.dumps({"winner": winner, "production": str(production), "passed_over": over}))
         return
     console = Console()
+    if picked.repaired:
+        progress.say(console, bases.moved(study, picked.repaired))
+    for row in picked.passed_over:
+        loss = f"{row['eval_loss']:.4f}"
+        progress.say(console, f"passed over: cell {row['number']:04d} with eval loss {loss}: {row['damage']}")
     share = winner["eval_loss"] / winner["base_loss"]
     progress.say(console, f"winner: cell {winner['number']:04d}  {short(winner['params'])}")
     progress.say(

@@ -165,6 +165,13 @@ def leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return [leaf for key, value in pairs for leaf in leaves(value, f"{prefix}.{key}" if prefix else str(key))]
 
 
+def leaf(tree: Any, key: str) -> Any:
+    """The value of a dotted key in nested mappings; None where there is none."""
+    for name in key.split("."):
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
+    return tree
+
+
 def unsafe(tree: Any) -> list[Fault]:
     """`text_faults` of every text in nested mappings and lists."""
     texts = [(key, value) for key, value in leaves(tree) if isinstance(value, str)]

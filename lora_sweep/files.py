@@ -11,6 +11,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +23,7 @@ class Unsafe(ValueError):
     """The file is not read; the message is one clause that begins with a verb: `is a FIFO, no file`."""
 
 
-def open_file(path: Path, *, follow: bool = True) -> BinaryIO:
+def open_file(path: Path, *, follow: bool = True) -> BufferedReader:
     """Opens a regular file for reading, without waiting for anybody.
 
     `follow`: whether `path` itself may be a link. Raises Unsafe for anything but a regular file, OSError where there is

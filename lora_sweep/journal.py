@@ -5,16 +5,24 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
+from lora_sweep import files
+from lora_sweep.disk import disk_errors
 from lora_sweep.errors import OutOfRoom, StudyError
 
 LOCK = "study.lock"
+
+MAX_JOURNAL_BYTES = 2**30
+"""A journal of 100,000 attempts has a tenth of it; a larger one is refused unread."""
+HOLD_TRIES, HOLD_PAUSE_SECONDS = 5, 0.1
+"""Whoever only looks whether the study is held (`is_held`) holds it for an instant."""
 
 
 class Journal(JournalFileBackend):
@@ -30,6 +38,9 @@ class Journal(JournalFileBackend):
         self._path = path.absolute()
         self._mutex = JournalFileSymlinkLock(str(self._path))
         self.writable = writable
+        with disk_errors(self._path), suppress(FileNotFoundError), files.open_file(self._path, follow=False) as file:
+            if os.fstat(file.fileno()).st_size > MAX_JOURNAL_BYTES:
+                raise files.Unsafe(f"is larger than {MAX_JOURNAL_BYTES:,} bytes")
         super().__init__(str(self._path), self._mutex)
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
@@ -71,24 +82,13 @@ class Journal(JournalFileBackend):
                 raise
 
 
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """An OSError becomes the user's to mend (rights, a file in the way) or OutOfRoom (full, away)."""
-    try:
-        yield
-    except OutOfRoom:
-        raise
-    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise StudyError(f"{path}: can't be used for a study: {error.strerror}") from error
-    except OSError as error:
-        raise OutOfRoom(f"{path}: {error.strerror or error}; what was recorded is safe, resume later") from error
-
-
 def hold(folder: Path) -> int:
     """Take the folder's lock for this process; returns its file descriptor, which must stay open."""
-    lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    with files.append_to(folder / LOCK):  # refuses a link
+        pass
+    lock = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(lock)
         holder = f"{os.getpid()} on {socket.gethostname()}".encode()
         os.pwrite(lock, holder, 0)
         os.ftruncate(lock, len(holder))
@@ -104,6 +104,29 @@ def hold(folder: Path) -> int:
             raise StudyError(f"{folder}: this file system has no locks; put study.root on another") from error
         raise
     return lock
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process works on the study in `folder`; True where the file system cannot say."""
+    try:
+        with files.open_file(folder / LOCK, follow=False) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (FileNotFoundError, files.Unsafe):
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _lock(lock: int) -> None:
+    for left in reversed(range(HOLD_TRIES)):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not left:
+                raise
+            time.sleep(HOLD_PAUSE_SECONDS)
 
 
 def _end_of_last_line(file: int) -> int:

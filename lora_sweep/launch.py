@@ -6,18 +6,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_sweep import folding, results, samplers, space
+from lora_sweep import bases, folding, results, samplers, space
 from lora_sweep.asha import Asha
 from lora_sweep.composition import to_yaml
 from lora_sweep.config import Config, HealthConfig, StudyConfig
+from lora_sweep.disk import refuse_links, write_whole
 from lora_sweep.errors import StudyError
 from lora_sweep.health import BIN_EDGES
-from lora_sweep.ledger import JOURNAL, Outcome
+from lora_sweep.ledger import JOURNAL, Outcome, StudyView
 from lora_sweep.records import Base, Cell, Evaluation, Fault
 from lora_sweep.search import Search
 from lora_sweep.space import Sweep
 from lora_sweep.study import Study
-from lora_sweep.tracking import Tracker, read_result, read_rows, write_whole
+from lora_sweep.tracking import METRICS, RESULT, Tracker, read_rows
 from lora_sweep.worker import Stop, Watcher, device, work
 from lora_sweep.worker import train as train_one
 
@@ -77,8 +78,8 @@ def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:
     """
     config = sweep.base()
     folder = study_folder(config.study)
-    before = space.load_launched(folder)
     launched = sweep.as_launched()
+    before = launched_before(folder)
     if before is not None and (changed := space.differences(before, launched)):
         raise StudyError(
             f"{folder}: holds a study with another meaning; choose another study.name, or launch it as it was:\n  "
@@ -99,9 +100,17 @@ def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:
         )
     classes, checks = ((), ()) if grid is None else _folded(sweep)
     with Study.open(
-        folder, name=config.study.name, cells=grid, search=search, pruner=_pruner(config), same_run=classes
+        folder,
+        name=config.study.name,
+        cells=grid,
+        search=search,
+        pruner=_pruner(config),
+        same_run=classes,
+        launched=launched,
     ) as study:
         write_whole(folder / "config.yaml", to_yaml(launched))
+        if count := bases.repair(folder):
+            watcher.noticed(bases.moved(folder, count))
         runs = tracker(config, folder, study.id)
         try:
             finished = work(
@@ -119,6 +128,24 @@ def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:
         if finished:
             _verify(study, checks)
         return finished
+
+
+def launched_before(folder: Path) -> dict[str, Any] | None:
+    """What the study in `folder` was launched with: by its ledger, of an older one by config.yaml; None if it is new.
+
+    Raises StudyError where neither says so, or the folder holds trials without their ledger; ConfigError where an older
+    study's config.yaml cannot be read.
+    """
+    view = StudyView.find(folder)
+    if view is None:
+        return space.load_launched(folder)
+    before = results.launched(view)
+    if not before:
+        raise StudyError(
+            f"{folder}: config.yaml is gone, and the ledger of an older version does not hold it; restore it from a "
+            "copy, or choose another study.name"
+        )
+    return before
 
 
 def _same_run(sweep: Sweep, fold: folding.Fold) -> Callable[[Cell], Hashable] | None:
@@ -193,11 +220,14 @@ def train(config: Config, watcher: Watcher, stop: Stop) -> bool:
     """
     folder = study_folder(config.study)
     alone = replace(config, train=replace(config.train, slots=1))
-    before = space.load_launched(folder)
-    if (folder / JOURNAL).exists():
+    refuse_links(folder)
+    if (folder / JOURNAL).exists() or (folder / "trials").exists():
         raise StudyError(f"{folder}: holds a study; choose another study.name")
-    if read_result(folder) is not None:
+    if (folder / RESULT).exists():
         raise StudyError(f"{folder}: holds a finished trial; choose another study.name")
+    before = space.load_launched(folder)
+    if before is None and (folder / METRICS).exists():
+        raise StudyError(f"{folder}: holds a trial whose config.yaml is gone; choose another study.name")
     if before is not None and (changed := space.differences(before, asdict(alone))):
         raise StudyError(f"{folder}: holds another trial; choose another study.name\n  " + "\n  ".join(changed))
     runs = tracker(config, folder, config.study.name)
@@ -224,6 +254,9 @@ class _Ledgered:
 
     def chosen(self, reason: str) -> None:
         self.watcher.chosen(reason)
+
+    def noticed(self, sentence: str) -> None:
+        self.watcher.noticed(sentence)
 
     def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None:
         self.watcher.evaluated(cell, evaluation, base)

@@ -3,7 +3,9 @@
 A **cell** is what the user asked for; an Optuna trial is one **attempt** at it, with the cell as one attribute.
 """
 
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from operator import itemgetter
@@ -13,8 +15,9 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from lora_sweep.disk import disk_errors
 from lora_sweep.errors import StudyError
-from lora_sweep.journal import Journal, disk_errors
+from lora_sweep.journal import Journal, is_held
 from lora_sweep.records import Cell, State
 
 Reason = Literal["diverged", "memory", "trapped", "error", "lost"]
@@ -24,6 +27,12 @@ Outcome = Literal["COMPLETE", "PRUNED", "FAIL"]
 """How an attempt ends."""
 
 JOURNAL = "study.journal"
+
+MAX_NUMBER = 10**9
+"""Of a cell."""
+
+LAUNCHED = "launched"
+"""Attribute of the study: what it was launched with, nested plain values; its config.yaml says the same."""
 
 SAME_RUN_AS = "same_run_as"
 """Attribute of an attempt at a drawn cell that was not run: number of the cell whose end it was told."""
@@ -58,6 +67,14 @@ class Attempt(NamedTuple):
     def stored(self) -> dict[str, Any]:
         return {"number": self.cell.number, "params": dict(self.cell.params), "attempt": self.number}
 
+    @classmethod
+    def of_stored(cls, stored: Any) -> "Attempt":
+        """Inverse of `stored`. Raises ValueError for anything else: the number names a folder."""
+        match stored:
+            case {"number": int(cell), "params": dict(params), "attempt": int(attempt)} if 0 <= cell <= MAX_NUMBER:
+                return cls(Cell(cell, params), attempt)
+        raise ValueError(f"{str(stored)[:200]!r} is no attempt at a cell")
+
 
 class StudyView:
     """What anybody may know about a study, also while another process works on it."""
@@ -67,22 +84,59 @@ class StudyView:
         self.name = name
         self._storage = storage
         self._study_id = storage.get_study_id_from_name(name)
+        self.is_held = True
+        """Whether a process works on the study, as far as known: else what was running waits for the next launch."""
         self._read: list[Attempt | None] = []
         self._unread: list[int] = []
 
     @staticmethod
     def read(folder: Path | str) -> "StudyView":
-        """Look at the study in `folder`: no lock, nothing written. Raises StudyError where there is none."""
+        """Look at the study in `folder`: no lock is kept, nothing is written.
+
+        Raises StudyError where there is none, or its journal is damaged or lost.
+        """
+        view = StudyView.find(folder)
+        if view is not None:
+            return view
+        folder = Path(folder).absolute()
+        if (folder / JOURNAL).exists():
+            raise StudyError(f"{folder}: the study was never begun; `launch` begins it")
+        raise StudyError(f"{folder}: no study here (no {JOURNAL}); `launch` makes one")
+
+    @staticmethod
+    def find(folder: Path | str) -> "StudyView | None":
+        """As `read`, but None where no study was begun in `folder`."""
         folder = Path(folder).absolute()
         path = folder / JOURNAL
-        if not path.is_file():
-            raise StudyError(f"{folder}: no study here (no {JOURNAL}); `launch` makes one")
-        with disk_errors(folder):
-            storage = JournalStorage(Journal(path, writable=False))
-        for found in storage.get_all_studies():
-            if "about" in found.user_attrs:
-                return StudyView(folder, storage, found.study_name)
-        raise StudyError(f"{folder}: the study was never begun; `launch` begins it")
+        if path.exists() or path.is_symlink():
+            is_running = is_held(folder)
+            with disk_errors(folder), journal_errors(path):
+                storage = JournalStorage(Journal(path, writable=False))
+                for found in storage.get_all_studies():
+                    if "about" in found.user_attrs:
+                        view = StudyView(folder, storage, found.study_name)
+                        view.is_held = is_running
+                        view.check()
+                        return view
+        refuse_lost(folder)
+        return None
+
+    def check(self) -> None:
+        """Raises ValueError where what is stored cannot have been stored by a Study."""
+        match self._about():
+            case {"id": str(identity), "size": int(), "kind": str(), **rest} if re.fullmatch(r"[\w-]{1,58}", identity):
+                for number, params, runs in rest.get("folded", []):
+                    Attempt.of_stored({"number": number, "params": params, "attempt": runs})
+            case other:
+                raise ValueError(f"{str(other)[:200]!r} is no study")
+        for _ in self._attempts():
+            pass
+
+    @property
+    def launched(self) -> dict[str, Any] | None:
+        """What the study was launched with; None of one that is older than this record."""
+        found = self._storage.get_study_user_attrs(self._study_id).get(LAUNCHED)
+        return found if isinstance(found, dict) else None
 
     @property
     def id(self) -> str:
@@ -118,7 +172,7 @@ class StudyView:
             if attempt.cell.number in folded:
                 continue
             by_number.setdefault(attempt.cell.number, (attempt.cell, []))[1].append(trial)
-        return tuple(status_of(*by_number[number]) for number in sorted(by_number))
+        return tuple(status_of(*by_number[number], is_held=self.is_held) for number in sorted(by_number))
 
     def counts(self) -> dict[State, int]:
         """Cells that are run, by state; every state is a key."""
@@ -139,7 +193,7 @@ class StudyView:
         self._read.extend([None] * (len(trials) - len(self._read)))
         for number in self._unread:
             if (stored := trials[number].user_attrs.get("cell")) is not None:
-                self._read[number] = Attempt(Cell(stored["number"], stored["params"]), stored["attempt"])
+                self._read[number] = Attempt.of_stored(stored)
         self._unread = [
             number
             for number in self._unread
@@ -154,11 +208,12 @@ def has_ended(trial: FrozenTrial) -> bool:
     return trial.state.is_finished() and trial.user_attrs.get("reason") != "lost"
 
 
-def status_of(cell: Cell, attempts: Sequence[FrozenTrial]) -> CellStatus:
+def status_of(cell: Cell, attempts: Sequence[FrozenTrial], is_held: bool = True) -> CellStatus:
     """How far a cell is, by all attempts at it (at least one, in order of creation).
 
     A finished attempt wins (the first), then a running one, then a waiting one. Otherwise the last failure says it:
-    final, or `lost`, and then the cell is waiting for whoever opens the study next.
+    final, or `lost`, and then the cell is waiting for whoever opens the study next. So is one that was running when the
+    last process that worked on the study died (not `is_held`).
     """
     ranks = {TrialState.COMPLETE: 3, TrialState.PRUNED: 3, TrialState.RUNNING: 2, TrialState.WAITING: 1}
     best = max(ranks.get(trial.state, 0) for trial in attempts)
@@ -170,6 +225,8 @@ def status_of(cell: Cell, attempts: Sequence[FrozenTrial]) -> CellStatus:
         if reason == "lost":
             state, reason = "WAITING", None
     idle = state == "WAITING"
+    if state == "RUNNING" and not is_held:
+        state = "WAITING"
     return CellStatus(
         cell=cell,
         state=state,
@@ -180,6 +237,29 @@ def status_of(cell: Cell, attempts: Sequence[FrozenTrial]) -> CellStatus:
         started=None if idle else _utc(shown.datetime_start),
         finished=None if idle else _utc(shown.datetime_complete),
     )
+
+
+@contextmanager
+def journal_errors(path: Path) -> Iterator[None]:
+    """StudyError for what Optuna and this module raise on a journal whose lines are JSON, but not a study's."""
+    try:
+        yield
+    except StudyError:
+        raise
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError, NotImplementedError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise StudyError(f"{path}: damaged ({type(error).__name__}: {told}); restore it from a copy") from error
+
+
+def refuse_lost(folder: Path) -> None:
+    """Raises StudyError where a folder without a ledger holds trials: begun anew, it would write over them."""
+    trials = folder / "trials"
+    recorded = sum(each.name.isdecimal() for each in trials.iterdir()) if trials.is_dir() else 0
+    if recorded:
+        raise StudyError(
+            f"{folder / JOURNAL}: the ledger is gone or empty, but trials/ holds {recorded} trials; restore it from a "
+            "copy, or choose another study.name"
+        )
 
 
 def _utc(local: datetime | None) -> datetime | None:

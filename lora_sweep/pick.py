@@ -1,16 +1,24 @@
 """The decision: which cell goes into production, exported with what speaks for it."""
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_sweep import folding, results, space
+from lora_sweep import adapters, bases, files, folding, results, space
 from lora_sweep.composition import to_yaml
+from lora_sweep.disk import disk_errors, refuse_links
 from lora_sweep.errors import NoSafeAnswer, StudyError
 from lora_sweep.folding import Form
 from lora_sweep.ledger import StudyView
 from lora_sweep.results import Row
+from lora_sweep.run import read_ended
+from lora_sweep.tracking import seal
+
+PRODUCTION = "production"
+
+SHIPPED = ("config.yaml", seal.ADAPTER)
+"""Of a trial: what production/ is made of."""
 
 IN_PRODUCTION = ("model", "data", "method", "optimizer", "train")
 """Groups of a trial's configuration that its numbers depend on."""
@@ -21,38 +29,93 @@ REWRITTEN = (
 """What another form of the same run says otherwise."""
 
 
-def pick(folder: Path, form: Form | None = None) -> tuple[Row, Path]:
-    """(the best healthy finished cell, production/): its configuration, adapter and evidence, written whole.
+@dataclass(frozen=True)
+class Picked:
+    """What went into production."""
 
-    `form`: the equivalent form that production.yaml takes; the adapter stays as it was trained. Raises NoSafeAnswer
-    where no finished cell is healthy and better than the base, ConfigError where there is no such form.
+    winner: Row
+    production: Path
+    passed_over: tuple[Row, ...]
+    """Cells with a lower loss whose record or adapter is not what it was, the best first."""
+    repaired: int
+    """Adapters that named a base elsewhere, see bases.repair."""
+
+
+def pick(folder: Path, form: Form | None = None) -> Picked:
+    """Exports the best healthy finished cell to production/: its configuration, adapter and evidence, written whole.
+
+    The adapter is compared with the digests in the trial's result.json before and after it is copied. `form`: the
+    equivalent form that production.yaml takes; the adapter stays as it was trained. Raises NoSafeAnswer where no
+    finished cell is healthy, whole and better than the base, ConfigError where there is no such form, StudyError where
+    production/ cannot be written.
     """
     view = StudyView.read(folder)
+    refuse_links(view.folder)
+    repaired = bases.repair(view.folder)
     table = results.rows(view)
     ranking = results.ranked(table)
     if not ranking:
         raise NoSafeAnswer(f"{folder}: no cell is finished yet; `lora-sweep status` says how far the study is")
-    healthy = [row for row in ranking if results.is_healthy(row) and row["eval_loss"] < row["base_loss"]]
-    if not healthy:
-        flags = sorted({flag for row in ranking for flag in row["faults"]})
-        why = f"flags: {', '.join(flags)}" if flags else "none is better than its base"
-        raise NoSafeAnswer(
-            f"{folder}: none of {len(ranking)} finished cells can be shipped ({why}); widen the learning rates"
-        )
-    winner = healthy[0]
-    trial = view.trial_folder(winner["number"])
-    if not (trial / "adapter").is_dir():
-        raise StudyError(f"{trial}/adapter: is missing; study.keep_adapters must keep the best cell's")
-    written = _production(view.name, winner, trial, form)
-    aside, production = folder / ".production", folder / "production"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    shutil.copytree(trial / "adapter", aside / "adapter")
-    (aside / "production.yaml").write_text(to_yaml(written))
-    (aside / "evidence.md").write_text(_evidence(view.name, winner, table))
-    shutil.rmtree(production, ignore_errors=True)
-    aside.rename(production)
-    return winner, production
+    passed_over = []
+    for row in ranking:
+        if not results.is_intact(row) and set(row["faults"]) <= results.DAMAGES:
+            passed_over.append(row)
+        elif results.is_healthy(row) and row["eval_loss"] < row["base_loss"]:
+            changed = _changed(view, row)
+            if not changed:
+                return Picked(row, _export(view, row, table, form), tuple(passed_over), repaired)
+            passed_over.append(row | {"damage": changed})
+    damaged = {"adapter_damaged"} if passed_over else set()
+    flags = sorted({flag for row in ranking for flag in row["faults"]} | damaged)
+    why = f"flags: {', '.join(flags)}" if flags else "none is better than its base"
+    remedy = "bring the files back from a copy" if passed_over else "widen the learning rates"
+    damages = "".join(f"\n  cell {row['number']:04d}: {row['damage']}" for row in passed_over)
+    raise NoSafeAnswer(f"{folder}: none of {len(ranking)} finished cells can be shipped ({why}); {remedy}{damages}")
+
+
+def _changed(view: StudyView, row: Row) -> str:
+    """What of the adapter is not as it was when the trial ended, one clause; empty where all is."""
+    trial = view.trial_folder(row["number"])
+    if not (trial / seal.ADAPTER).is_dir():
+        raise StudyError(f"{trial / seal.ADAPTER}: is missing; study.keep_adapters must keep the best cell's")
+    changed = seal.changed(trial, _seal(trial))
+    return f"{trial}: gone or changed since the trial ended: {', '.join(changed)}" if changed else ""
+
+
+def _seal(trial: Path) -> seal.Seal:
+    """The seal of what goes into production; of a trial of an older version what lies there counts."""
+    sealed: seal.Seal = (read_ended(trial) or {}).get("files") or seal.sealed(trial, SHIPPED)
+    return {name: each for name, each in sealed.items() if name.partition("/")[0] in SHIPPED}
+
+
+def _export(view: StudyView, winner: Row, table: list[Row], form: Form | None) -> Path:
+    trial, production = view.trial_folder(winner["number"]), view.folder / PRODUCTION
+    written, sealed = _production(view.name, winner, trial, form), _seal(trial)
+    with disk_errors(view.folder):
+        if production.exists() and not production.is_dir():
+            raise StudyError(f"{production}: is no folder; move it away")
+        staging = files.staging(production)
+        (staging / seal.ADAPTER).mkdir(parents=True)
+        try:
+            copied = {name: each for name, each in sealed.items() if name.startswith(f"{seal.ADAPTER}/")}
+            for name in copied:
+                with files.open_file(trial / name, follow=False) as source, files.create(staging / name) as target:
+                    shutil.copyfileobj(source, target)
+                    files.flush(target)
+            if changed := seal.changed(staging, copied):
+                raise StudyError(f"{trial}: changed while it was copied: {', '.join(changed)}; pick again")
+            adapters.read(staging / seal.ADAPTER)
+            files.write_whole(staging / "production.yaml", to_yaml(written).encode())
+            files.write_whole(staging / "evidence.md", _evidence(view.name, winner, table).encode())
+            before = files.staging(production)
+            if production.exists():
+                production.rename(before)
+            staging.rename(production)
+            files.remove(before)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    return production
 
 
 def _production(study: str, winner: Row, trial: Path, form: Form | None) -> dict[str, Any]:

@@ -135,6 +135,9 @@ class Show:
     def chosen(self, reason: str) -> None:
         self._console.print(reason, markup=False, highlight=False, soft_wrap=True)
 
+    def noticed(self, sentence: str) -> None:
+        say(self._console, sentence)
+
     def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None:
         self._base = base
         bay = self._bay_of[cell.number]
@@ -202,7 +205,7 @@ def ranking(table: Sequence[Row], ranked: Sequence[Row]) -> Table:
         drawn.add_column("flags")
     for place, row in enumerate(ranked[:RANKED_SHOWN], start=1):
         params = [_short(row["params"].get(key, "")) for key in keys]
-        share = f"{row['eval_loss'] / row['base_loss']:.1%}"
+        share = "-" if row["base_loss"] is None else f"{row['eval_loss'] / row['base_loss']:.1%}"
         gap = "-" if row["gap"] is None else f"{row['gap']:+.4f}"
         numbers = [f"{row['eval_loss']:.4f}", share, gap]
         beside: list[str | Text] = [same[place - 1]] if any(same) else []

@@ -2,19 +2,24 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, get_args
 
-from lora_sweep import health, space
+from lora_sweep import composition, health, space
 from lora_sweep.config import HealthConfig
+from lora_sweep.disk import write_whole
+from lora_sweep.files import Unsafe
 from lora_sweep.ledger import CellStatus, StudyView
 from lora_sweep.records import Diagnosis, Finding, State
-from lora_sweep.run import peer
-from lora_sweep.tracking import read_result, read_rows, write_whole
+from lora_sweep.run import peer, read_ended
+from lora_sweep.tracking import RESULT, read_rows, seal
 
 Row = dict[str, Any]
 """A line of trials.jsonl; its keys are kept stable and told in the README."""
+
+ENDED = ("COMPLETE", "PRUNED", "FAIL")
 
 _FROM_RESULT = (
     "eval_loss", "base_loss", "train_loss", "gap", "forgetting", "steps", "seconds", "effective", "wandb_id",
@@ -30,20 +35,87 @@ def rows(view: StudyView, rules: HealthConfig | None = None) -> list[Row]:
     """
     folded = view.folded()
     statuses = view.statuses()
-    ended = {status.cell.number: read_result(view.trial_folder(status.cell.number)) for status in statuses}
+    ended, damages = {}, {}
+    plain = launched(view)
+    keeps_all = composition.leaf(plain, "study.keep_adapters") in (None, "all")
+    for status in statuses:
+        ended[status.cell.number], damages[status.cell.number] = _ended(view, status, keeps_all)
     peers = compared(view, ended)
-    rules = rules or space.health_rules(view.folder)
+    rules = rules or space.health_rules(plain)
     run = {}
     for status in statuses:
         number, result = status.cell.number, ended[status.cell.number]
         run[number] = _row(view.trial_folder(number), status, result)
-        if result is not None and status.state in ("COMPLETE", "PRUNED", "FAIL"):
+        if result is not None and status.state in ENDED:
             run[number] |= _findings(result, peers[result["base_loss"]], rules)
+        for damage in damages[number]:
+            _add(run[number], damage)
     table = list(run.values())
     for cell, runs in folded.values():
         if runs in run:
             table.append(run[runs] | {"number": cell.number, "params": dict(cell.params), "same_run_as": runs})
     return sorted(table, key=itemgetter("number"))
+
+
+def launched(view: StudyView) -> dict[str, Any]:
+    """What the study was launched with, by its ledger; of an older one by its config.yaml. Raises ConfigError."""
+    return view.launched or space.load_launched(view.folder) or {}
+
+
+def _ended(view: StudyView, status: CellStatus, keeps_all: bool) -> tuple[Row | None, list[Finding]]:
+    """(result.json of a trial that has ended, what became of its files since).
+
+    `keeps_all`: whether the study keeps the adapter of each trial.
+    """
+    folder = view.trial_folder(status.cell.number)
+    if status.state not in ENDED:
+        with suppress(Unsafe):  # of a cell that is trained again; the next launch says so
+            return read_ended(folder), []
+        return None, []
+    try:
+        result = read_ended(folder)
+        why = "is gone" if result is None else _disagrees(result, status)
+    except Unsafe as error:
+        result, why = None, str(error)
+    if why:
+        # A trial that does not fit into memory has none.
+        return None, [] if status.reason == "memory" else [_lost_record(folder, why)]
+    assert result is not None
+    names = seal.broken(folder, result.get("files", {}))
+    is_kept = keeps_all or (folder / seal.ADAPTER).exists()
+    shipped = [name for name in names if name == "config.yaml" or name.startswith(f"{seal.ADAPTER}/")]
+    found = [_damaged(folder, "adapter_damaged", shipped, is_fault=True)] if shipped and is_kept else []
+    others = [name for name in names if name not in shipped]
+    return result, [*found, _damaged(folder, "record_damaged", others, is_fault=False)] if others else found
+
+
+def _disagrees(result: Row, status: CellStatus) -> str:
+    """Why the result is not that of the cell, one clause; empty where it is."""
+    if result["cell"] != status.cell.number or result["params"] != dict(status.cell.params):
+        return "is of another cell"
+    is_same = status.state == "FAIL" or result["eval_loss"] in (None, status.value)
+    if result["state"] != status.state or not is_same:
+        return f"says {result['state']} with {result['eval_loss']}, the ledger {status.state} with {status.value}"
+    return ""
+
+
+def _lost_record(folder: Path, why: str) -> Finding:
+    remedy = "bring result.json back from a copy, or train the cell in another study"
+    return Finding("record_lost", {}, f"{folder / RESULT} {why}; the ledger's loss stands", remedy=remedy)
+
+
+def _damaged(folder: Path, flag: str, names: Sequence[str], is_fault: bool) -> Finding:
+    sentence = f"{folder}: gone or changed since the trial ended: {', '.join(names)}"
+    remedy = "bring its files back from a copy, or train the cell in another study" if is_fault else ""
+    return Finding(flag, {}, sentence, is_fault=is_fault, remedy=remedy)
+
+
+def _add(row: Row, found: Finding) -> None:
+    row["flags"] = [*row["flags"], found.flag]
+    row["faults"] = [*row["faults"], *([found.flag] if found.is_fault else [])]
+    if found.remedy:
+        row["remedies"] = row["remedies"] | {found.flag: found.remedy}
+    row["damage"] = "; ".join(filter(None, (row["damage"], found.sentence)))
 
 
 def compared(view: StudyView, results: Mapping[int, Mapping[str, Any] | None]) -> dict[float, health.Peers]:
@@ -82,9 +154,11 @@ def _row(trial: Path, status: CellStatus, result: dict[str, Any] | None) -> Row:
     row: Row = {"number": status.cell.number, "state": status.state, "params": dict(status.cell.params)}
     row |= dict.fromkeys(_FROM_RESULT)
     row |= {"flags": [], "faults": [], "cause": None, "remedies": {}, "reason": status.reason}
-    row["same_run_as"] = None
-    if status.state in ("COMPLETE", "PRUNED", "FAIL") and result is not None:
-        row |= {key: result.get(key) for key in _FROM_RESULT}
+    row["same_run_as"] = row["damage"] = None
+    if status.state in ENDED:
+        # The ledger's value stands where the record is lost.
+        row |= {"eval_loss": status.value, "steps": status.step}
+        row |= {} if result is None else {key: result.get(key) for key in _FROM_RESULT}
     elif status.state == "RUNNING":
         seen = [each for each in read_rows(trial) if each.get("eval/loss") is not None]
         if seen:
@@ -120,6 +194,15 @@ def same_run(table: Sequence[Row]) -> dict[int, list[int]]:
         if row["same_run_as"] is not None:
             found.setdefault(row["same_run_as"], []).append(row["number"])
     return found
+
+
+DAMAGES = frozenset({"record_lost", "adapter_damaged"})
+"""Flags of a trial whose files are not what they were when it ended, so that it cannot be shipped."""
+
+
+def is_intact(row: Row) -> bool:
+    """Whether all that would be shipped is there as it was when the trial ended, as far as sizes show."""
+    return not DAMAGES & set(row["faults"])
 
 
 def is_healthy(row: Row) -> bool:

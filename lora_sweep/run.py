@@ -4,8 +4,8 @@ What reaches the disk and W&B does so in a thread of its own, in order, while th
 checkpoint that builds on it, the adapter before the result, the result before anybody is told.
 """
 
+import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, replace
@@ -13,18 +13,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lora_sweep import folding, health
+from lora_sweep import files, folding, health
 from lora_sweep.composition import to_yaml
 from lora_sweep.config import Config
+from lora_sweep.disk import disk_errors, write_whole
+from lora_sweep.files import Unsafe
 from lora_sweep.ledger import Outcome, Reason
-from lora_sweep.pack import Pack, Trial
+from lora_sweep.pack import DamagedCheckpoint, Pack, Trial
 from lora_sweep.records import Base, Cell, Diagnosis, Evaluation, Finding
-from lora_sweep.tracking import Record, Tracker, disk, read_losses, read_rows, write_whole
+from lora_sweep.tracking import Record, Tracker, is_whole, read_losses, read_result, read_rows, seal
 
 Ended = tuple[float | None, tuple[str, ...]]
 """(best evaluation loss or None, flags)."""
 
 Made = TypeVar("Made")
+
+BEST = "best.json"
+"""The seal of the adapter, of a trial that is not finished."""
 
 
 class Run:
@@ -42,15 +47,11 @@ class Run:
         """What the first write that failed has raised; none is tried after it."""
         self._logged: Future[None] | None = None
         """The row of the last evaluation."""
-        resume_step = None
         self.before: dict[int, float] = {}
         """Step -> evaluation loss of what an earlier attempt recorded up to the checkpoint."""
-        if pack.has_checkpoint(self._checkpoint):
-            self.slot = pack.restore(trial, self._checkpoint)
-            resume_step = pack.step(self.slot)
-            self.before = {step: loss for step, loss in _curve(read_rows(folder)).items() if step <= resume_step}
-        else:
-            self.slot = pack.admit(trial)
+        self.lost = ""
+        """What kept the trial from going on from its checkpoint, one clause; empty where nothing did."""
+        resume_step = self._resume(trial)
         self.step = resume_step or 0
         self.best_loss: float = min(self.before.values(), default=math.inf)
         self._best: Evaluation | None = None
@@ -64,6 +65,33 @@ class Run:
     @property
     def _checkpoint(self) -> Path:
         return self.folder / "checkpoint"
+
+    def _resume(self, trial: Trial) -> int | None:
+        """Takes a slot, as of the checkpoint where that, the record and the adapter are whole; returns its step.
+
+        None: the trial begins anew.
+        """
+        if not self._pack.has_checkpoint(self._checkpoint):
+            self.slot = self._pack.admit(trial)
+            return None
+        try:
+            self.slot = self._pack.restore(trial, self._checkpoint)
+        except DamagedCheckpoint as error:
+            self.lost = f"its checkpoint {error}"
+            self.slot = self._pack.admit(trial)
+            return None
+        step = self._pack.step(self.slot)
+        before = {at: loss for at, loss in _curve(read_rows(self.folder)).items() if at <= step}
+        if not is_whole(self.folder, step):
+            self.lost = "its record (metrics.jsonl, evaluations/) is not whole"
+        elif before and not _is_adapter_whole(self.folder):
+            self.lost = "its adapter is not the one that was written"
+        if self.lost:
+            self._pack.evict(self.slot)
+            self.slot = self._pack.admit(trial)
+            return None
+        self.before = before
+        return step
 
     # -- where the slots train -----------------------------------------------------------------------------------------
 
@@ -91,7 +119,7 @@ class Run:
         write = self._pack.checkpoint(self.slot)
 
         def keep() -> None:
-            with disk(self.folder):
+            with disk_errors(self.folder):
                 write(self._checkpoint)
 
         self._aside(keep)
@@ -143,11 +171,12 @@ class Run:
     # -- in the writer's thread ----------------------------------------------------------------------------------------
 
     def _open(self, tracker: Tracker, resume_step: int | None) -> None:
-        with disk(self.folder):
+        with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+            if resume_step is None:
+                for left in (self._checkpoint, self.folder / seal.ADAPTER, self.folder / BEST):
+                    files.remove(left)
         write_whole(self.folder / "config.yaml", to_yaml(asdict(self._config)))
-        if resume_step is None:
-            shutil.rmtree(self.folder / "adapter", ignore_errors=True)
         self._record = Record.open(
             self.folder,
             cell=self.cell,
@@ -164,12 +193,14 @@ class Run:
 
     def _export(self, write: Callable[[Path], tuple[str, ...]]) -> None:
         """Whole or not at all: a reader never sees half an adapter."""
-        aside, adapter = self.folder / ".adapter", self.folder / "adapter"
-        with disk(self.folder):
-            shutil.rmtree(aside, ignore_errors=True)
-            self._lost_on_save = write(aside)
-            shutil.rmtree(adapter, ignore_errors=True)
-            aside.rename(adapter)
+        adapter = self.folder / seal.ADAPTER
+        with disk_errors(self.folder):
+            staging = files.staging(adapter)
+            self._lost_on_save = write(staging)
+            files.remove(adapter)
+            staging.rename(adapter)
+            sealed = seal.sealed(self.folder, (seal.ADAPTER,))
+        write_whole(self.folder / BEST, json.dumps(sealed, indent=2) + "\n")
 
     def _finish(self, state: Outcome, reason: Reason | None, peers: health.Peers | None) -> Ended:
         last, value = self._last, self.best_loss if math.isfinite(self.best_loss) else None
@@ -198,6 +229,8 @@ class Run:
             "diagnosis": diagnosis and asdict(diagnosis),
         }
         self._opened.finish(state, result, own, verdict, reason)
+        with disk_errors(self.folder):
+            files.remove(self.folder / BEST)
         return value, tuple(finding.flag for finding in (*verdict, *own))
 
     def _diagnosed(
@@ -223,6 +256,44 @@ class Run:
         return replace(best, step=row["step"], eval_loss=loss, probe_loss=probe, eval_losses=losses)
 
 
+def read_ended(folder: Path) -> dict[str, Any] | None:
+    """result.json of a trial that has ended, with all that `Run.finish` puts there; None of one that has not.
+
+    Raises Unsafe where it cannot be read or holds something else.
+    """
+    result = read_result(folder)
+    if result is not None and not _is_ended(result):
+        raise Unsafe("is no record of a trial")
+    return result
+
+
+def _is_ended(result: Mapping[str, Any]) -> bool:
+    match result:
+        case {"base_loss": float(base), "eval_loss": float() | None as loss, "steps": int(), "params": dict()}:
+            if not math.isfinite(base) or (loss is None and result["state"] == "COMPLETE"):
+                return False
+        case _:
+            return False
+    try:
+        for each in result["findings"]:
+            Finding.of_plain(each)
+        if result.get("diagnosis") is not None:
+            Diagnosis.of_plain(result["diagnosis"])
+        peer(Path(), result)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return False
+    return True
+
+
+def _is_adapter_whole(folder: Path) -> bool:
+    """Whether the adapter is the one that was last exported."""
+    try:
+        plain = files.read_json(folder / BEST, follow=False)
+    except (OSError, files.Unsafe):
+        return False
+    return bool(plain) and seal.is_seal(plain) and not seal.changed(folder, plain)
+
+
 def _curve(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
     """Step -> evaluation loss."""
     return {row["step"]: row["eval/loss"] for row in rows if row.get("eval/loss") is not None}
@@ -233,8 +304,8 @@ def peer(folder: Path, result: Mapping[str, Any]) -> health.Peer:
     coordinates = result.get("effective") or {}
     return health.Peer(
         result["cell"],
-        coordinates.get("log_X", math.nan),
-        coordinates.get("log_Y", math.nan),
-        {int(step): loss for step, loss in result.get("curve", {}).items() if loss is not None},
+        float(coordinates.get("log_X", math.nan)),
+        float(coordinates.get("log_Y", math.nan)),
+        {int(step): float(loss) for step, loss in result.get("curve", {}).items() if loss is not None},
         partial(read_losses, folder),
     )

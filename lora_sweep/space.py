@@ -171,15 +171,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def load_launched(folder: Path) -> dict[str, Any] | None:
-    """A study's config.yaml, or None where there is none. Raises ConfigError when it cannot be read."""
-    file = folder / "config.yaml"
+def load_launched(folder: Path, name: str = "config.yaml") -> dict[str, Any] | None:
+    """A study's or a trial's configuration, or None where there is none. Raises ConfigError when it cannot be read."""
+    file = folder / name
     if not file.is_file():
         return None
     try:
         plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(file), resolve=False)  # type: ignore[assignment]
     except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError([Fault(str(file), f"cannot be read: {' '.join(str(error).split())}")]) from error
+    if not isinstance(plain, dict) or not all(isinstance(key, str) for key in plain):
+        raise ConfigError([Fault(str(file), "must hold a mapping of groups, as `launch` wrote it")])
     return plain
 
 
@@ -190,12 +192,12 @@ def of_launched(plain: Mapping[str, Any]) -> Config:
     return composition.build(whole)
 
 
-def health_rules(folder: Path) -> HealthConfig:
-    """By which a study's trials are judged: those of its config.yaml, younger ones at their defaults.
+def health_rules(launched: Mapping[str, Any]) -> HealthConfig:
+    """By which a study's trials are judged: those that it was launched with, younger ones at their defaults.
 
     Raises ConfigError.
     """
-    health: HealthConfig = composition.section("health", (load_launched(folder) or {}).get("health", {}))
+    health: HealthConfig = composition.section("health", launched.get("health", {}))
     return health
 
 

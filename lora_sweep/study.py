@@ -29,9 +29,21 @@ from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from lora_sweep.asha import Asha
+from lora_sweep.disk import disk_errors, refuse_links
 from lora_sweep.errors import StudyError
-from lora_sweep.journal import Journal, disk_errors, hold
-from lora_sweep.ledger import JOURNAL, SAME_RUN_AS, Attempt, Outcome, Reason, StudyView, has_ended
+from lora_sweep.journal import Journal, hold
+from lora_sweep.ledger import (
+    JOURNAL,
+    LAUNCHED,
+    SAME_RUN_AS,
+    Attempt,
+    Outcome,
+    Reason,
+    StudyView,
+    has_ended,
+    journal_errors,
+    refuse_lost,
+)
 from lora_sweep.records import Cell
 from lora_sweep.search import Search
 
@@ -92,18 +104,20 @@ class Study(StudyView):
         search: Search | None = None,
         pruner: Asha | BasePruner | None = None,
         same_run: Iterable[Collection[int]] = (),
+        launched: Mapping[str, Any] | None = None,
     ) -> Self:
         """Create or resume the study in `folder`, for this process alone.
 
         Give `cells` (a grid: each is enqueued once, never sampled) or `search`. Of each class in `same_run` (numbers of
         cells, none in two classes) one cell is run, and those that have not begun are folded onto it: the one that is
         furthest, else the lowest. Attempts of a dead process are reaped and every cell that needs an attempt gets one.
-        The kernel frees the lock when this process and the children it
-        forked are gone, kill -9 included.
+        The kernel frees the lock when this process and the children it forked are gone, kill -9 included. `launched` is
+        kept as `StudyView.launched`.
 
         Raises StudyError when another process holds the study, when what is on disk is another study (name, cells or
-        distributions), and when the folder can't be written; OutOfRoom when the disk is full or away; ValueError for
-        arguments that make no sense. Nothing is written before the arguments are checked.
+        distributions), damaged or without its ledger, and when the folder can't be written or holds a link; OutOfRoom
+        when the disk is full or away; ValueError for arguments that make no sense. Nothing is written before the
+        arguments are checked.
         """
         if (cells is None) == (search is None):
             raise ValueError("give either cells or search")
@@ -128,15 +142,14 @@ class Study(StudyView):
                 # Whoever left Optuna's own lock behind is dead: don't wait out its 30 s of grace.
                 for left in folder.glob(f"{JOURNAL}.lock*"):
                     left.unlink(missing_ok=True)
-                journal = Journal(folder / JOURNAL, writable=True)
-                storage = JournalStorage(journal)
-                found = [each.study_name for each in storage.get_all_studies()]
-                if not found:
-                    optuna.create_study(study_name=name, storage=storage, direction="minimize")
-                elif found != [name]:
-                    raise StudyError(f"{folder}: holds the study {found[0]!r}, not {name!r}; choose another study.name")
-                study = cls(folder, storage, journal, name, search, pruner)
+                refuse_links(folder)
+                with journal_errors(folder / JOURNAL):
+                    storage, journal = _storage(folder, name)
+                    study = cls(folder, storage, journal, name, search, pruner)
+                    if study._about():
+                        study.check()
                 study._match(grid, same_run)
+                study._keep_launched(launched)
                 study.reap()
                 study._repair(cell for cell in grid or () if cell.number not in study._idle)
             except BaseException:
@@ -144,6 +157,10 @@ class Study(StudyView):
                 raise
         study._lock = lock
         return study
+
+    def _keep_launched(self, launched: Mapping[str, Any] | None) -> None:
+        if launched is not None and self.launched != json.loads(json.dumps(launched)):
+            self._storage.set_study_user_attr(self._study_id, LAUNCHED, launched)
 
     def close(self) -> None:
         """Let go of the study; leases still held are reaped by whoever opens it next. May be called twice."""
@@ -434,6 +451,24 @@ class Study(StudyView):
         if self._search is not None and self._read:
             # A seeded sampler would begin its sequence anew and draw the same cells.
             self._search.sampler.reseed_rng()
+
+
+def _storage(folder: Path, name: str) -> tuple[JournalStorage, Journal]:
+    """The storage of the study `name` in `folder`, made where there is none. Raises StudyError."""
+    path = folder / JOURNAL
+    if not path.exists():
+        refuse_lost(folder)
+    journal = Journal(path, writable=True)
+    storage = JournalStorage(journal)
+    found = storage.get_all_studies()
+    names = [each.study_name for each in found]
+    if not any("about" in each.user_attrs for each in found):
+        refuse_lost(folder)
+    if not found:
+        optuna.create_study(study_name=name, storage=storage, direction="minimize")
+    elif names != [name]:
+        raise StudyError(f"{folder}: holds the study {names[0]!r}, not {name!r}; choose another study.name")
+    return storage, journal
 
 
 def _as_json(params: Mapping[str, Any]) -> str:

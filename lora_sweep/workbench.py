@@ -14,11 +14,11 @@ from lora_sweep import data as data_room
 from lora_sweep import model as model_room
 from lora_sweep.config import Config, DataConfig, ModelConfig
 from lora_sweep.data import Data, Report
+from lora_sweep.disk import write_whole
 from lora_sweep.errors import StudyError, UserError
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Capacity, Exhausted, Pack, Settings, Trial, device_kind
 from lora_sweep.records import Base, Cell
-from lora_sweep.tracking import write_whole
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import gc
 import math
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -13,15 +12,17 @@ from typing import Protocol, cast
 
 import torch
 
-from lora_sweep import health
+from lora_sweep import files, health
 from lora_sweep.config import Config, LauncherConfig, StudyConfig
+from lora_sweep.errors import StudyError
+from lora_sweep.files import Unsafe
 from lora_sweep.ledger import Outcome, Reason
 from lora_sweep.pack import Exhausted, Pack, Trial
 from lora_sweep.records import Base, Cell, Evaluation, Fault
-from lora_sweep.run import Ended, Run, peer
+from lora_sweep.run import Ended, Run, peer, read_ended
 from lora_sweep.space import Sweep
 from lora_sweep.study import Lease, Study
-from lora_sweep.tracking import Tracker, read_result
+from lora_sweep.tracking import RESULT, Tracker, seal
 from lora_sweep.workbench import Workbench
 
 Stop = Callable[[], bool]
@@ -36,6 +37,7 @@ class Watcher(Protocol):
     def admitted(self, cell: Cell, slot: int, step: int) -> None: ...
     def stepped(self) -> None: ...
     def chosen(self, reason: str) -> None: ...
+    def noticed(self, sentence: str) -> None: ...
     def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None: ...
     def ended(self, cell: Cell, state: Outcome, value: float | None, flags: Sequence[str]) -> None: ...
 
@@ -45,6 +47,7 @@ def train(config: Config, folder: Path, tracker: Tracker, device: torch.device, 
     cell = Cell(0)
     with Workbench(device, folder).pack(config, config.method.rank) as (pack, base), _steady(), _writer() as writer:
         run = Run(pack, base, cell, config, folder, tracker, writer)
+        _notice_lost(run, watcher)
         watcher.admitted(cell, run.slot, run.step)
         while True:
             evaluations = pack.advance(_heartbeat(watcher, stop))
@@ -109,9 +112,10 @@ class _Shift:
         self._peers = health.Peers(base.eval_loss)
         """The trials of the study on this base and data."""
         for folder in (study.trial_folder(status.cell.number) for status in study.statuses()):
-            result = read_result(folder)
-            if result is not None and result["base_loss"] == base.eval_loss:
-                self._peers.add(peer(folder, result))
+            with suppress(Unsafe):  # of a damaged one nothing is known; `results` names it
+                result = read_ended(folder)
+                if result is not None and result["base_loss"] == base.eval_loss:
+                    self._peers.add(peer(folder, result))
         self._looked_ahead = False
 
     def run(self, first: Lease, stop: Stop) -> bool:
@@ -189,6 +193,7 @@ class _Shift:
             self._study.release(lease)
             raise
         self._runs[lease] = run
+        _notice_lost(run, self._watcher)
         self._peers.add(run.peer())
         self._looked_ahead = False
         for step, loss in run.before.items():
@@ -320,8 +325,20 @@ def _show_told(study: Study, watcher: Watcher) -> None:
 def _told_before(study: Study, sweep: Sweep, lease: Lease, watcher: Watcher) -> bool:
     """Tells a cell whose result was written, but not told, when its worker was killed: finished work is not redone."""
     folder = study.trial_folder(lease.cell.number)
-    result = read_result(folder)
+    try:
+        result = read_ended(folder)
+    except Unsafe as error:
+        watcher.noticed(f"cell {lease.cell.folder}: {RESULT} {error}; the cell is trained again")
+        return False
     if result is None:
+        return False
+    if result["params"] != dict(lease.cell.params):
+        raise StudyError(
+            f"{folder}: holds a trial of other parameters than the ledger's cell {lease.cell.number}, so the ledger "
+            "has lost that cell; restore study.journal from a copy, or choose another study.name"
+        )
+    if seal.broken(folder, result.get("files", {})):
+        watcher.noticed(f"cell {lease.cell.folder}: files of its record are gone or changed; the cell is trained again")
         return False
     state = cast(Outcome, result["state"])
     study.tell(lease, state, None if state == "FAIL" else result["eval_loss"], result["reason"])
@@ -331,8 +348,14 @@ def _told_before(study: Study, sweep: Sweep, lease: Lease, watcher: Watcher) -> 
     return True
 
 
+def _notice_lost(run: Run, watcher: Watcher) -> None:
+    if run.lost:
+        watcher.noticed(f"cell {run.cell.folder}: {run.lost}; the cell is trained again from its first step")
+
+
 def _drop_checkpoint(folder: Path) -> None:
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    with suppress(OSError):  # it costs room, nothing else
+        files.remove(folder / "checkpoint")
 
 
 def _keep_best(study: Study, rules: StudyConfig) -> None:
@@ -342,7 +365,8 @@ def _keep_best(study: Study, rules: StudyConfig) -> None:
     done = [status for status in study.statuses() if status.state in ("COMPLETE", "PRUNED")]
     ranked = sorted(done, key=lambda status: math.inf if status.value is None else status.value)
     for status in ranked[int(rules.keep_adapters) :]:
-        shutil.rmtree(study.trial_folder(status.cell.number) / "adapter", ignore_errors=True)
+        with suppress(OSError):
+            files.remove(study.trial_folder(status.cell.number) / seal.ADAPTER)
 
 
 def _heartbeat(watcher: Watcher, stop: Stop) -> Stop:

@@ -655,7 +655,8 @@ def test_the_winner_can_be_written_in_any_form_of_the_same_run(form: folding.For
 def test_pick_writes_the_form_asked_for_and_leaves_the_adapter_as_it_was_trained(in_folder: Path) -> None:
     axes = {"optimizer.ratio": "choice(2, 4)", "optimizer.base_lr": "choice(3e-3)"}
     run(write_sweep(in_folder, axes, train=THREE_STEPS, optimizer=RULES))
-    winner, production = pick(Path("outputs/ask"), "lora")
+    picked = pick(Path("outputs/ask"), "lora")
+    winner, production = picked.winner, picked.production
     shipped = yaml.safe_load((production / "production.yaml").read_text())
     ratio = winner["params"]["optimizer.ratio"]
     assert (shipped["method"]["alpha"], shipped["optimizer"]["ratio"]) == (16 * ratio, 1)

@@ -18,6 +18,8 @@ PACKAGE = REPOSITORY / "lora_sweep"
 FLOORS: dict[str, float] = {
     "records": 0.0,
     "files": 0.0,
+    "disk": 0.2,
+    "bases": 1.3,
     "terminal": 0.0,
     "errors": 0.1,
     "chatter": 0.1,

@@ -971,7 +971,7 @@ def test_a_full_disk_is_out_of_room_leaves_no_half_record_and_work_goes_on_later
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 30, limits[1]))
         try:
-            with pytest.raises(OutOfRoom, match=r"study\.journal.*resume later"):
+            with pytest.raises(OutOfRoom, match=r"study\.journal.*to resume"):
                 study.report_rung({lease: 1.0}, 10)
             halfway = journal.read_bytes()
         finally:

@@ -34,6 +34,7 @@ from lora_sweep.tracking import (
     read_losses,
     read_result,
     read_rows,
+    seal,
 )
 
 HERE = Path(__file__).parent
@@ -334,7 +335,7 @@ def test_a_diverged_trial_leaves_valid_json_without_made_up_numbers(tmp_path: Pa
     result = strict((record.folder / RESULT).read_text())
     assert result == {
         "cell": 0, "eval_loss": None, "steps": 10, "state": "FAIL", "reason": "diverged", "flags": [], "findings": [],
-        "wandb_id": None,
+        "wandb_id": None, "files": seal.sealed(record.folder, ("metrics.jsonl", "evaluations", "heat_map.png")),
     }  # fmt: skip
 
 

@@ -25,10 +25,10 @@ from lora_sweep import model as model_room
 from lora_sweep.bench import faults, judge, packed, ranges
 from lora_sweep.bench.faults import FAULTS, PACKED, Fault, Outcome, Training
 from lora_sweep.bench.ranges import RANGES, REAL, Range
+from lora_sweep.disk import write_whole
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Trial
 from lora_sweep.records import Cell, Evaluation
-from lora_sweep.tracking import write_whole
 from lora_sweep.tracking.wandb_run import plain
 
 Say = Callable[[str], None]

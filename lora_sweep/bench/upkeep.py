@@ -68,6 +68,9 @@ class Clock:
 
     def stepped(self) -> None: ...
 
+    def noticed(self, sentence: str) -> None:
+        pass
+
     def chosen(self, reason: str) -> None:
         self.reason = reason
 

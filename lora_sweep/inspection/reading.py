@@ -198,16 +198,17 @@ def loraplus(folder: Path) -> LoraPlus:
     trial = _trial_of(folder)
     if trial is None:
         return LoraPlus(None, UNTOLD)
-    from lora_sweep import space
+    from lora_sweep import composition, space
     from lora_sweep.tracking import read_rows
 
     # Other programs write files of these names too.
     rows = [row for row in read_rows(trial) if isinstance(row, Mapping)]
     pairs = [(row.get("optimizer/lr_A") or 0.0, row.get("optimizer/lr_B") or 0.0) for row in rows]
     ratios = [lr_B / lr_A for lr_A, lr_B in pairs if lr_A > 0 and lr_B > 0]
-    launched = space.load_launched(trial)
-    optimizer = launched.get("optimizer") if isinstance(launched, Mapping) else None
-    asked = optimizer.get("ratio") if isinstance(optimizer, Mapping) else None
+    try:
+        asked = composition.leaf(space.load_launched(trial), "optimizer.ratio")
+    except ConfigError:
+        asked = None
     if not ratios or not isinstance(asked, int | float):
         return LoraPlus(None, f"cannot be told: {trial} holds no step with a learning rate, or no configuration")
     return _held(ratios, float(asked))

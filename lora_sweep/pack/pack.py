@@ -6,6 +6,7 @@ gives alone, whatever its co-tenants do: up to rounding, or bit for bit with `tr
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -154,12 +155,20 @@ class Pack:
 
     @staticmethod
     def has_checkpoint(folder: Path) -> bool:
-        return (folder / CHECKPOINT).is_file()
+        """Whether anything lies there under its name."""
+        return os.path.lexists(folder / CHECKPOINT)
 
     def restore(self, trial: Trial, folder: Path) -> int:
-        """Admits the trial as of its checkpoint in `folder`; returns the slot."""
+        """Admits the trial as of its checkpoint in `folder`; returns the slot.
+
+        Raises DamagedCheckpoint where it cannot go on from there; the pack is then as before.
+        """
         index = self.admit(trial)
-        self._at(index).load(folder)
+        try:
+            self._at(index).load(folder)
+        except BaseException:
+            self.evict(index)
+            raise
         return index
 
     def export(self, slot: int) -> Callable[[Path], tuple[str, ...]]:

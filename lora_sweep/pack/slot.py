@@ -9,19 +9,24 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from lora_sweep import health
+from lora_sweep import files, health
 from lora_sweep.blueprint import save
 from lora_sweep.health import MOMENTS, AdaptedModule, Chart, Side, Stepped
 from lora_sweep.pack import optimizers
 from lora_sweep.pack.bank import Bank, Banks, Which
+from lora_sweep.pack.memory import is_exhausted
 from lora_sweep.pack.trial import Trial
 from lora_sweep.records import Step
 
 CHECKPOINT = "checkpoint.safetensors"
+
+
+class DamagedCheckpoint(Exception):
+    """The checkpoint cannot be gone on from; the message is one clause that begins with a verb."""
 
 
 class Slot:
@@ -240,12 +245,14 @@ class Slot:
         copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
 
         def write(folder: Path) -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            aside = folder / f".{CHECKPOINT}"
-            save(copies, aside, metadata)
-            with aside.open("rb") as file:
+            if folder.is_symlink() or not folder.is_dir():
+                files.remove(folder)
+                folder.mkdir(parents=True)
+            staging = files.staging(folder / CHECKPOINT)
+            save(copies, staging, metadata)
+            with staging.open("rb") as file:
                 os.fsync(file.fileno())
-            aside.rename(folder / CHECKPOINT)
+            staging.rename(folder / CHECKPOINT)
 
         return write
 
@@ -271,11 +278,24 @@ class Slot:
         return bank.layout.side(side, flat, rank)
 
     def load(self, folder: Path) -> None:
-        """Goes on from a checkpoint of the same trial. Raises ValueError when it is another's."""
-        with safe_open(str(folder / CHECKPOINT), framework="pt") as file:
-            metadata: dict[str, str] = file.metadata()
+        """Goes on from a checkpoint of the same trial. Raises DamagedCheckpoint, and leaves the slot unusable then."""
+        try:
+            with files.open_file(folder / CHECKPOINT, follow=False):  # no link, no FIFO
+                pass
+            self._load(folder / CHECKPOINT)
+        except files.Unsafe as error:
+            raise DamagedCheckpoint(str(error)) from error
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            if is_exhausted(error):
+                raise
+            told = " ".join(str(error).split())[:200]
+            raise DamagedCheckpoint(f"cannot be read ({type(error).__name__}: {told})") from error
+
+    def _load(self, path: Path) -> None:
+        with safe_open(str(path), framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
             if metadata.get("trial") != _identity(self.trial):
-                raise ValueError(f"{folder}: the checkpoint is of a trial with other settings")
+                raise files.Unsafe("is of a trial with other settings")
             keys: list[str] = file.keys()
             tensors = {key: file.get_tensor(key) for key in keys}
         looks = tensors.pop("chart")

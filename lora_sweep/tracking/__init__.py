@@ -8,30 +8,32 @@ does or fails to do costs neither the training nor a row on disk.
 `record` knows the files, `wandb_run` is the only place that imports wandb, and does so when the first run starts.
 """
 
+from lora_sweep.tracking import seal
 from lora_sweep.tracking.record import (
+    METRICS,
     RESULT,
     Record,
-    disk,
+    is_whole,
     read_base_losses,
     read_evaluation,
     read_losses,
     read_result,
     read_rows,
     replay,
-    write_whole,
 )
 from lora_sweep.tracking.wandb_run import Tracker
 
 __all__ = [
+    "METRICS",
     "RESULT",
     "Record",
+    "is_whole",
     "Tracker",
-    "disk",
     "read_base_losses",
     "read_evaluation",
     "read_losses",
     "read_result",
     "read_rows",
     "replay",
-    "write_whole",
+    "seal",
 ]

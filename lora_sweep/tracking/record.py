@@ -1,27 +1,41 @@
 """A trial on disk: its rows, its evaluations and its result; what was interrupted is cut back and goes on."""
 
+import io
 import json
-import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO, Literal
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sweep.errors import OutOfRoom
+from lora_sweep import files
+from lora_sweep.disk import disk_errors
+from lora_sweep.files import Unsafe
 from lora_sweep.records import Base, Cell, Evaluation, Finding
-from lora_sweep.tracking import heat_map
+from lora_sweep.tracking import heat_map, seal
 from lora_sweep.tracking.wandb_run import Histograms, Row, Run, Tracker, plain
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations"
 RESULT = "result.json"
 HEAT_MAP = "heat_map.png"
+CONFIG = "config.yaml"
+
+SEALED = (CONFIG, METRICS, EVALUATIONS, HEAT_MAP, seal.ADAPTER)
+"""Files and folders whose seal is kept in result.json."""
+
+MAX_RESULT_BYTES = 2**26
+"""Of a result.json: one of a trial with 10,000 evaluations has a hundredth of it."""
+MAX_ROW_BYTES = 2**22
+"""Of a line of metrics.jsonl: one with 1,000 groups of modules has a quarter of it."""
+MAX_EVALUATION_BYTES = 2**30
+"""Of an evaluations/*.npz as its arrays lie in memory; a million examples have a hundredth of it."""
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -37,7 +51,7 @@ class Record:
         self._run = run
         self._table: dict[str, float] | None = None
         """Module -> s |BA|_F / |W|_F at the last evaluation."""
-        self._metrics: BinaryIO = (folder / METRICS).open("ab")
+        self._metrics: BinaryIO = files.append_to(folder / METRICS)
 
     @classmethod
     def open(
@@ -59,7 +73,7 @@ class Record:
 
         Raises OutOfRoom where the folder can't be written.
         """
-        with disk(folder):
+        with disk_errors(folder):
             rows = _cut(folder, -1 if resume_step is None else resume_step)
             _write_evaluation(_npz(folder, "base"), base.eval_losses, {})
             record = cls(folder, cell, rows[-1]["step"] if rows else -1, tracker.wandb_id(cell.number), None)
@@ -78,13 +92,13 @@ class Record:
         rows = [row for row in _rows(evaluation) if row["step"] > self._last]
         if not rows:
             return
-        with disk(self.folder):
+        with disk_errors(self.folder):
             # The arrays first: a row with an evaluation promises its file.
             last = {f"module/{metric}": values[-1] for metric, values in evaluation.reading.values.items()}
             last |= {"module/name": np.array(evaluation.reading.modules), "module/delta_rel": evaluation.delta_rel}
             _write_evaluation(_npz(self.folder, evaluation.step), evaluation.eval_losses, histograms, last)
             self._metrics.write(b"".join(_json(row) + b"\n" for row in rows))
-            _flush(self._metrics)
+            files.flush(self._metrics)
         self._last = rows[-1]["step"]
         if self._run is not None:
             for row in rows:
@@ -100,9 +114,9 @@ class Record:
     ) -> None:
         """Ends the trial: `result` (plain values, nested or not) goes into result.json and into the run's summary.
 
-        result.json holds `cell`, `state`, `reason`, `flags`, `findings` (the trial's own), `wandb_id` and the keys of
-        `result`. `verdict`, which compares with what the study knows today, goes into the W&B run alone. `reason` is of
-        a FAIL. Raises OutOfRoom where it can't be written.
+        result.json holds `cell`, `state`, `reason`, `flags`, `findings` (the trial's own), `wandb_id`, `files` (the
+        seal of the others) and the keys of `result`. `verdict`, which compares with what the study knows today, goes
+        into the W&B run alone. `reason` is of a FAIL. Raises OutOfRoom where it can't be written.
         """
         whole = {"cell": self._cell, **result, "state": state, "reason": reason, **_told(findings)}
         whole["wandb_id"] = self.wandb_id
@@ -110,11 +124,12 @@ class Record:
         if self._run is not None:
             cause = next((finding.cause for finding in verdict if finding.cause is not None), None)
             self._run.finish(whole | _told([*verdict, *findings]) | {"cause": cause}, picture)
-        with disk(self.folder):
+        with disk_errors(self.folder):
             self._metrics.close()
             if picture is not None:
-                _replace(self.folder / HEAT_MAP, picture)
-            _replace(self.folder / RESULT, _json(whole, indent=2) + b"\n")
+                files.write_whole(self.folder / HEAT_MAP, picture)
+            whole["files"] = seal.sealed(self.folder, SEALED)
+            files.write_whole(self.folder / RESULT, _json(whole, indent=2) + b"\n")
 
     @staticmethod
     def _causes(result: Mapping[str, Any]) -> dict[str, str]:
@@ -137,17 +152,51 @@ def replay(folder: Path, run: Run) -> None:
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The whole rows of a trial's metrics.jsonl, in order; [] where there is none. A torn last line is left out."""
+    """The whole rows of a trial's metrics.jsonl, in order; [] where there is none.
+
+    A torn last line is left out, and whatever follows a line that is no row.
+    """
     return [row for row, _ in _scan(folder)]
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """result.json of a finished trial; None while it is not finished."""
+    """result.json of a finished trial; None while it is not finished.
+
+    Raises Unsafe where the file cannot be read or does not hold what `Record.finish` writes.
+    """
     try:
-        found: dict[str, Any] = json.loads((folder / RESULT).read_bytes())
+        found = files.read_json(folder / RESULT, MAX_RESULT_BYTES, follow=False)
     except FileNotFoundError:
         return None
-    return found
+    except OSError as error:
+        raise Unsafe(f"cannot be read ({error.strerror})") from error
+    if not _is_result(found):
+        raise Unsafe("is no record of a trial")
+    result: dict[str, Any] = found
+    return result
+
+
+def _is_result(found: Any) -> bool:
+    """Whether it has what `Record.finish` adds to a result; older versions wrote no seal."""
+    match found:
+        case {
+            "cell": int(),
+            "state": "COMPLETE" | "PRUNED" | "FAIL",
+            "findings": list(),
+            "flags": list(),
+            "reason": str() | None,
+        }:
+            return "files" not in found or seal.is_seal(found["files"])
+    return False
+
+
+def is_whole(folder: Path, step: int) -> bool:
+    """Whether the record of a trial holds each step up to `step`, and each evaluation's losses."""
+    rows = [row for row in read_rows(folder) if row["step"] <= step]
+    steps = [row["step"] for row in rows if row["step"] > 0]
+    if steps != list(range(1, step + 1)):
+        return False
+    return all(read_losses(folder, row["step"]) is not None for row in rows if row.get("eval/loss") is not None)
 
 
 def read_evaluation(folder: Path, step: int) -> tuple[NDArray[np.float64], dict[str, NDArray[np.int64]]]:
@@ -158,11 +207,15 @@ def read_evaluation(folder: Path, step: int) -> tuple[NDArray[np.float64], dict[
     return _read_npz(_npz(folder, step))
 
 
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error, NotImplementedError, RuntimeError)
+"""What zipfile and numpy raise on a file that they cannot read."""
+
+
 def read_losses(folder: Path, step: int) -> NDArray[np.float64] | None:
     """(examples,) losses in nats per token of the evaluation at `step`; None where the trial has none to be read."""
     try:
         return _read_npz(_npz(folder, step))[0]
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+    except UNREADABLE:
         return None
 
 
@@ -230,16 +283,18 @@ def _write_evaluation(
 ) -> None:
     """`modules`: `module/name` and each `module/<metric>` of health.look, (modules,)."""
     counts: dict[str, Any] = {f"lora_B/{group}": np.asarray(count, np.int64) for group, count in histograms.items()}
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        np.savez(file, losses=np.asarray(losses, np.float64), **counts, **modules)
-        _flush(file)
-    temporary.replace(path)
+    content = io.BytesIO()
+    np.savez(content, losses=np.asarray(losses, np.float64), **counts, **modules)
+    files.write_whole(path, content.getvalue())
 
 
 def _read_npz(path: Path) -> tuple[NDArray[np.float64], dict[str, NDArray[np.int64]]]:
     # numpy leaves a damaged file open that it has opened itself.
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+    with files.open_file(path, follow=False) as file, ZipFile(file) as members:
+        if sum(each.file_size for each in members.infolist()) > MAX_EVALUATION_BYTES:
+            raise Unsafe(f"holds more than {MAX_EVALUATION_BYTES:,} bytes")
+        file.seek(0)
+        arrays = np.load(file, allow_pickle=False)
         losses = arrays["losses"]
         groups = [name for name in arrays.files if name.startswith("lora_B/")]
         return losses, {name.removeprefix("lora_B/"): arrays[name] for name in groups}
@@ -247,17 +302,18 @@ def _read_npz(path: Path) -> tuple[NDArray[np.float64], dict[str, NDArray[np.int
 
 def _scan(folder: Path) -> Iterator[tuple[Row, int]]:
     """Each whole row and the byte where it ends."""
-    path = folder / METRICS
-    if not path.exists():
+    try:
+        file = files.open_file(folder / METRICS, follow=False)
+    except (OSError, Unsafe):
         return
     end = 0
-    with path.open("rb") as file:
-        for line in file:
+    with file:
+        while line := file.readline(MAX_ROW_BYTES):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 return
-            if not line.endswith(b"\n"):
+            if not line.endswith(b"\n") or not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 return
             end += len(line)
             yield row, end
@@ -265,55 +321,24 @@ def _scan(folder: Path) -> Iterator[tuple[Row, int]]:
 
 def _cut(folder: Path, step: int) -> list[Row]:
     """Takes off a record what came after `step`, and gives the rows that stay."""
-    (folder / RESULT).unlink(missing_ok=True)  # the marker goes first: from here on the trial is not finished
-    (folder / EVALUATIONS).mkdir(parents=True, exist_ok=True)
+    files.remove(folder / RESULT)  # the marker goes first: from here on the trial is not finished
+    if not (folder / EVALUATIONS).is_dir() or (folder / EVALUATIONS).is_symlink():
+        files.remove(folder / EVALUATIONS)
+        (folder / EVALUATIONS).mkdir(parents=True)
     rows, end = [], 0
     for row, after in _scan(folder):
         if row["step"] > step:
             break
         rows.append(row)
         end = after
-    with (folder / METRICS).open("ab") as file:
+    if not end:
+        files.remove(folder / METRICS)
+    with files.append_to(folder / METRICS) as file:
         file.truncate(end)
-        _flush(file)
-    for left in folder.glob("*.tmp"):
-        left.unlink()
+        files.flush(file)
+    for left in (*folder.glob("*.tmp"), *folder.glob(".*.tmp")):
+        files.remove(left)
     for path in (folder / EVALUATIONS).iterdir():
         if path.suffix == ".tmp" or (path.stem.isdecimal() and int(path.stem) > step):
-            path.unlink()
+            files.remove(path)
     return rows
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, by temporary name and rename. Raises OutOfRoom where it can't be written."""
-    with disk(path.parent):
-        _replace(path, text.encode())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        _flush(file)
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)  # else the name may be lost with the power
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-@contextmanager
-def disk(folder: Path) -> Iterator[None]:
-    """What cannot be written into the folder is OutOfRoom."""
-    try:
-        yield
-    except OSError as error:
-        raise OutOfRoom(
-            f"{folder}: cannot be written ({error.strerror or error}); make room, then launch again to resume"
-        ) from error

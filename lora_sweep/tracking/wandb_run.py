@@ -27,7 +27,7 @@ _SUMMARIES = {"eval/loss": "min", "probe/loss": "min", "train/loss": "min,last",
 """Metric -> what W&B's tables and parallel coordinates show of its series; of all others (eval/gap, lora_B/<group>/rms)
 they show the last value under the metric's own name, which is W&B's default."""
 _BEST = tuple(name for name, summary in _SUMMARIES.items() if "min" in summary)
-_NO_SUMMARY = ("cell", "params", "findings", "wandb_id", "curve", "diagnosis")
+_NO_SUMMARY = ("cell", "params", "findings", "wandb_id", "curve", "diagnosis", "files")
 """Keys of result.json that the run has as configuration, id and evidence."""
 _ALERTED = ("zero_trapped", "partially_trapped")
 _TAG_LENGTH = 64
