@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_sweep import files
+
 KEPT_BYTES, KEPT_DRAWS = 2**29, 32
 """Of initial A's, drawn beforehand or kept for trials of the same rank and seed; one is kept whatever its size."""
 
@@ -175,6 +177,7 @@ def save(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> No
         save_file(tensors, file, metadata)
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    files.share(file)
 
 
 def _layers(adapted: Any) -> Iterator[tuple[str, LoraLayer]]:

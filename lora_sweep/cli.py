@@ -216,6 +216,9 @@ def status(study: StudyFolder, as_json: Json = False) -> None:
     progress.say(
         console, f"{made['study']}: {made['cells']} cells: {states}; ETA {progress.duration(made['eta_seconds'])}"
     )
+    left = made["RUNNING"] + made["WAITING"]
+    if left and not view.is_held:
+        progress.say(console, f"nobody works on it now; `launch` goes on with the {left} cells that are left")
     ranked = results.ranked(table)
     if ranked:
         console.print(progress.ranking(table, ranked))

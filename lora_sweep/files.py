@@ -112,6 +112,17 @@ def links(folder: Path) -> Iterator[Path]:
             yield from links(Path(entry.path))
 
 
+def share(path: Path) -> None:
+    """Gives a new file, or a folder and the files in it, the mode that the user's umask asks for.
+
+    Libraries that write by a temporary file keep its mode, which shuts out all others.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for each in (path, *path.iterdir()) if path.is_dir() else (path,):
+        each.chmod((0o777 if each.is_dir() else 0o666) & ~mask)
+
+
 def flush(file: BinaryIO) -> None:
     """To the disk."""
     file.flush()

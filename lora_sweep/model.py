@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import logging
 import re
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +16,19 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from lora_sweep import frozen, quant
+from lora_sweep import files, frozen, quant
 from lora_sweep.config import ModelConfig
+from lora_sweep.disk import disk_errors
 from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.records import Fault
 from lora_sweep.source import EMBEDDED, UNREADABLE, Source, path_faults, source, unreadable, weight_faults
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -345,38 +351,75 @@ def _read(model: ModelConfig, at: Source, dtype: torch.dtype, **placed: Any) -> 
 
 
 ORIGIN = "origin.json"
-"""Which base a kept folder was made from."""
+"""Which base a kept folder was made from, and the sha256 of each of its files."""
 
 
 def _kept(model: ModelConfig, at: Source, root: Path) -> Source:
     """The base as safetensors under root/base; a further one of the same study lies in a folder beside it.
 
-    Written when first asked for; a folder appears whole or not at all.
+    Written when first asked for, and anew where its files are not what was written; a folder appears whole or not at
+    all. Raises StudyError or OutOfRoom where it cannot be written.
     """
     origin = {"path": model.path, "dtype": model.dtype}
     mark = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:8]
-    for folder in (root / "base", root / f"base-{mark}"):
-        if not folder.exists():
-            _write(model, at, folder, origin)
-        if (folder / ORIGIN).is_file() and json.loads((folder / ORIGIN).read_text()) == origin:
-            return Source(str(folder.resolve()))
+    with disk_errors(root):
+        for folder in (root / "base", root / f"base-{mark}"):
+            found = _origin(folder)
+            if found.items() >= origin.items() and _is_as_written(folder, found):
+                return Source(str(folder.resolve()))
+            if not folder.exists():
+                _write(model, at, folder, origin)
+                return Source(str(folder.resolve()))
+            if not found or found.items() >= origin.items():
+                damaged = folder.with_name(f"damaged-{folder.name}-{secrets.token_hex(4)}")
+                folder.rename(damaged)
+                _log.warning("%s: is not the base that was written; moved to %s and written anew", folder, damaged.name)
+                _write(model, at, folder, origin)
+                return Source(str(folder.resolve()))
     raise UserError(f"{folder}: holds no base that this study kept; move it away")
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """Empty where there is none to be read."""
+    try:
+        found = files.read_json(folder / ORIGIN, follow=False)
+    except (OSError, files.Unsafe):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_as_written(folder: Path, origin: Mapping[str, Any]) -> bool:
+    """Whether the files are those that were written; older versions noted no digests."""
+    try:
+        return all(_digest(folder / name) == each for name, each in origin.get("files", {}).items())
+    except (OSError, files.Unsafe, AttributeError):
+        return False
+
+
+def _digest(file: Path) -> str:
+    with files.open_file(file, follow=False) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _write(model: ModelConfig, at: Source, folder: Path, origin: dict[str, Any]) -> None:
     config, tokens = _config(model, at), _tokenizer(model, at)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".base-", dir=folder.parent))
+    staging = files.staging(folder)
+    staging.mkdir()
     try:
-        _read(model, at, config.dtype).save_pretrained(aside)
-        tokens.save_pretrained(aside)
-        (aside / ORIGIN).write_text(json.dumps(origin))
-        aside.chmod(0o755)
         try:
-            aside.rename(folder)
+            _read(model, at, config.dtype).save_pretrained(staging)
+            tokens.save_pretrained(staging)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        digests = {file.name: _digest(file) for file in sorted(staging.iterdir()) if file.is_file()}
+        (staging / ORIGIN).write_text(json.dumps({**origin, "files": digests}, indent=2))
+        files.share(staging)
+        try:
+            staging.rename(folder)
         except OSError:
             # Another worker may have been faster.
             if not (folder / ORIGIN).is_file():
                 raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)

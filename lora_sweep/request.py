@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from lora_sweep import data, launch, model, pack, progress, space, worker
+from lora_sweep import data, launch, model, pack, progress, provenance, space, worker
 from lora_sweep.errors import ConfigError
 from lora_sweep.records import Fault
 from lora_sweep.space import Sweep
@@ -38,14 +39,17 @@ def checked(
     variants = [{name: group for name, group in each.items() if name not in unread} for each in variants]
     faults += _room_faults(variants)
     if not faults and not unread:
-        faults += _prepared(variants)
+        faults += _prepared(variants, None if defaults is not None else launch.study_folder(sweep.base().study))
     if faults:
         raise ConfigError(list({str(fault): fault for fault in faults}.values()))
     return sweep
 
 
-def _prepared(variants: list[dict[str, Any]]) -> list[Fault]:
-    """Has the user's data tokenised, once for all launches, and tells what became of its rows."""
+def _prepared(variants: list[dict[str, Any]], folder: Path | None) -> list[Fault]:
+    """Has the user's data tokenised, once for all launches, and tells what became of its rows.
+
+    Raises StudyError where the study in `folder` began with other data, also where it has nothing left to train.
+    """
     console = Console(stderr=True)
     pairs: list[tuple[Any, Any]] = []
     faults: list[Fault] = []
@@ -66,6 +70,8 @@ def _prepared(variants: list[dict[str, Any]]) -> list[Fault]:
             except ConfigError as error:
                 faults += error.faults
                 continue
+            if folder is not None:
+                provenance.refuse_changed(folder, loaded.report.sources)
             base = model.read_config(pair[0])
             faults += model.input_faults(pair[0].path, base, loaded.length, loaded.largest_id)
             beyond = model.beyond_training(base, loaded.length)

@@ -212,6 +212,7 @@ def is_healthy(row: Row) -> bool:
 
 def summary(view: StudyView, table: Sequence[Row], slots: int | None) -> dict[str, Any]:
     """What `status --json` says of the study and its rows: cells, runs, counts of cells by state, best, ETA, slots.
+    `is_held`: whether a process works on it.
 
     `slots`: as asked for; null where they are chosen on the way, and as many as are running count.
     """
@@ -228,6 +229,7 @@ def summary(view: StudyView, table: Sequence[Row], slots: int | None) -> dict[st
         "best": best and {key: best[key] for key in ("number", "params", "eval_loss", "base_loss", "flags", "cause")},
         "eta_seconds": _eta_seconds(statuses, left, slots or max(1, states.count("RUNNING"))),
         "slots": slots,
+        "is_held": view.is_held,
     }
 
 

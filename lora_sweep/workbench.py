@@ -12,10 +12,11 @@ import torch
 
 from lora_sweep import data as data_room
 from lora_sweep import model as model_room
+from lora_sweep import provenance
 from lora_sweep.config import Config, DataConfig, ModelConfig
-from lora_sweep.data import Data, Report
+from lora_sweep.data import Data
 from lora_sweep.disk import write_whole
-from lora_sweep.errors import StudyError, UserError
+from lora_sweep.errors import UserError
 from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Capacity, Exhausted, Pack, Settings, Trial, device_kind
 from lora_sweep.records import Base, Cell
@@ -40,24 +41,10 @@ class Workbench:
     def data(self, data: DataConfig, base: LoadedBase) -> Data:
         if self._data is None or self._data[0] != data or self._data[1] is not base:
             loaded = data_room.load(data, base.tokenizer)
-            self._keep_report(loaded.report)
+            provenance.refuse_changed(self.folder, loaded.report.sources)
+            provenance.keep(self.folder, loaded.report)
             self._data = (data, base, loaded)
         return self._data[2]
-
-    def _keep_report(self, report: Report) -> None:
-        """What became of the data's rows, and the digest of each source: a study never mixes two contents of one name.
-
-        Raises StudyError where a source has changed since the study began.
-        """
-        for name, digest in report.sources.items():
-            file = self.folder / "data" / f"{hashlib.sha256(name.encode()).hexdigest()[:12]}.json"
-            if file.is_file() and (before := json.loads(file.read_text())["digest"]) != digest:
-                raise StudyError(
-                    f"{self.folder}: {name} has changed since the study began (sha256 {before[:12]} -> {digest[:12]}); "
-                    "choose another study.name, or bring the data back"
-                )
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps({"source": name, "digest": digest, "report": report.plain()}, indent=2) + "\n")
 
     @contextmanager
     def pack(self, config: Config, bank_rank: int) -> Iterator[tuple[Pack, Base]]:
