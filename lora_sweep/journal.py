@@ -84,7 +84,7 @@ class Journal(JournalFileBackend):
 
 def hold(folder: Path) -> int:
     """Take the folder's lock for this process; returns its file descriptor, which must stay open."""
-    with files.append_to(folder / LOCK):  # refuses a link
+    with disk_errors(folder / LOCK), files.append_to(folder / LOCK):  # refuses a link
         pass
     lock = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

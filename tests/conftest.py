@@ -3,12 +3,13 @@
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # No test reaches a hub, nor the user's cache; read when the hub's client is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,8 +21,8 @@ import processor  # before torch
 import pytest
 import torch
 
+from lora_sweep import cli, frozen, space
 from lora_sweep import data as data_room
-from lora_sweep import frozen, space
 from lora_sweep import model as model_room
 from lora_sweep.data import Data
 from lora_sweep.model import LoadedBase
@@ -166,3 +167,26 @@ def trial() -> Callable[..., Trial]:
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Said]
+
+
+@pytest.fixture
+def run(in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """run("plan", "x.yaml", ...): the program in an empty working directory."""
+
+    def ran(*words: str) -> Said:
+        monkeypatch.setattr(sys, "argv", ["lora-sweep", *words])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Said(int(stopped.value.code or 0), out, err)
+
+    return ran

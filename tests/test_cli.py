@@ -4,39 +4,13 @@ import json
 import os
 import pickle
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from conftest import Run
 
 from lora_sweep import cli
 from lora_sweep.tiny.pretrain import WEIGHTS
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Said]
-
-
-@pytest.fixture
-def run(in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """run("plan", "x.yaml", ...): the program in an empty working directory."""
-
-    def ran(*words: str) -> Said:
-        monkeypatch.setattr(sys, "argv", ["lora-sweep", *words])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return Said(int(stopped.value.code or 0), out, err)
-
-    return ran
-
 
 Tree = dict[str, bytes | None]
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import stat
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ MAX_CONFIG_BYTES = 2**22
 
 BASE_NAME = ("base_model_name_or_path",)
 """Keys of an adapter's configuration that may change afterwards: a base that lies in the study moves with it."""
+
+READ_BYTES = 2**20
+"""Most of a file that is read to tell whether it has changed, where nothing is shipped."""
 
 Seal = Mapping[str, Mapping[str, Any]]
 """Path inside the trial's folder -> `bytes` and `sha256`; of the adapter's configuration `sha256` alone."""
@@ -37,8 +41,10 @@ def sealed(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
 
 
 def broken(folder: Path, seal: Seal) -> list[str]:
-    """Names of the sealed files that are gone, links, or of another size; of the adapter's configuration its digest
-    counts. Quick: no large file is read."""
+    """Names of the sealed files that are gone, links, or not what was sealed.
+
+    Quick: of a file above READ_BYTES the size alone is compared, and one that has not changed is read once.
+    """
     return [name for name, each in seal.items() if not _is_there(folder / name, name, each)]
 
 
@@ -75,13 +81,22 @@ def is_seal(plain: object) -> bool:
 
 
 def _is_there(file: Path, name: str, each: Mapping[str, Any]) -> bool:
-    if name == ADAPTER_CONFIG:
-        return bool(_digest_or_none(file, name) == each["sha256"])
     try:
         status = file.lstat()
     except OSError:
         return False
-    return stat.S_ISREG(status.st_mode) and bool(status.st_size == each.get("bytes"))
+    if not stat.S_ISREG(status.st_mode) or each.get("bytes") not in (None, status.st_size):
+        return False
+    if status.st_size > READ_BYTES:
+        return True
+    found = _digest_of(file, name, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    return bool(found == each["sha256"])
+
+
+@lru_cache(maxsize=2**16)
+def _digest_of(file: Path, name: str, _: tuple[int, ...]) -> str | None:
+    """Read again when anything of its status has changed."""
+    return _digest_or_none(file, name)
 
 
 def _digest_or_none(file: Path, name: str) -> str | None:
