@@ -13,10 +13,15 @@ from hydra.errors import HydraException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from lora_sweep import config as schema
+from lora_sweep.bounds import BoundExceeded, bounded
 from lora_sweep.records import Fault
 
-MOST_VALUES = 100_000
-"""Of one range: more is a slip."""
+MOST_VALUES = 10_000
+"""Of one range or choice: more is a slip, and each is checked."""
+MAX_LINE = 100_000
+"""Characters of one override: a choice of 10,000 values has as many."""
+PARSE_SECONDS, PARSE_BYTES = 10.0, 2**29
+"""Most that Hydra's parser may take for one override; a choice of 1,000 values takes 0.2 s."""
 _CALL = re.compile(r"\s*[a-z]+\(")
 """A function of the grammar: choice(..."""
 
@@ -79,11 +84,22 @@ def written(value: Any) -> str:
 
 
 def parse(line: str, faults: list[Fault]) -> Override | None:
+    """The line in Hydra's override grammar; None where it is not, or costs more than its bounds, which is a fault."""
+    if len(line) > MAX_LINE:
+        faults.append(
+            Fault(line.partition("=")[0][:80], f"must have at most {MAX_LINE:,} characters", f"{len(line):,}")
+        )
+        return None
     try:
-        return OverridesParser.create().parse_override(line)
+        with bounded(PARSE_SECONDS, PARSE_BYTES):
+            return OverridesParser.create().parse_override(line)
     except HydraException as error:
         reason = str(error).splitlines()[0]
         faults.append(Fault(line, f"is not in Hydra's override grammar: {reason}", None, _quoted(line)))
+    except RecursionError:
+        faults.append(Fault(line.partition("=")[0][:80], "is nested too deep for Hydra's override grammar"))
+    except BoundExceeded as error:
+        faults.append(Fault(line.partition("=")[0][:80], f"{error} to read as an override"))
     return None
 
 
@@ -127,6 +143,9 @@ def of_override(parsed: Override, faults: list[Fault]) -> Axis | None:
         twice = list(dict.fromkeys(written(v) for v, word in zip(values, same, strict=True) if same.count(word) > 1))
         if twice:
             faults.append(Fault(key, f"a choice must not repeat a value ({', '.join(twice)})", text))
+            return None
+        if len(values) > MOST_VALUES:
+            faults.append(Fault(key, f"must have at most {MOST_VALUES:,} values", f"{len(values):,}"))
             return None
         return Axis(key, "choice", values)
     faults.append(Fault(key, "must be choice(...), range(...) or interval(...)", text))

@@ -5,6 +5,7 @@ of the schema.
 """
 
 import difflib
+import io
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
@@ -24,12 +26,24 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
+from yaml import YAMLError
 
+from lora_sweep import files
+from lora_sweep.bounds import BoundExceeded, bounded
 from lora_sweep.config import GROUPS, Config, cross_faults
 from lora_sweep.errors import ConfigError
 from lora_sweep.records import Fault
 
 _ADAPTERS = {name: TypeAdapter(section) for name, section in GROUPS.items()}
+
+MAX_YAML_BYTES = 2**20
+"""Of one YAML file: a sweep file or an option of a group; the largest shipped has a five-hundredth of it."""
+MAX_YAML_VALUES = 100_000
+"""Of one YAML file, aliases written out."""
+COMPOSE_SECONDS, COMPOSE_BYTES = 4.0, 2**29
+"""Most that reading a YAML file, composing or resolving a configuration may take; it takes 0.1 s and a few MiB."""
+MAX_NUMBER = 1e300
+"""Of a derived value: whole numbers have no end of their own."""
 
 RESOLVERS = ("times", "divide", "power")
 """Arithmetic for derived values, the only resolvers a configuration may use."""
@@ -45,7 +59,7 @@ def _power(base: float, exponent: float) -> float:
 
 
 def register_resolvers() -> None:
-    OmegaConf.register_new_resolver("times", lambda a, b: _number(a) * _number(b), replace=True)
+    OmegaConf.register_new_resolver("times", lambda a, b: _within(_number(a) * _number(b)), replace=True)
     OmegaConf.register_new_resolver("divide", lambda a, b: _number(a) / _number(b), replace=True)
     OmegaConf.register_new_resolver("power", lambda a, b: _power(_number(a), _number(b)), replace=True)
 
@@ -53,6 +67,12 @@ def register_resolvers() -> None:
 def _number(value: Any) -> Any:
     if not isinstance(value, int | float):
         raise ValueError(f"takes numbers, got {value!r}")
+    return value
+
+
+def _within(value: Any) -> Any:
+    if abs(value) > MAX_NUMBER:
+        raise ValueError(f"must be at most {MAX_NUMBER:g}")
     return value
 
 
@@ -80,6 +100,65 @@ def groups() -> Iterator[None]:
         yield
 
 
+def read_yaml(file: Path) -> Any:
+    """The content of a YAML file as nested plain values, references unresolved.
+
+    Raises ConfigError in one line where it cannot be read, is no plain YAML (tags of Python's objects are refused), or
+    takes more than its bounds.
+    """
+    try:
+        text = files.read_text(file, MAX_YAML_BYTES)
+        with bounded(COMPOSE_SECONDS, COMPOSE_BYTES):
+            if (count := _count(yaml.safe_load(text), {})) > MAX_YAML_VALUES:
+                raise files.Unsafe(
+                    f"holds {count:,} values with its aliases written out, at most {MAX_YAML_VALUES:,} are read"
+                )
+            return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
+    except files.Unsafe as error:
+        raise ConfigError([Fault(str(file), f"cannot be read: it {error}")]) from error
+    except _UNREADABLE as error:
+        raise ConfigError([Fault(str(file), f"cannot be read: {_reason(error)}")]) from error
+
+
+_UNREADABLE = (
+    OSError,
+    UnicodeDecodeError,
+    YAMLError,
+    OmegaConfBaseException,
+    RecursionError,
+    BoundExceeded,
+    AssertionError,
+)
+"""What YAML, OmegaConf and the bounds raise on a file or a tree that cannot be read."""
+
+
+def _count(tree: Any, known: dict[int, int]) -> int:
+    """Of all values in a tree: what is in it twice, by an alias, counts twice but is walked once."""
+    if id(tree) not in known:
+        below = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
+        known[id(tree)] = 1 + sum(_count(each, known) for each in below)
+    return known[id(tree)]
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    if isinstance(error, BoundExceeded):
+        return f"it {error}"
+    return " ".join(str(error).split())[:500]
+
+
+def _own_faults() -> list[Fault]:
+    """Of the user's own conf/ folder: each file that cannot be read."""
+    faults: list[Fault] = []
+    for file in sorted((Path.cwd() / "conf").glob("**/*.yaml")):
+        try:
+            read_yaml(file)
+        except ConfigError as error:
+            faults += error.faults
+    return faults
+
+
 def compose(overrides: Sequence[str], sweep: Mapping[str, Any] | None = None) -> DictConfig:
     """The configuration of `overrides` over `sweep` over the defaults, interpolations unresolved.
 
@@ -99,9 +178,11 @@ def compose(overrides: Sequence[str], sweep: Mapping[str, Any] | None = None) ->
         if faults:
             raise ConfigError(faults)
         try:
-            composed: DictConfig = hydra_compose("lora_sweep", overrides=chosen)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError([Fault("configuration", " ".join(str(error).split()))]) from error
+            with bounded(COMPOSE_SECONDS, COMPOSE_BYTES):
+                composed: DictConfig = hydra_compose("lora_sweep", overrides=chosen)
+        except (HydraException, *_UNREADABLE, AttributeError, TypeError) as error:
+            # Hydra does not say which file it was.
+            raise ConfigError(_own_faults() or [Fault("configuration", f"cannot be read: {_reason(error)}")]) from error
     return composed
 
 
@@ -184,9 +265,12 @@ def sections(config: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
     if faults:
         return {}, faults
     try:
-        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+        with bounded(COMPOSE_SECONDS, COMPOSE_BYTES):
+            plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         return {}, [Fault(str(error.full_key or "configuration"), str(error).splitlines()[0])]
+    except (RecursionError, BoundExceeded) as error:
+        return {}, [Fault("configuration", f"cannot be resolved: {_reason(error)}")]
     # Again: two halves of a reference may have met.
     faults = unsafe(plain)
     if faults:

@@ -36,8 +36,15 @@ def study_folder(study: StudyConfig) -> Path:
 def check(study: StudyConfig) -> list[Fault]:
     """Whether the study's folder can be written; leaves nothing behind."""
     faults = []
-    folder = study_folder(study).absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not study.root.strip() or not study.root.isprintable():
+        remedy = "study.root=. is the working directory"
+        return [Fault("study.root", "must name a folder, in printable characters", study.root, remedy)]
+    try:
+        folder = study_folder(study).absolute()
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    except (OSError, RuntimeError) as error:  # a name too long, a home of nobody, no working directory
+        reason = getattr(error, "strerror", None) or str(error)
+        return [Fault("study.root", f"cannot be used ({reason})", study.root[:200], "choose another study.root")]
     if not existing.is_dir():
         faults.append(Fault("study.root", f"{existing} is a file, no folder", study.root))
     elif not _writable(existing):

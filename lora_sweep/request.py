@@ -91,8 +91,9 @@ def _room_faults(variants: list[dict[str, Any]]) -> list[Fault]:
             sets.append(groups["data"])
     faults = [fault for each in models for fault in model.check(*each)]
     faults += [fault for each in sets for fault in data.check(each)]
-    for optimizer in {groups["optimizer"] for groups in variants if "optimizer" in groups and "launcher" in groups}:
-        faults += pack.check(optimizer, worker.device(variants[0]["launcher"]))
+    launcher = next((groups["launcher"] for groups in variants if "launcher" in groups), None)
+    for optimizer in {groups["optimizer"] for groups in variants if "optimizer" in groups}:
+        faults += pack.check(optimizer, worker.device(launcher)) if launcher is not None else []
     for groups in variants[:1]:
         faults += launch.check(groups["study"]) if "study" in groups else []
         faults += worker.check(groups["launcher"]) if "launcher" in groups else []

@@ -8,6 +8,8 @@ The same words on the command line replace an axis (`method.rank=choice(8,32)`) 
 """
 
 import itertools
+import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property, partial
@@ -17,9 +19,7 @@ from typing import Any
 import optuna
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from optuna.distributions import BaseDistribution
-from yaml import YAMLError
 
 from lora_sweep import composition, folding, samplers
 from lora_sweep import config as schema
@@ -31,6 +31,9 @@ from lora_sweep.records import Cell, Fault
 
 SWEPT_GROUPS = ("model", "data", "method", "optimizer", "train")
 """Groups whose keys may be an axis; the others say how a study is run, not what is asked."""
+
+MAX_CELLS = 50_000
+"""Of a grid, and combinations of the values that a sampler draws from: more is a slip, and each is checked."""
 
 NEVER_SWEPT = ("train.slots", "model.trust_remote_code")
 
@@ -174,12 +177,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def load_launched(folder: Path, name: str = "config.yaml") -> dict[str, Any] | None:
     """A study's or a trial's configuration, or None where there is none. Raises ConfigError when it cannot be read."""
     file = folder / name
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
-    try:
-        plain: dict[str, Any] = OmegaConf.to_container(OmegaConf.load(file), resolve=False)  # type: ignore[assignment]
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError([Fault(str(file), f"cannot be read: {' '.join(str(error).split())}")]) from error
+    plain = composition.read_yaml(file)
     if not isinstance(plain, dict) or not all(isinstance(key, str) for key in plain):
         raise ConfigError([Fault(str(file), "must hold a mapping of groups, as `launch` wrote it")])
     return plain
@@ -205,7 +205,7 @@ def find(path: str) -> Path:
     """The sweep file: as given, or of that name among the shipped ones. Raises ConfigError."""
     shipped = composition.shipped("sweeps")
     for candidate in (Path(path), shipped / Path(path).name, shipped / f"{Path(path).name}.yaml"):
-        if candidate.is_file():
+        if candidate.exists() and not candidate.is_dir():
             return candidate
     known = sorted(f"sweeps/{file.name}" for file in shipped.glob("*.yaml"))
     remedy = composition.nearest(path, known) or f"shipped are {', '.join(known)}"
@@ -214,10 +214,7 @@ def find(path: str) -> Path:
 
 def _read_file(path: str) -> tuple[dict[str, Any], dict[str, Any], str]:
     file = find(path)
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError([Fault(str(file), f"cannot be read: {' '.join(str(error).split())}")]) from error
+    content = composition.read_yaml(file)
     if not isinstance(content, dict):
         raise ConfigError([Fault(str(file), "must hold a mapping with `space`")])
     space = content.pop("space", None) or {}
@@ -291,6 +288,10 @@ def check(sweep: Sweep) -> tuple[list[dict[str, Any]], list[Fault]]:
 
     Looks at axes, values, samplers and pruners; files and devices are for the rooms that read them.
     """
+    count = math.prod(len(axis.values) for axis in sweep.axes if axis.kind != "interval")
+    if count > MAX_CELLS:
+        rule = f"must have at most {MAX_CELLS:,} combinations of the values of its axes"
+        return [], [Fault("space", rule, f"{count:,}", "an interval takes any number: interval(1e-5, 1e-3)")]
     faults: list[Fault] = []
     tried: dict[str, list[Any]] = {}
     with composition.groups():

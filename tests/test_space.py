@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+import yaml
 from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -117,7 +118,7 @@ def test_intervals_keep_their_bounds_their_type_and_their_scale(
         ("train.seed=range(5,1)", "the range is empty (its end is exclusive)"),
         ("train.seed=range(3,3)", "the range is empty"),
         ("train.seed=range(0,inf)", "a range must be finite"),
-        ("train.seed=range(0,10000000000)", "a range of more than 100,000 values"),
+        ("train.seed=range(0,10000000000)", "a range of more than 10,000 values"),
         ("method.rank=choice(8,4,8)", "a choice must not repeat a value (8)"),
         ("method.alpha=choice(8,8.0)", "a choice must not repeat a value (8, 8.0)"),
         ("method.target_modules=choice([q_proj],[q_proj])", "a choice must not repeat a value ([q_proj])"),
@@ -594,3 +595,73 @@ def test_rungs_that_no_evaluation_reaches_are_told_before_anything_starts(in_fol
     assert faults == []
     _, found = space.check(sweep)
     assert [fault.field for fault in found] == ["pruner.min_steps"]
+
+
+BOMBS: dict[str, bytes] = {
+    "aliases": b"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 10)) for i in range(1, 10)),
+    "an alias of itself": b"a: &a [*a]",
+    "nesting": b"a: " + b"[" * 10_000 + b"]" * 10_000,
+    "a tag": b"a: !!python/object/apply:os.system ['touch pwned']",
+    "another encoding": "space: {method.rank: 'choice(2, 4)'}".encode("utf-16"),
+    "a key twice": b"a: 1\na: 2",
+    "no end": b"a: [",
+}
+
+
+@pytest.mark.parametrize("where", ["mine.yaml", "conf/model/mine.yaml"])
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_file_of_yaml_that_cannot_be_read_within_bounds_is_named_in_one_line(
+    in_folder: Path, where: str, bomb: str
+) -> None:
+    Path(where).parent.mkdir(parents=True, exist_ok=True)
+    Path(where).write_bytes(BOMBS[bomb])
+    with pytest.raises(ConfigError, match=r"mine\.yaml: cannot be read: ") as raised:
+        if where == "mine.yaml":
+            space.read(where, [])
+        else:
+            space.check(space.read(None, ["model=mine"])[0])
+            space.read(None, ["model=mine"])[0].base()
+    assert len(str(raised.value).splitlines()) == 1
+    assert not Path("pwned").exists()
+
+
+def test_what_is_no_file_is_refused_as_a_sweep(in_folder: Path) -> None:
+    os.mkfifo("fifo.yaml")
+    Path("zero.yaml").symlink_to("/dev/zero")
+    with Path("large.yaml").open("wb") as file:
+        file.truncate(2**40)
+    kinds = (("fifo", "is a FIFO"), ("zero", "is a device"), ("large", "is larger than 1,048,576 bytes"))
+    for name, kind in kinds:
+        with pytest.raises(ConfigError, match=f"cannot be read: it {kind}"):
+            space.read(f"{name}.yaml", [])
+
+
+def test_references_that_double_a_text_again_and_again_are_ended(
+    in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_sweep.composition.COMPOSE_SECONDS", 0.5)
+    doubling = {f"p{i}": f"${{tracker.p{i + 1}}}" * 2 for i in range(40)} | {"p40": "x"}
+    Path("x.yaml").write_text(yaml.safe_dump({"tracker": doubling, "space": {"method.rank": "choice(2, 4)"}}))
+    _, faults = space.check(space.read("x.yaml", [])[0])
+    assert [fault.rule for fault in faults] == ["cannot be resolved: it takes longer than 0.5 s"]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("method.rank=" + "[" * 3000 + "]" * 3000, "is nested too deep"),
+        ("method.rank=choice(" + ",".join(map(str, range(10**5))) + ")", "must have at most 100,000 characters"),
+    ],
+    ids=["nesting", "length"],
+)
+def test_an_override_beyond_its_bounds_is_one_line(line: str, told: str) -> None:
+    _, (fault,) = space.read(None, [line])
+    assert fault.field == "method.rank" and told in fault.rule
+
+
+def test_a_grid_of_more_cells_than_anybody_means_is_refused_at_once(in_folder: Path) -> None:
+    sweep, faults = space.read(None, ["train.seed=range(0,9999)", "method.rank=choice(2,4,8,16,32,64)"])
+    assert not faults
+    _, (fault,) = space.check(sweep)
+    assert fault.rule.startswith("must have at most 50,000 combinations") and fault.got == "59,994"
