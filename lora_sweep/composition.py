@@ -217,6 +217,12 @@ def option_faults(group: str, option: Any) -> list[Fault]:
     loader = GlobalHydra.instance().config_loader()
     options = loader.get_group_options(group)
     if option in options:
+        own = Path.cwd() / "conf" / group / f"{option}.yaml"
+        try:
+            # Before Hydra reads it, which has no bounds and does not name it.
+            _ = read_yaml(own) if own.exists() else None
+        except ConfigError as error:
+            return list(error.faults)
         return []
     return [Fault(group, f"must be one of {', '.join(options)}", option, nearest(str(option), options))]
 

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
 from lora_sweep import model as model_room
 from lora_sweep.data.chat import ChatFault, Conversation, check, encode, template
+from lora_sweep.data.encoding import _turns
+from lora_sweep.errors import ConfigError
 
 TEMPLATES = Path(__file__).parent / "templates"
 WEIGHTS = Path(__file__).parents[1] / "lora_sweep/tiny/weights"
@@ -654,3 +656,53 @@ def test_smollm2s_own_tokenizer_and_template() -> None:
         assert said == [f"{m['content']}<|im_end|>" for m in conversation.messages if m["role"] == "assistant"]
         messages = list(conversation.messages)
         assert result[0] == tokenizer.apply_chat_template(messages)["input_ids"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes longer than 0.5 s"),
+        ("{% set ns = namespace(n=0) %}{% macro m(n) %}{{ m(n) }}{% endmacro %}"
+         "{% for i in range(99999) %}{% for j in range(99999) %}{% set ns.n = i %}{% endfor %}{% endfor %}",
+         "takes longer than 0.5 s"),
+        ("{% if messages %}{{ 'a' * 10000000000 }}{% endif %}", "needs more than 256 MiB"),
+        ("{% if messages %}{{ 'a' | center(10000000000) }}{% endif %}", "needs more than 256 MiB"),
+        ("{% if messages %}{{ '%10000000000d' % 1 }}{% endif %}", "needs more than 256 MiB"),
+        ("{% set ns = namespace(s='aaaaaaaa') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+         "needs more than 256 MiB"),
+        ("{% if messages %}{{ 10 ** (10 ** 10) }}{% endif %}", "raises to a power, which is refused (line 1)"),
+    ],
+    ids=["loops", "loops beside a macro", "times", "center", "format", "doubling", "power"],
+)  # fmt: skip
+def test_a_template_that_takes_too_long_or_too_much_is_ended_and_named(
+    monkeypatch: pytest.MonkeyPatch, text: str, told: str
+) -> None:
+    monkeypatch.setattr("lora_sweep.data.chat.RENDER_SECONDS", 0.5)
+    talk = Conversation([user("a"), assistant("b")], None, 1)
+    with pytest.raises(ConfigError) as raised:
+        _turns([talk], tokenizer_of(), text)
+    (line,) = str(raised.value).splitlines()
+    assert line.startswith("data.chat_template: the chat template ") and told in line
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.system('touch pwned') }}",
+        "{{ lipsum.__globals__['os'].environ }}",
+        "{{ messages.append(1) }}",
+        "{% include '/etc/passwd' %}",
+        "{% import '/etc/passwd' as x %}",
+        "{{ raise_exception.__globals__ }}",
+        "{{ strftime_now.__globals__['__builtins__']['open']('/etc/passwd').read() }}",
+    ],
+)
+def test_a_template_reaches_nothing_but_the_conversation(in_folder: Path, text: str) -> None:
+    talk = Conversation([user("a"), assistant("b")], None, 1)
+    try:
+        (found,) = encode([talk], tokenizer_of(), text)
+    except ChatFault:
+        found = None
+    assert found is None or isinstance(found, ChatFault)
+    assert not Path("pwned").exists()

@@ -3,6 +3,9 @@
 import datetime
 import gzip
 import json
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from pyarrow import parquet
 from test_data import faults_of, of_file, rows, whole, words
 
 from lora_sweep import data as data_room
+from lora_sweep.bounds import bounded
 from lora_sweep.data import example, source
 from lora_sweep.data.reading import Row, Unreadable, of_files
 
@@ -154,3 +158,60 @@ def test_what_is_told_of_a_folder_is_of_the_folder_as_it_is(tmp_path: Path) -> N
     assert "z.jsonl:4" in told
     assert "a.jsonl" not in told
     assert "passed over: b.xlsx" in told
+
+
+def zeros(count: int) -> bytes:
+    return gzip.compress(bytes(count), 9)
+
+
+BOMBS: dict[str, Callable[[Path], None]] = {
+    "a.jsonl.gz": lambda file: file.write_bytes(zeros(2**27)),
+    "a.json.gz": lambda file: file.write_bytes(zeros(2**27)),
+    "a.csv.gz": lambda file: file.write_bytes(gzip.compress(b"prompt,completion\n") + zeros(2**27)),
+    "a.tsv.gz": lambda file: file.write_bytes(gzip.compress(b'prompt\tcompletion\n"') + zeros(2**27)),
+    "a.txt.gz": lambda file: file.write_bytes(gzip.compress(b"\n" * 2**27, 9)),
+    "a.jsonl": lambda file: os.truncate(make(file), 2**40),
+    "a.json": lambda file: os.truncate(make(file), 2**40),
+    "a.csv": lambda file: os.truncate(make(file, b"prompt,completion\n"), 2**40),
+    "a.txt": lambda file: os.truncate(make(file), 2**40),
+    "b.jsonl": os.mkfifo,
+    "b.parquet": os.mkfifo,
+    "c.jsonl": lambda file: file.symlink_to("/dev/zero"),
+    "d.parquet": lambda file: file.write_bytes(b"PAR1" + bytes(100) + b"PAR1"),
+}
+
+
+def make(file: Path, content: bytes = b"") -> Path:
+    file.write_bytes(content)
+    return file
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_file_that_floods_or_never_ends_is_refused_in_one_line_within_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("lora_sweep.data.reading.ENDLESS_BYTES", 2**27)
+    BOMBS[name](tmp_path / name)
+    # Read until it is refused; in a FIFO's place nothing may be waited for.
+    began = time.monotonic()
+    with bounded(20, 2**30):
+        (line,) = faults_of(of_file(tmp_path / name))
+    assert time.monotonic() - began < 10
+    assert line.startswith("data.path: ")
+    assert str(tmp_path) in line
+
+
+def test_one_odd_file_in_a_folder_of_good_ones_is_passed_over_and_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    os.mkfifo(tmp_path / "b.jsonl")
+    (tmp_path / "c.jsonl").symlink_to("/dev/zero")
+    found = source.of_path(str(tmp_path))
+    assert [row.record for row in found.rows()] == [{"text": "a"}]
+    assert found.passed_over == ("b.jsonl", "c.jsonl")
+
+
+def test_text_that_compresses_well_is_read_to_its_end(tmp_path: Path) -> None:
+    line = json.dumps({"prompt": "x" * 500, "completion": "y"}) + "\n"
+    content = "".join(line.replace("y", str(number)) for number in range(2**17)).encode()
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content, 9))
+    assert sum(1 for _ in of_files([tmp_path / "a.jsonl.gz"])) == 2**17

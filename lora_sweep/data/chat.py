@@ -12,9 +12,10 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import Environment, TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from lora_sweep.bounds import BoundExceeded, bounded
 from lora_sweep.data.conversation import (
     ChatFault,
     Conversation,
@@ -27,7 +28,12 @@ from lora_sweep.data.conversation import (
     thoughts,
 )
 
-__all__ = ["ChatFault", "Conversation", "check", "encode", "template"]
+__all__ = ["ChatFault", "Conversation", "TooCostly", "check", "encode", "template"]
+
+RENDER_SECONDS, RENDER_BYTES = 5.0, 2**28
+"""Most that a template may take to write one conversation; one of 1 MiB takes 0.1 s."""
+MAX_TEMPLATE_BYTES = 2**20
+"""Of a template's text; the largest known has a fortieth of it."""
 
 _STAND_IN = "\uf8ffstand-in\uf8ff"
 """In place of a turn. Its ends are characters of private use: nothing around it runs on into it by chance."""
@@ -57,13 +63,32 @@ def template(tokenizer: Any, chat_template: str | None) -> str:
         several = isinstance(tokenizer.chat_template, dict)
         lacks = "several chat templates and no default" if several else "no chat template"
         raise ChatFault(f"the tokenizer has {lacks}; give data.chat_template=FILE.jinja") from None
+    if len(text) > MAX_TEMPLATE_BYTES:
+        raise ChatFault(f"the chat template must have at most {MAX_TEMPLATE_BYTES:,} characters, got {len(text):,}")
     try:
-        render_jinja_template([], chat_template=text)
+        with bounded(RENDER_SECONDS, RENDER_BYTES):
+            _refuse_powers(text)
+            render_jinja_template([], chat_template=text)
+    except BoundExceeded as error:
+        raise ChatFault(f"the chat template {error} to compile") from None
     except TemplateSyntaxError as error:
         raise ChatFault(f"the chat template does not compile: {error.message} (line {error.lineno})") from None
     except (*_REFUSALS, SyntaxError) as error:
         raise ChatFault(f"the chat template does not compile: {error}") from None
     return text
+
+
+def _refuse_powers(text: str) -> None:
+    """Raises ChatFault: one power may take longer than anybody waits, and nothing interrupts it."""
+    before = ""
+    for line, kind, token in Environment().lex(text):
+        if token == "**" and kind == "operator" and before not in ("(", ","):
+            raise ChatFault(f"the chat template raises to a power, which is refused (line {line})")
+        before = token if kind != "whitespace" else before
+
+
+class TooCostly(Exception):
+    """A template takes more than its bounds for one conversation; the message is a clause that begins with a verb."""
 
 
 def encode(
@@ -73,7 +98,8 @@ def encode(
 
     counted: the tokens of the assistant's turns from `counted_from` on, with the token that ends a turn; not the role
     headers, the other roles, nor white space after the end of a turn. With `{% generation %}` in the template, the
-    template says what counts. Raises ChatFault as `template` does.
+    template says what counts. Raises ChatFault as `template` does, TooCostly where one conversation takes more than
+    RENDER_SECONDS or RENDER_BYTES.
     """
     writer = _Writer(tokenizer, template(tokenizer, chat_template))
     marked = [writer.mark(conversation) for conversation in conversations]
@@ -168,14 +194,17 @@ class _Writer:
     ) -> tuple[str, list[Span]]:
         """The text and the blocks in it that the template tags as generated."""
         try:
-            rendered, blocks = render_jinja_template(
-                [messages],
-                tools=tools,
-                chat_template=self._used(tools),
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=tracked,
-                **self.special,
-            )
+            with bounded(RENDER_SECONDS, RENDER_BYTES):
+                rendered, blocks = render_jinja_template(
+                    [messages],
+                    tools=tools,
+                    chat_template=self._used(tools),
+                    add_generation_prompt=prompt,
+                    return_assistant_tokens_mask=tracked,
+                    **self.special,
+                )
+        except BoundExceeded as error:
+            raise TooCostly(str(error)) from None
         except _REFUSALS as error:
             raise ChatFault(f"the chat template refuses it: {_first_line(error)}") from None
         return rendered[0], blocks[0] if tracked else []

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from lora_sweep.data import chat, tokens
-from lora_sweep.data.chat import ChatFault, Conversation
+from lora_sweep.data.chat import ChatFault, Conversation, TooCostly
 from lora_sweep.data.example import Parsed
 from lora_sweep.data.report import Part, Tally
 from lora_sweep.data.tokens import Encoded
@@ -53,6 +53,12 @@ def _turns(talks: Sequence[Conversation], tokenizer: Any, template: str | None) 
         found = chat.encode(talks, tokenizer, template) if talks else []
     except ChatFault as fault:
         raise ConfigError([Fault("data.chat_template", str(fault))]) from fault
+    except TooCostly as error:
+        which = "the tokenizer's own chat template" if template is None else "the chat template"
+        rule = f"{which} {error} to write one conversation"
+        raise ConfigError(
+            [Fault("data.chat_template", rule, None, "give another: data.chat_template=FILE.jinja")]
+        ) from error
     return [
         each if isinstance(each, ChatFault) else (np.array(each[0], np.int32), np.array(each[1], np.bool_))
         for each in found

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_sweep import real_facts
+from lora_sweep import files, real_facts
 from lora_sweep.config import DataConfig
 from lora_sweep.data import encoding, example, retention, source, store, tokens
+from lora_sweep.data.chat import MAX_TEMPLATE_BYTES
 from lora_sweep.data.encoding import Placed
 from lora_sweep.data.example import Parsed
 from lora_sweep.data.reading import Row, Unreadable
@@ -141,7 +142,7 @@ def _head_faults(
 
 
 def _head(path: str) -> Iterator[Row]:
-    return itertools.islice(source.of_path(path).rows(), HEAD_ROWS)
+    return itertools.islice(source.rows_of_path(path)(), HEAD_ROWS)
 
 
 def load(data: DataConfig, tokenizer: Any, progress: Progress = silent) -> Data:
@@ -259,9 +260,9 @@ def _template_text(data: DataConfig) -> str | None:
     if data.chat_template is None:
         return None
     try:
-        return Path(data.chat_template).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "is not UTF-8"
+        return files.read_text(Path(data.chat_template).expanduser(), MAX_TEMPLATE_BYTES)
+    except (OSError, files.Unsafe) as error:
+        reason = getattr(error, "strerror", None) or str(error)
         fault = Fault("data.chat_template", f"cannot be read ({reason})", data.chat_template, "a jinja file is needed")
         raise ConfigError([fault]) from error
 

@@ -14,15 +14,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
 import datasets
 from pyarrow import parquet
 
+from lora_sweep import files
+
 MAX_LINE_BYTES = 2**26
 """Of a line: a longer one is told and passed over."""
 MAX_ARRAY_BYTES = 2**29
-"""Of a JSON array, which is parsed as a whole."""
+"""Of a JSON array, which is parsed as a whole; of a compressed one when written out."""
+ENDLESS_BYTES = 2**30
+"""Of a line: nobody waits for the end of a longer one, the file is refused."""
+MAX_RATIO, RATIO_FROM_BYTES = 200, 2**23
+"""A compressed file that is written out to so many times its size is no text, which has 3 to 20; from so many bytes."""
+MAX_GROUP_BYTES = 2**32
+"""Of a row group of a Parquet file, written out."""
+COLUMNAR_ROWS = 1024
+"""Read at a time of a columnar file."""
 
 
 class Unreadable(Exception):
@@ -55,19 +65,50 @@ def kind(file: Path) -> str | None:
 def _lines(file: Path) -> Iterator[tuple[int, bytes | None, float]]:
     """(number, line or None where it is too long, share of the file read)."""
     size = file.stat().st_size or 1
-    with file.open("rb") as raw:
+    with _opened(file) as raw:
         stream = _plain(file, raw)
         number = 0
         while line := stream.readline(MAX_LINE_BYTES):
             number += 1
             whole: bytes | None = line
+            long = len(line)
             while len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
                 whole, line = None, stream.readline(MAX_LINE_BYTES)
+                long += len(line)
+                if long > ENDLESS_BYTES:
+                    raise Unreadable(f"{file}:{number}: is longer than {ENDLESS_BYTES >> 20:,} MiB")
             yield number, whole, raw.tell() / size
 
 
+def _opened(file: Path) -> BinaryIO:
+    """Raises Unreadable where it is no regular file: a FIFO or a device may have no end."""
+    try:
+        return files.open_file(file)
+    except files.Unsafe as error:
+        raise Unreadable(f"{file}: {error}") from error
+
+
 def _plain(file: Path, raw: BinaryIO) -> BinaryIO:
-    return cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if file.suffix == ".gz" else raw
+    return cast(BinaryIO, io.BufferedReader(_Written(file, raw))) if file.suffix == ".gz" else raw
+
+
+class _Written(io.RawIOBase):
+    """A compressed file written out, as far as it could be text."""
+
+    def __init__(self, file: Path, raw: BinaryIO) -> None:
+        self._file, self._raw, self._stream = file, raw, gzip.GzipFile(fileobj=raw)
+        self._bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._stream.readinto(buffer)
+        self._bytes += count
+        if self._bytes > max(RATIO_FROM_BYTES, MAX_RATIO * self._raw.tell()):
+            rule = f"is written out to more than {MAX_RATIO} times its size, which no text is"
+            raise Unreadable(f"{self._file}: {rule}")
+        return count
 
 
 def _decoded(line: bytes | None, number: int) -> tuple[str, str]:
@@ -108,16 +149,20 @@ def _read_text(file: Path) -> Iterator[Row]:
 
 def _read_json(file: Path) -> Iterator[Row]:
     """An array of objects, an object that holds one, or lines after all."""
-    with file.open("rb") as raw:
+    with _opened(file) as raw:
         stream = _plain(file, raw)
         first = stream.readline(MAX_LINE_BYTES)
         second = stream.readline(MAX_LINE_BYTES)
         if isinstance(_parsed(_decoded(first, 1)[0])[0], dict) and second.strip():
             yield from _read_jsonl(file)
             return
-        if file.stat().st_size > MAX_ARRAY_BYTES:
-            raise Unreadable(f"{file}: is one JSON value of {file.stat().st_size >> 20} MiB; write one object a line")
-        content = first + second + stream.read()
+        # Before it is read, where its size is known.
+        content = first + second
+        if file.stat().st_size <= MAX_ARRAY_BYTES:
+            content += stream.read(MAX_ARRAY_BYTES)
+        if max(len(content), file.stat().st_size) > MAX_ARRAY_BYTES:
+            limit = f"more than {MAX_ARRAY_BYTES >> 20} MiB"
+            raise Unreadable(f"{file}: is one JSON value of {limit}; write one object a line")
     try:
         value = json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -141,9 +186,9 @@ def _read_csv(file: Path) -> Iterator[Row]:
     comma = "\t" if str(kind(file)) == ".tsv" else ","
     # A byte that is no UTF-8 becomes half a surrogate pair, which the example's own check tells with its line.
     text = partial(io.TextIOWrapper, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    with file.open("rb") as raw, text(_plain(file, raw)) as stream:
+    with _opened(file) as raw, text(_plain(file, raw)) as stream:
         # Strict: else a quote that is never closed swallows all rows behind it without a word.
-        reader = csv.reader(stream, delimiter=comma, strict=True)
+        reader = csv.reader(_short_lines(file, stream), delimiter=comma, strict=True)
         columns: list[str] | None = None
         while True:
             first = reader.line_num + 1
@@ -171,15 +216,35 @@ def _read_csv(file: Path) -> Iterator[Row]:
             yield Row(f"{file}:{first}", record, broken, raw.tell() / size)
 
 
+def _short_lines(file: Path, stream: TextIO) -> Iterator[str]:
+    """Raises Unreadable for a line that the bound of a field would hold in memory before it is told."""
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES):
+        number += 1
+        if len(line) == MAX_LINE_BYTES and not line.endswith(("\n", "\r")):
+            raise Unreadable(f"{file}:{number}: is longer than {MAX_LINE_BYTES >> 20} MiB")
+        yield line
+
+
 def _read_columnar(file: Path) -> Iterator[Row]:
     builder = {".parquet": "parquet", ".arrow": "arrow"}[str(kind(file))]
     try:
-        count = parquet.read_metadata(file).num_rows if builder == "parquet" else 0
+        _opened(file).close()
+        count, pieces = 0, {}
+        if builder == "parquet":
+            metadata = parquet.read_metadata(file)
+            count, pieces = metadata.num_rows, {"batch_size": COLUMNAR_ROWS}
+            sizes = [metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)]
+            if max(sizes, default=0) > MAX_GROUP_BYTES:
+                limit = f"more than {MAX_GROUP_BYTES >> 20:,} MiB"
+                raise Unreadable(f"{file}: has a row group that is written out to {limit}; write smaller ones")
         # Escaped: `datasets` takes a name for a pattern, and data[1].parquet for data1.parquet.
-        rows = datasets.load_dataset(builder, data_files=glob.escape(str(file)), split="train", streaming=True)
+        rows = datasets.load_dataset(
+            builder, data_files=glob.escape(str(file)), split="train", streaming=True, **pieces
+        )
         for place, record in enumerate(rows, start=1):
             yield Row(f"{file}, row {place}", _filled(record), share=place / count if count else 0.0)
-    except OSError:
+    except (OSError, Unreadable, MemoryError):
         raise
     except Exception as error:  # datasets' and pyarrow's: no common base
         raise Unreadable(f"{file}: {one_line(error)}") from error

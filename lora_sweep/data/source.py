@@ -14,6 +14,7 @@ from datasets.packaged_modules.cache.cache import Cache
 from lora_sweep.config import DataConfig
 from lora_sweep.data.reading import READERS, Row, Unreadable, kind, of_dataset, of_files, one_line
 from lora_sweep.errors import ConfigError
+from lora_sweep.files import read_json
 from lora_sweep.records import Fault
 from lora_sweep.source import Refusal, cached_commit, hub_fault, refusal
 
@@ -41,6 +42,16 @@ class Source:
 
 def of_path(path: str) -> Source:
     """A file, or all data files of a folder in the order of their names. Raises Unreadable."""
+    at, rows = Path(path).expanduser(), rows_of_path(path)
+    if (at / "state.json").is_file():
+        return Source(path, _digest(tuple(sorted(at.glob("*.arrow")))), rows)
+    files, other = _found(at)
+    is_lines = all(kind(file) == ".txt" for file in files)
+    return Source(path, _digest(tuple(files)), rows, tuple(map(str, files)), other, is_lines)
+
+
+def rows_of_path(path: str) -> Callable[[], Iterator[Row]]:
+    """The rows of `of_path` alone: nothing is read before they are asked for. Raises Unreadable."""
     at = Path(path).expanduser()
     if not at.exists():
         raise Unreadable("No such file or directory")
@@ -48,18 +59,24 @@ def of_path(path: str) -> Source:
         raise Unreadable(f"holds several splits; give one of them, e.g. {path}/train")
     if (at / "state.json").is_file():
         stored = _from_disk(at)
-        return Source(path, _digest(tuple(sorted(at.glob("*.arrow")))), lambda: of_dataset(path, stored))
+        return lambda: of_dataset(path, stored)
+    files, _ = _found(at)
+    return lambda: of_files(files)
+
+
+def _found(at: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """(the data files, those of a folder that are none). Raises Unreadable."""
     files, other = _files(at) if at.is_dir() else ([at], ())
     if not files:
         raise Unreadable(f"holds no data file ({', '.join(READERS)})")
     for file in files:
         if kind(file) is None:
             raise Unreadable(f"is of no known kind ({', '.join(READERS)})")
+        if not file.is_file():
+            raise Unreadable("is no regular file")
     if at.is_dir():
         _refuse_other_splits(at, files)
-    is_lines = all(kind(file) == ".txt" for file in files)
-    names = tuple(map(str, files))
-    return Source(path, _digest(tuple(files)), lambda: of_files(files), names, other, is_lines)
+    return files, other
 
 
 def of_hub(data: DataConfig, split: str, key: str) -> Source:
@@ -126,7 +143,7 @@ def _files(folder: Path) -> tuple[list[Path], tuple[str, ...]]:
     files, other = [], []
     for path in sorted(_walk(folder, frozenset())):
         inside = path.relative_to(folder)
-        is_data = kind(path) is not None and not any(part.startswith("_") for part in inside.parts)
+        is_data = path.is_file() and kind(path) is not None and not any(part.startswith("_") for part in inside.parts)
         files.append(path) if is_data else other.append(str(inside))
     return files, tuple(other)
 
@@ -140,7 +157,7 @@ def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
             continue
         if path.is_dir():
             yield from _walk(path, above | {here})
-        elif path.is_file():
+        else:
             yield path
 
 
@@ -178,6 +195,13 @@ def _content(files: tuple[Path, ...], _: tuple[tuple[int, int], ...]) -> str:
 
 def _from_disk(folder: Path) -> Any:
     try:
+        state = read_json(folder / "state.json")
+        read_json(folder / "dataset_info.json")
+        names = [each["filename"] for each in state["_data_files"]]
+        if any(Path(name).name != name for name in names):
+            raise Unreadable(f"state.json names a file outside of the folder: {names[0]}")
         return datasets.load_from_disk(str(folder))
+    except (Unreadable, MemoryError):
+        raise
     except Exception as error:  # datasets' and pyarrow's: no common base
         raise Unreadable(one_line(error)) from error
