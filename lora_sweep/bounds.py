@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+PATTERN_SECONDS, PATTERN_BYTES = 5.0, 2**28
+"""Most that a regular expression from outside may take for the modules of a base; 1,000 names take a millisecond."""
+
 AGAIN_SECONDS = 0.5
 """A library may have swallowed the first interruption."""
 

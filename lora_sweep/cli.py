@@ -72,7 +72,7 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
     from lora_sweep import pitfalls, progress, request, results
     from lora_sweep.ledger import StudyView
 
-    asked = request.checked(sweep, overrides)
+    asked = request.checked(sweep, overrides, resumes=True)
     config = asked.base()
     folder = launcher.study_folder(config.study)
     console = Console()
@@ -176,7 +176,7 @@ def train(overrides: Overrides = None) -> None:
     from lora_sweep.records import Diagnosis, Finding
     from lora_sweep.tracking import read_result
 
-    asked = request.checked(None, overrides)
+    asked = request.checked(None, overrides, resumes=True)
     config = asked.base()
     folder = launcher.study_folder(config.study)
     console = Console()

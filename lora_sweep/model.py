@@ -18,17 +18,31 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
-from lora_sweep import files, frozen, quant
+from lora_sweep import checkpoint_files, files, frozen, quant
+from lora_sweep.bounds import PATTERN_BYTES, PATTERN_SECONDS, BoundExceeded, bounded
 from lora_sweep.config import ModelConfig
 from lora_sweep.disk import disk_errors
 from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.records import Fault
-from lora_sweep.source import EMBEDDED, UNREADABLE, Source, path_faults, source, unreadable, weight_faults
+from lora_sweep.source import (
+    EMBEDDED,
+    UNREADABLE,
+    Source,
+    path_faults,
+    size_faults,
+    source,
+    unreadable,
+    weight_faults,
+)
 
 _log = logging.getLogger(__name__)
+
+SKELETON_SECONDS, SKELETON_BYTES = 30.0, 2**32
+"""Most that building the modules of a base without its weights may take; 126 layers take 2 s."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -78,10 +92,12 @@ def check(model: ModelConfig, target_modules: Any) -> list[Fault]:
             faults = _quantisation_faults(model, config) or weight_faults(source(model), model.path)
             if faults:
                 return faults
-            shape = skeleton(config, source(model))
+            with bounded(SKELETON_SECONDS, SKELETON_BYTES):
+                shape = skeleton(config, source(model))
+            faults = size_faults(source(model), shape, model.path)
     except ConfigError as error:
         return list(error.faults)
-    return target_faults(shape, target_modules)
+    return faults or target_faults(shape, target_modules)
 
 
 def _quantisation_faults(model: ModelConfig, config: Any) -> list[Fault]:
@@ -114,9 +130,52 @@ def stored_quantisation(config: Any) -> str | None:
 def read_config(model: ModelConfig, at: Source | None = None) -> Any:
     """transformers' configuration of the base (as it lies `at`), attention implementation and dtype set."""
     at = at or source(model)
-    config = AutoConfig.from_pretrained(at.name_or_path, attn_implementation=model.attn_implementation, **at.arguments)
+    implementation: dict[str, Any] = {"attn_implementation": model.attn_implementation}
+    if at.gguf_file is not None or at.trust_remote_code:
+        # GGUF has none of these files, and whoever trusts the code trusts what stands beside it.
+        config = AutoConfig.from_pretrained(at.name_or_path, **implementation, **at.arguments)
+    else:
+        with tempfile.TemporaryDirectory(prefix="lora-sweep-") as folder:
+            heard = _heard_config(model, at)
+            (Path(folder) / checkpoint_files.CONFIG).write_text(json.dumps(heard))
+            config = AutoConfig.from_pretrained(folder, **implementation, trust_remote_code=False)
+        config.name_or_path = at.name_or_path
     config.dtype = DTYPES[model.dtype] if model.dtype != "auto" else _own_dtype(config, at)
     return config
+
+
+def _heard_config(model: ModelConfig, at: Source) -> dict[str, Any]:
+    """Of a checkpoint's config.json what it may decide. Raises ConfigError, or what the hub's client raises."""
+    if Path(at.name_or_path).is_dir():
+        file = Path(at.name_or_path) / checkpoint_files.CONFIG
+    else:
+        file = Path(_from_hub(at, checkpoint_files.CONFIG, is_needed=True))
+        if _from_hub(at, "adapter_config.json"):
+            remedy = "merge it into its base first, or give that base"
+            raise ConfigError([Fault("model.path", "is an adapter, no base", model.path, remedy)])
+    try:
+        heard = checkpoint_files.read_config(file)
+        if checkpoint_files.needs_code(file) and heard.get("model_type") not in CONFIG_MAPPING:
+            rule = f"cannot be read: its model type {heard.get('model_type')!r} needs code that lies beside it"
+            remedy = "if you trust it: model.trust_remote_code=true on the command line"
+            raise ConfigError([Fault("model.path", rule, model.path, remedy)])
+        checkpoint_files.check_folder(file.parent)
+    except files.Unsafe as error:
+        clause = str(error) if str(error).startswith("its ") else f"its {file.name} {error}"
+        raise ConfigError([Fault("model.path", f"cannot be read: {clause}", model.path)]) from error
+    return heard
+
+
+def _from_hub(at: Source, name: str, is_needed: bool = False) -> str:
+    """Where the hub's cache keeps a file of a repository, downloaded if it is not there; empty where there is none."""
+    found = cached_file(
+        at.name_or_path,
+        name,
+        revision=at.revision,
+        _raise_exceptions_for_missing_entries=is_needed,
+        _raise_exceptions_for_connection_errors=is_needed,
+    )
+    return str(found or "")
 
 
 def _own_dtype(config: Any, at: Source) -> torch.dtype:
@@ -177,9 +236,13 @@ def target_faults(shape: Any, target_modules: Any) -> list[Fault]:
             continue
         settings = LoraConfig(target_modules=one)
         try:
-            hit = [name for name, _ in shape.named_modules() if name and check_target_module_exists(settings, name)]
+            with bounded(PATTERN_SECONDS, PATTERN_BYTES):
+                hit = [name for name, _ in shape.named_modules() if name and check_target_module_exists(settings, name)]
         except re.error as error:
             faults.append(Fault(key, f"is no regular expression: {error}", one))
+            continue
+        except BoundExceeded as error:
+            faults.append(Fault(key, f"{error} to match the modules of the base", one))
             continue
         if not hit:
             faults.append(
@@ -275,7 +338,7 @@ def load(model: ModelConfig, device: torch.device, keep_in: Path | None = None) 
         if model.quantization or stored_quantisation(config):
             # A quantised model is made on its device and not moved.
             placed["device_map"] = {"": str(device)}
-        loaded = _read(model, at, config.dtype, **placed)
+        loaded = _read(model, at, config, **placed)
     if placed:
         quant.settle(loaded, config.dtype)
     else:
@@ -292,7 +355,7 @@ def weights(path: str) -> Any:
     model = ModelConfig("inspect", path, None, "auto", None, "eager", False)
     at = _found(model)
     config = _config(model, at)
-    return _read(model, at, config.dtype, **({"device_map": {"": "cpu"}} if stored_quantisation(config) else {}))
+    return _read(model, at, config, **({"device_map": {"": "cpu"}} if stored_quantisation(config) else {}))
 
 
 def weight_of(base: Any, name: str) -> torch.Tensor | None:
@@ -320,20 +383,22 @@ def _config(model: ModelConfig, at: Source) -> Any:
     return config
 
 
-def _read(model: ModelConfig, at: Source, dtype: torch.dtype, **placed: Any) -> Any:
+def _read(model: ModelConfig, at: Source, config: Any, **placed: Any) -> Any:
     """transformers' model with all its weights from the checkpoint, frozen, in eval mode. Raises UserError."""
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             at.name_or_path,
-            dtype=dtype,
+            dtype=config.dtype,
             attn_implementation=model.attn_implementation,
+            # Not read from the folder again: there it says more than it may.
+            **({} if at.gguf_file or at.trust_remote_code else {"config": config}),
             use_safetensors=None if at.gguf_file else True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **at.arguments,
             **placed,
         )
-    except UNREADABLE as error:
+    except (*UNREADABLE, RecursionError) as error:
         raise ConfigError([unreadable(error, model, "cannot be loaded")]) from error
     # transformers would draw these at random, and only say so in its log.
     absent = sorted(info["missing_keys"])
@@ -408,7 +473,7 @@ def _write(model: ModelConfig, at: Source, folder: Path, origin: dict[str, Any])
     staging.mkdir()
     try:
         try:
-            _read(model, at, config.dtype).save_pretrained(staging)
+            _read(model, at, config).save_pretrained(staging)
             tokens.save_pretrained(staging)
         except SafetensorError as error:
             raise OSError(str(error)) from error

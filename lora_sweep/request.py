@@ -18,10 +18,13 @@ def checked(
     overrides: list[str] | None,
     defaults: Mapping[str, Any] | None = None,
     unread: Sequence[str] = (),
+    resumes: bool = False,
 ) -> Sweep:
     """The sweep, or every fault of all rooms at once.
 
     Without a file, `defaults` come in its place. Groups in `unread` are not asked whether what they name is there.
+    `resumes`: a study that lies in its folder already goes on, so it must be on the same data. Raises ConfigError, and
+    StudyError where the data has changed.
     """
     if path is not None and "=" in path:
         raise ConfigError(
@@ -39,7 +42,7 @@ def checked(
     variants = [{name: group for name, group in each.items() if name not in unread} for each in variants]
     faults += _room_faults(variants)
     if not faults and not unread:
-        faults += _prepared(variants, None if defaults is not None else launch.study_folder(sweep.base().study))
+        faults += _prepared(variants, launch.study_folder(sweep.base().study) if resumes else None)
     if faults:
         raise ConfigError(list({str(fault): fault for fault in faults}.values()))
     return sweep

@@ -1,7 +1,6 @@
 """Where a base lies: in the package, another package, a folder, a GGUF file or on the hub; why the hub gave nothing."""
 
 import importlib.util
-import json
 import re
 import struct
 from dataclasses import dataclass
@@ -19,7 +18,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 
+from lora_sweep import checkpoint_files, files
 from lora_sweep.config import ModelConfig
+from lora_sweep.files import Unsafe
 from lora_sweep.records import Fault
 
 EMBEDDED = "embedded:"
@@ -135,11 +136,11 @@ def weight_faults(at: Source, asked: str | None) -> list[Fault]:
     folder = Path(at.name_or_path)
     if at.gguf_file is not None or not folder.is_dir():
         return []
-    index = folder / "model.safetensors.index.json"
+    index = folder / checkpoint_files.INDEX
     try:
-        named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [Fault("model.path", f"{index.name} cannot be read: {_one_line(error)}", asked)]
+        named = checkpoint_files.weight_names(index) if index.exists() else set()
+    except (OSError, Unsafe) as error:
+        return [Fault("model.path", f"cannot be read: its {index.name} {_one_line(error)}", asked)]
     absent = sorted(name for name in named if not (folder / name).is_file())
     if absent:
         rule = f"{len(absent)} of its {len(named)} files are missing, {absent[0]} among them"
@@ -147,12 +148,33 @@ def weight_faults(at: Source, asked: str | None) -> list[Fault]:
     faults = []
     for file in sorted(folder.glob("*.safetensors")):
         try:
+            with files.open_file(file):
+                pass
             with safe_open(file, framework="pt"):
                 pass
+        except Unsafe as error:
+            faults.append(Fault("model.path", f"{file.name} {error}", asked))
         except (SafetensorError, OSError) as error:
             rule = f"{file.name} is torn: {_one_line(error)}"
             faults.append(Fault("model.path", rule, asked, "copy or download it again"))
     return faults
+
+
+MAX_OVERSIZE = 16
+"""A base with so many times the numbers that its files hold is not theirs; 4-bit weights hold two to a byte."""
+
+
+def size_faults(at: Source, shape: Any, asked: str | None) -> list[Fault]:
+    """Whether the weights of a folder are as many as its configuration says, `shape` being its modules."""
+    folder = Path(at.name_or_path)
+    if at.gguf_file is not None or not folder.is_dir():
+        return []
+    described = sum(each.numel() for each in shape.parameters())
+    held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if described > MAX_OVERSIZE * held:
+        rule = f"its config.json describes {described:,} weights, its files have {held:,} bytes"
+        return [Fault("model.path", rule, asked)]
+    return []
 
 
 def _package_fault(asked: str) -> Fault:

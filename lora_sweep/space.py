@@ -313,6 +313,10 @@ def check(sweep: Sweep) -> tuple[list[dict[str, Any]], list[Fault]]:
     except ConfigError as error:
         return [], [*faults, *error.faults]
     faults += _trust_faults(sweep, variants)
+    for groups in variants:
+        # What is refused is read by nobody.
+        if "model" in groups and groups["model"].trust_remote_code and not _is_trusted(sweep):
+            del groups["model"]
     sampler, pruner = variants[0].get("sampler"), variants[0].get("pruner")
     if sampler is not None:
         if sampler.name == "grid" and not faults:
@@ -339,9 +343,13 @@ def _trust_faults(sweep: Sweep, variants: Sequence[Mapping[str, Any]]) -> list[F
     """Code that lies beside a checkpoint runs when its user says so, never because a file does."""
     key = "model.trust_remote_code"
     trusting = any("model" in groups and groups["model"].trust_remote_code for groups in variants)
-    if not trusting or any(line.startswith(f"++{key}=") for line in sweep.overrides):
+    if not trusting or _is_trusted(sweep):
         return []
     return [Fault(key, "is heard on the command line only", True, f"{key}=true after the sweep file")]
+
+
+def _is_trusted(sweep: Sweep) -> bool:
+    return any(line.startswith("++model.trust_remote_code=") for line in sweep.overrides)
 
 
 def _combination_faults(sweep: Sweep) -> list[Fault]:

@@ -37,6 +37,7 @@ FLOORS: dict[str, float] = {
     "quant": 0.5,
     "attention": 0.5,
     "frozen": 0.7,
+    "checkpoint_files": 0.4,
     "source": 0.5,
     "model": 1,
     "data": 1,

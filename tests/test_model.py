@@ -309,7 +309,7 @@ def test_a_file_of_the_weights_that_is_missing_is_told_before_anything_is_loaded
     assert fault == f"{told}, got {str(folder)!r} (copy or download it again)"
     (folder / "model.safetensors.index.json").write_text("[]")
     (fault,) = faults_of(path=str(folder))
-    assert fault.startswith("model.path: model.safetensors.index.json cannot be read: ")
+    assert fault.startswith("model.path: cannot be read: its model.safetensors.index.json ")
 
 
 def test_weights_that_are_missing_are_a_fault_and_never_drawn_at_random(checkpoint: Checkpoint) -> None:
