@@ -1,6 +1,5 @@
 """PEFT folders: anyone's LoRA, loaded by PEFT or read without a model."""
 
-import json
 import math
 import pickle
 import re
@@ -19,10 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_sweep import adapter_keys
+from lora_sweep import adapter_keys, files
 from lora_sweep.adapter_keys import Key
 from lora_sweep.blueprint import peft_chatter_off
+from lora_sweep.bounds import PATTERN_BYTES, PATTERN_SECONDS, BoundExceeded, bounded
 from lora_sweep.errors import UserError
+from lora_sweep.exhaustion import is_exhausted
+
+MAX_CONFIG_BYTES, MAX_PATTERNS = 2**22, 10_000
+"""Of an adapter_config.json, and of the entries of its rank_pattern and alpha_pattern."""
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -123,6 +127,7 @@ def read(folder: Path, allow_pickle: bool = False) -> Saved:
             remedy = " (if you trust it: --allow-pickle)" if (folder / PICKLE).is_file() else ""
             raise UserError(f"{error}{remedy}") from None
     tensors, size = _tensors(folder)
+    _check_patterns(folder / CONFIG, config, {key.target for key in map(adapter_keys.parse, tensors) if key.target})
     factors, extras, misnamed, unasked = _split(folder, tensors, config)
     named = [key for key in map(adapter_keys.parse, tensors) if key.has_adapter_name]
     if named:
@@ -163,8 +168,8 @@ def _ambiguous(config: Any, modules: Iterable[str]) -> tuple[str, ...]:
 def _config(folder: Path) -> tuple[Any, tuple[str, ...]]:
     file = folder / CONFIG
     try:
-        plain = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        plain = files.read_json(file, MAX_CONFIG_BYTES)
+    except (OSError, files.Unsafe) as error:
         raise UserError(f"{file}: cannot be read as JSON: {_one_line(error)}") from error
     kind = plain.get("peft_type") if isinstance(plain, dict) else None
     if kind is None:
@@ -177,7 +182,10 @@ def _config(folder: Path) -> tuple[Any, tuple[str, ...]]:
             config = PeftConfig.from_pretrained(str(folder))
         for field in ("rank_pattern", "alpha_pattern"):
             # PEFT fails later, and on its own line, on what is no mapping or no expression.
-            get_pattern_key(getattr(config, field).keys(), "")
+            keys = getattr(config, field).keys()
+            if len(keys) > MAX_PATTERNS:
+                raise ValueError(f"{field} must have at most {MAX_PATTERNS:,} entries, got {len(keys):,}")
+            get_pattern_key(keys, "")
     except (ValueError, TypeError, KeyError, AttributeError, ImportError, re.error) as error:
         raise UserError(f"{file}: PEFT cannot read it: {_one_line(error)}") from error
     foreign = [field for field in FOREIGN if getattr(config, field, None)]
@@ -199,10 +207,28 @@ UNREADABLE = (
 """What safetensors and torch raise on a file that they cannot read."""
 
 
+def _check_patterns(file: Path, config: Any, modules: Iterable[str]) -> None:
+    """Raises UserError where a pattern takes too long for the names of the modules, which PEFT would wait for."""
+    names = list(modules)
+    for key in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"):
+        found: Any = getattr(config, key, None)
+        is_suffix = key.endswith("_pattern")
+        for pattern in list(found) if is_suffix else [found] if isinstance(found, str) else []:
+            where = f"{file}: {key} {pattern[:200]!r}"
+            try:
+                with bounded(PATTERN_SECONDS, PATTERN_BYTES):
+                    for name in names:
+                        get_pattern_key([pattern], name) if is_suffix else re.fullmatch(pattern, name)
+            except BoundExceeded as error:
+                raise UserError(f"{where} {error} to match the names of the modules") from error
+            except re.error as error:
+                raise UserError(f"{where} is no regular expression: {error}") from error
+
+
 def _tensors(folder: Path) -> tuple[dict[str, Tensor], int]:
     file = folder / WEIGHTS if (folder / WEIGHTS).is_file() else folder / PICKLE
     try:
-        with file.open("rb") as opened:
+        with files.open_file(file) as opened:
             if opened.read(8) == b"version ":
                 raise UserError(f"{file}: is a pointer of git-lfs, not the weights (git lfs pull)")
         if file.name == WEIGHTS:
@@ -211,7 +237,9 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], int]:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
                 tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
+    except (*UNREADABLE, MemoryError) as error:
+        if is_exhausted(error):
+            raise UserError(f"{file}: there is not enough memory to read it; free some") from error
         by = "" if file.name == WEIGHTS else "by torch.load(weights_only=True) "
         raise UserError(f"{file}: cannot be read {by}(truncated or damaged?): {_one_line(error)}") from error
     if not isinstance(tensors, dict) or not all(isinstance(each, Tensor) for each in tensors.values()):

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_sweep import checkpoint_files, files
 from lora_sweep.config import ModelConfig
+from lora_sweep.exhaustion import is_exhausted
 from lora_sweep.files import Unsafe
 from lora_sweep.records import Fault
 
@@ -191,6 +192,8 @@ def _package_fault(asked: str) -> Fault:
 def unreadable(error: BaseException, model: ModelConfig, rule: str) -> Fault:
     """One line for what transformers told in many; `rule` says what failed where no better is known."""
     key, path = "model.path", model.path
+    if is_exhausted(error):
+        return Fault(key, "there is not enough memory to load it", path, "free some, or take model.dtype=bf16")
     if "does not support an attention implementation" in str(error):
         asked = model.attn_implementation
         remedy = "model.attn_implementation=eager"

@@ -23,6 +23,7 @@ FLOORS: dict[str, float] = {
     "provenance": 1.3,
     "terminal": 0.0,
     "bounds": 0.0,
+    "exhaustion": 0.0,
     "errors": 0.1,
     "chatter": 0.1,
     "tiny": 0.1,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import re
 import shutil
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lora_sweep import adapter_keys, adapters, cli
+from lora_sweep.bounds import bounded
 from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.inspection import Inspection, inspect
 
@@ -1018,3 +1020,42 @@ def test_an_adapter_that_peft_loads_again_gives_the_same(make: Make, base: str, 
     folder, _ = make(use_rslora=True, rank_pattern={"q_proj": 2})
     loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), str(folder))
     agrees_with_peft(one(folder), loaded)
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"])
+def test_a_pattern_that_never_ends_is_named(make: Make, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setattr("lora_sweep.adapters.PATTERN_SECONDS", 0.5)
+    folder, _ = make()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    pattern = r"((\w|\.)+)+!"
+    config[key] = {pattern: 4} if key.endswith("_pattern") else pattern
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    _, (line,) = inspect(folder)
+    assert f"{key} {pattern!r} takes longer than 0.5 s to match the names of the modules" in line
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("kind", ["deep", "fifo", "device", "large", "patterns"])
+def test_an_odd_file_of_an_adapter_is_one_line_at_once(make: Make, name: str, kind: str) -> None:
+    folder, _ = make()
+    file = folder / name
+    config = json.loads((folder / "adapter_config.json").read_text())
+    file.unlink()
+    match kind:
+        case "deep":
+            file.write_text('{"a":' * 50_000)
+        case "fifo":
+            os.mkfifo(file)
+        case "device":
+            file.symlink_to("/dev/zero")
+        case "large":
+            file.write_text("{}")
+            os.truncate(file, 2**40)
+        case "patterns":
+            file.write_text(json.dumps(config | {"rank_pattern": {f"m{i}": 4 for i in range(10**5)}}))
+    with bounded(10, 2**31):
+        try:
+            _, lines = inspect(folder)
+        except UserError as error:
+            lines = str(error).splitlines()
+    assert len(lines) == 1 and len(lines[0]) < 700

@@ -1,10 +1,13 @@
 """Bases are found, checked without their weights, loaded frozen; adapters are PEFT's own, and never pickles."""
 
 import json
+import os
 import pickle
+import random
 import shutil
 import struct
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2
 from lora_sweep import adapters
 from lora_sweep import model as model_room
 from lora_sweep.blueprint import Blueprint, peft_config
+from lora_sweep.bounds import bounded
 from lora_sweep.config import ModelConfig
 from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.model import LoadedBase
@@ -657,3 +661,123 @@ def test_an_adapter_that_peft_cannot_load_is_the_users_to_mend(written: Any, har
     with pytest.raises(UserError, match="PEFT cannot load it") as caught:
         adapters.load(fresh_base(), folder)
     assert "\n" not in str(caught.value)
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "layers": {"num_hidden_layers": 10**7},
+    "width": {"hidden_size": 10**9},
+    "heads": {"num_attention_heads": 10**9, "head_dim": 10**9},
+    "vocabulary": {"vocab_size": 10**12},
+    "vocabulary beyond what the files hold": {"vocab_size": 10**9},
+    "inner": {"intermediate_size": 10**18},
+    "below zero": {"hidden_size": -128},
+    "no number": {"hidden_size": "128"},
+    "infinite": {"num_hidden_layers": float("inf")},
+    "fraction": {"num_hidden_layers": 2.5},
+    "nested": {"rope_scaling": {"num_layers": 10**9}},
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_impossible_sizes_are_one_line_before_anything_is_built(checkpoint: Checkpoint, name: str) -> None:
+    began = time.monotonic()
+    with bounded(30, 2**31):
+        (line,) = faults_of(path=str(checkpoint(**SIZES[name])))
+    assert time.monotonic() - began < 10
+    assert line.startswith("model.path: ") and len(line) < 700
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"_attn_implementation": "org/kernel"},
+        {"_attn_implementation_internal": "org/kernel"},
+        {"attn_implementation": "org/kernel"},
+        {"_experts_implementation": "org/kernel"},
+        {"experts_implementation": "org/kernel", "use_kernels": True},
+        {"kernel_config": {"RMSNorm": "org/kernel:Norm"}},
+        {"auto_map": {"AutoModelForCausalLM": "org/other--mine.Model"}, "custom_pipelines": {"x": {"impl": "mine.X"}}},
+        {"_name_or_path": "org/other", "transformers_weights": "/elsewhere.bin", "name_or_path": "org/other"},
+        {"tp_plan": {"layers.*": "colwise"}, "_commit_hash": "0" * 40, "gguf_file": "../x.gguf"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_checkpoint_does_not_say_how_it_is_run_or_where_else_it_lies(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Whatever it names is not asked for, and its losses are those of the checkpoint without."""
+
+    def refuse(*words: Any, **_: Any) -> None:
+        raise AssertionError(f"asked for {words}")
+
+    monkeypatch.setattr("transformers.integrations.hub_kernels.get_kernel", refuse, raising=False)
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", refuse)
+    folder = checkpoint(**changes)
+    (folder / "mine.py").write_text("raise AssertionError('run')")
+    assert faults_of(path=str(folder)) == []
+    loaded = model_room.load(model_config(path=str(folder)), CPU)
+    plain = model_room.load(model_config(path=str(checkpoint())), CPU)
+    ids = torch.arange(32)[None]
+    assert torch.equal(loaded.model(ids).logits, plain.model(ids).logits)
+    assert loaded.name_or_path == str(folder)
+    assert loaded.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json",
+                                  "special_tokens_map.json", "model.safetensors.index.json"])  # fmt: skip
+@pytest.mark.parametrize("kind", ["deep", "fifo", "device", "large", "cut", "garbage"])
+def test_an_odd_file_beside_the_weights_is_one_line_at_once(
+    checkpoint: Checkpoint, tmp_path: Path, name: str, kind: str
+) -> None:
+    folder = checkpoint()
+    file = folder / name
+    before = file.read_bytes() if file.exists() else b"{}"
+    file.unlink(missing_ok=True)
+    match kind:
+        case "deep":
+            file.write_text('{"a":' * 50_000)
+        case "fifo":
+            os.mkfifo(file)
+        case "device":
+            file.symlink_to("/dev/zero")
+        case "large":
+            file.write_text("{}")
+            os.truncate(file, 2**40)
+        case "cut":
+            file.write_bytes(before[: len(before) // 2])
+        case "garbage":
+            file.write_bytes(random.Random(0).randbytes(1000))
+    began = time.monotonic()
+    with bounded(30, 2**31):
+        lines = faults_of(path=str(folder))
+        if not lines:
+            with pytest.raises(ConfigError) as raised:
+                model_room.tokenizer(model_config(path=str(folder)))
+            lines = str(raised.value).splitlines()
+    assert time.monotonic() - began < 10
+    assert len(lines) == 1 and lines[0].startswith("model.path: ")
+
+
+@pytest.mark.parametrize(
+    "named", ["pytorch_model.bin", "../model.safetensors", "/etc/passwd", "a/model.safetensors", "x.pkl"]
+)
+def test_an_index_names_safetensors_of_its_folder_alone(checkpoint: Checkpoint, named: str) -> None:
+    folder = checkpoint()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": named}}))
+    (line,) = faults_of(path=str(folder))
+    assert "which is no safetensors file of its folder" in line and named in line
+
+
+def test_a_pattern_of_targets_that_never_ends_is_named(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_sweep.model.PATTERN_SECONDS", 0.5)
+    shape = model_room.skeleton(model_room.read_config(model_config(path=str(checkpoint()))))
+    (fault,) = model_room.target_faults(shape, r"((\w|\.)+)+!")
+    assert fault.rule == "takes longer than 0.5 s to match the modules of the base"
+
+
+def test_weights_have_the_mode_of_other_files(tmp_path: Path) -> None:
+    base = model_room.load(config_of().model, CPU, tmp_path)
+    mine = tmp_path / "mine"
+    mine.touch()
+    modes = {file.name: file.stat().st_mode for file in Path(base.name_or_path).iterdir()}
+    assert set(modes.values()) == {mine.stat().st_mode}

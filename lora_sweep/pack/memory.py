@@ -67,10 +67,5 @@ class Peak:
         return max(0.0, 1024.0 * int(_line(_STATUS, "VmHWM")) - self._before)
 
 
-def is_exhausted(error: BaseException) -> bool:
-    """Whether the device, or the host's allocator, had no more memory to give."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
 def _line(file: Path, key: str) -> str:
     return next(line.split()[1] for line in file.read_text().splitlines() if line.split()[0].rstrip(":") == key)

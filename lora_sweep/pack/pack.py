@@ -24,6 +24,7 @@ from lora_sweep import adapters, health, quant
 from lora_sweep.blueprint import Blueprint, peft_config
 from lora_sweep.data import Data
 from lora_sweep.errors import ConfigError, UserError
+from lora_sweep.exhaustion import is_exhausted
 from lora_sweep.model import LoadedBase, input_faults
 from lora_sweep.pack import memory
 from lora_sweep.pack.bank import Banks
@@ -302,7 +303,7 @@ class Pack:
         try:
             return [work(slots)]
         except (RuntimeError, MemoryError) as error:
-            if not memory.is_exhausted(error):
+            if not is_exhausted(error):
                 raise
             if len(slots) == 1 or self.settings.fixed_shapes:
                 found = next(slot for slot in slots if slot is not None)

@@ -15,10 +15,10 @@ from transformers import get_scheduler
 
 from lora_sweep import files, health
 from lora_sweep.blueprint import save
+from lora_sweep.exhaustion import is_exhausted
 from lora_sweep.health import MOMENTS, AdaptedModule, Chart, Side, Stepped
 from lora_sweep.pack import optimizers
 from lora_sweep.pack.bank import Bank, Banks, Which
-from lora_sweep.pack.memory import is_exhausted
 from lora_sweep.pack.trial import Trial
 from lora_sweep.records import Step
 
