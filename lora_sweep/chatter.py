@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from lora_sweep.terminal import printable
+
 _ENVIRONMENT = {
     # transformers' reader of GGUF files draws a bar of its own, whatever transformers' setting is.
     "TQDM_DISABLE": "1",
@@ -86,7 +88,11 @@ def _hidden(package: str) -> Iterator[None]:
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR or record.name.partition(".")[0] == "lora_sweep"
+    if record.levelno < logging.ERROR and record.name.partition(".")[0] != "lora_sweep":
+        return False
+    # What it tells of may come from outside.
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
 
 
 def _drop(*_: Any, **__: Any) -> None:

@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -13,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from lora_sweep import chatter
+from lora_sweep.process import stoppable
+from lora_sweep.terminal import complain
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from lora_sweep.config import Config
+    from lora_sweep.console import Console
 
 app = typer.Typer(
     help="Pick LoRA hyperparameters for production: exact packed sweeps over rank, alpha, rsLoRA and LoRA+ ratio.",
@@ -36,12 +35,19 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")]
 
-STOPPED = 130
+OUT_OF_MEMORY = (
+    "there is not enough memory for this; free some, take fewer train.slots or model.dtype=bf16; what was recorded is "
+    "safe, the same command goes on"
+)
 
 
 def main() -> NoReturn:
-    """Runs a verb. Exit codes: 0 done, 2 the user's mistake, 3 no safe answer, 130 stopped, 1 anything else."""
+    """Runs a verb and ends in SystemExit.
+
+    Exit codes: 0 done, 2 the user's mistake, 3 no safe answer, 128 + n stopped by signal n, 1 anything else.
+    """
     from lora_sweep.errors import NoSafeAnswer, OutOfRoom, UserError
+    from lora_sweep.exhaustion import is_exhausted
 
     # Read when torch is imported: how long its threads spin for one another before they sleep. By default so long that
     # on a machine with other work small operations took 10 to 40 times as long; none at all costs a third when idle.
@@ -51,13 +57,18 @@ def main() -> NoReturn:
             app()
         code = 0
     except UserError as error:
-        print(error, file=sys.stderr)
+        complain(error)
         code = 2
     except NoSafeAnswer as error:
-        print(error, file=sys.stderr)
+        complain(error)
         code = 3
     except OutOfRoom as error:
-        print(f"{error}; what was recorded is safe, the same command goes on once there is room", file=sys.stderr)
+        complain(f"{error}; what was recorded is safe")
+        code = 1
+    except Exception as error:
+        if not is_exhausted(error):
+            raise
+        complain(OUT_OF_MEMORY)
         code = 1
     sys.exit(code)
 
@@ -66,10 +77,9 @@ def main() -> NoReturn:
 def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
     """Run or resume a study here; ends with a ranking, the flags, the winner and where everything lies."""
     chatter.import_quietly()
-    from rich.console import Console
-
     from lora_sweep import launch as launcher
     from lora_sweep import pitfalls, progress, request, results
+    from lora_sweep.console import Console, say
     from lora_sweep.ledger import StudyView
 
     asked = request.checked(sweep, overrides, resumes=True)
@@ -89,20 +99,20 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
         runs = max(launcher.runs(asked), done)
     most = "at most " if config.sampler.name != "grid" and config.study.fold != "off" else ""
     slots = "as many slots as pay" if config.train.slots is None else f"{config.train.slots} slots"
-    progress.say(
+    say(
         console,
         f"{config.study.name}: {cells} cells, {most}{runs} runs, {done} of them finished, {slots} -> {folder}",
     )
     for line in progress.warning_lines([asdict(each) for each in pitfalls.pitfalls(asked)]) if done < runs else ():
-        progress.say(console, line)
-    with _stoppable() as stop, progress.Show(console, runs, done, config.train.max_steps) as show:
+        say(console, line)
+    with stoppable() as stop, progress.Show(console, runs, done, config.train.max_steps) as show:
         finished = launcher.launch(asked, show, stop)
     view = StudyView.read(folder)
     table = results.rows(view)
-    if not finished:
-        left = sum(row["state"] not in ("COMPLETE", "PRUNED", "FAIL") for row in results.runs(table))
-        progress.say(console, f"stopped with {left} runs left; the same command goes on from here")
-        raise typer.Exit(STOPPED)
+    left = sum(row["state"] not in results.ENDED for row in results.runs(table)) + view.size - len(table)
+    if not finished and left:
+        say(console, f"stopped with {left} runs left; the same command goes on from here")
+        raise typer.Exit(stop.code)
     _conclude(console, folder, table, config)
 
 
@@ -110,10 +120,10 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
 def plan(sweep: SweepFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Check a sweep and show its cells, memory and time estimate; trains nothing."""
     chatter.import_quietly()
-    from rich.console import Console
     from rich.table import Table
 
     from lora_sweep import estimate, progress, request
+    from lora_sweep.console import Console, say
     from lora_sweep.progress import class_lines, duration, short
 
     asked = request.checked(sweep, overrides)
@@ -123,11 +133,9 @@ def plan(sweep: SweepFile, overrides: Overrides = None, as_json: Json = False) -
         return
     console = Console()
     runs = f", {made['distinct_runs']} distinct runs," if made["is_grid"] else ""
-    progress.say(console, f"{made['study']}: {made['cells']} cells{runs} over {', '.join(made['axes']) or 'nothing'}")
+    say(console, f"{made['study']}: {made['cells']} cells{runs} over {', '.join(made['axes']) or 'nothing'}")
     if made["packs"] > 1:
-        progress.say(
-            console, f"{made['packs']} kinds of pack: an axis changes the base, the data or the shape of a batch"
-        )
+        say(console, f"{made['packs']} kinds of pack: an axis changes the base, the data or the shape of a batch")
     table = Table(box=None, show_header=False)
     kind = made["quantization"] or made["dtype"]
     table.add_row("base", f"{made['base_parameters']:,} parameters, {made['base_mib']:,.1f} MiB in {kind}")
@@ -158,21 +166,20 @@ def plan(sweep: SweepFile, overrides: Overrides = None, as_json: Json = False) -
     table.add_row("time", f"about {duration(made['seconds'])} on {made['device']}, if no cell is pruned")
     console.print(table)
     for cell in asked.cells()[:3] if made["is_grid"] else ():
-        progress.say(console, f"cell {cell.folder}: {short(cell.params)}")
+        say(console, f"cell {cell.folder}: {short(cell.params)}")
     if not made["is_grid"] and asked.base().study.fold != "off":
-        progress.say(console, "a cell that is drawn and is the same run as one before it is not run, but told its end")
+        say(console, "a cell that is drawn and is the same run as one before it is not run, but told its end")
     for line in [*class_lines(made), *progress.warning_lines(made["warnings"])]:
-        progress.say(console, line)
+        say(console, line)
 
 
 @app.command()
 def train(overrides: Overrides = None) -> None:
     """Train one trial, without a study."""
     chatter.import_quietly()
-    from rich.console import Console
-
     from lora_sweep import health, progress, request
     from lora_sweep import launch as launcher
+    from lora_sweep.console import Console, say
     from lora_sweep.records import Diagnosis, Finding
     from lora_sweep.tracking import read_result
 
@@ -180,29 +187,28 @@ def train(overrides: Overrides = None) -> None:
     config = asked.base()
     folder = launcher.study_folder(config.study)
     console = Console()
-    with _stoppable() as stop, progress.Show(console, 1, 0, config.train.max_steps) as show:
+    with stoppable() as stop, progress.Show(console, 1, 0, config.train.max_steps) as show:
         finished = launcher.train(config, show, stop)
     if not finished:
-        progress.say(console, "stopped; the same command goes on from here")
-        raise typer.Exit(STOPPED)
+        say(console, "stopped; the same command goes on from here")
+        raise typer.Exit(stop.code)
     result = read_result(folder) or {}
     spent = progress.duration(result["seconds"])
     loss = "not finite" if result["eval_loss"] is None else f"{result['eval_loss']:.4f}"
-    progress.say(console, f"{result['state']}: eval loss {loss} (base {result['base_loss']:.4f}), {spent}")
+    say(console, f"{result['state']}: eval loss {loss} (base {result['base_loss']:.4f}), {spent}")
     # Alone, a trial is compared with its base only.
     made = None if result["diagnosis"] is None else Diagnosis.of_plain(result["diagnosis"])
     own = [Finding.of_plain(each) for each in result["findings"]]
     for found in (*health.compared(made, own, config.health), *own):
-        progress.say(console, f"{found.flag}: {found.sentence}")
-    progress.say(console, f"record and adapter in {folder}")
+        say(console, f"{found.flag}: {found.sentence}")
+    say(console, f"record and adapter in {folder}")
 
 
 @app.command()
 def status(study: StudyFolder, as_json: Json = False) -> None:
     """How far a study is, once."""
-    from rich.console import Console
-
     from lora_sweep import composition, progress, results
+    from lora_sweep.console import Console, say
     from lora_sweep.ledger import StudyView
 
     view = StudyView.read(study)
@@ -213,26 +219,23 @@ def status(study: StudyFolder, as_json: Json = False) -> None:
         return
     console = Console()
     states = ", ".join(f"{made[state]} {state}" for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING"))
-    progress.say(
-        console, f"{made['study']}: {made['cells']} cells: {states}; ETA {progress.duration(made['eta_seconds'])}"
-    )
+    say(console, f"{made['study']}: {made['cells']} cells: {states}; ETA {progress.duration(made['eta_seconds'])}")
     left = made["RUNNING"] + made["WAITING"]
     if left and not view.is_held:
-        progress.say(console, f"nobody works on it now; `launch` goes on with the {left} cells that are left")
+        say(console, f"nobody works on it now; `launch` goes on with the {left} cells that are left")
     ranked = results.ranked(table)
     if ranked:
         console.print(progress.ranking(table, ranked))
     for line in progress.flag_lines(table):
-        progress.say(console, line)
+        say(console, line)
 
 
 @app.command()
 def pick(study: StudyFolder, overrides: Overrides = None, as_json: Json = False) -> None:
     """Export the best healthy finished cell to STUDY/production; pick.form=lora writes it as plain LoRA."""
-    from rich.console import Console
-
-    from lora_sweep import bases, composition, progress, results, space
+    from lora_sweep import bases, composition, results, space
     from lora_sweep import pick as picker
+    from lora_sweep.console import Console, say
     from lora_sweep.errors import ConfigError
     from lora_sweep.ledger import StudyView
     from lora_sweep.progress import short
@@ -253,16 +256,14 @@ def pick(study: StudyFolder, overrides: Overrides = None, as_json: Json = False)
         return
     console = Console()
     if picked.repaired:
-        progress.say(console, bases.moved(study, picked.repaired))
+        say(console, bases.moved(study, picked.repaired))
     for row in picked.passed_over:
         loss = f"{row['eval_loss']:.4f}"
-        progress.say(console, f"passed over: cell {row['number']:04d} with eval loss {loss}: {row['damage']}")
+        say(console, f"passed over: cell {row['number']:04d} with eval loss {loss}: {row['damage']}")
     share = winner["eval_loss"] / winner["base_loss"]
-    progress.say(console, f"winner: cell {winner['number']:04d}  {short(winner['params'])}")
-    progress.say(
-        console, f"eval loss {winner['eval_loss']:.4f}, {share:.1%} of the base's; one seed, not yet confirmed"
-    )
-    progress.say(console, f"exported to {production}: production.yaml, adapter/, evidence.md")
+    say(console, f"winner: cell {winner['number']:04d}  {short(winner['params'])}")
+    say(console, f"eval loss {winner['eval_loss']:.4f}, {share:.1%} of the base's; one seed, not yet confirmed")
+    say(console, f"exported to {production}: production.yaml, adapter/, evidence.md")
 
 
 @app.command()
@@ -283,9 +284,8 @@ def inspect(
     """
     if base is not None:
         chatter.import_quietly()
-    from rich.console import Console
-
     from lora_sweep import inspection
+    from lora_sweep.console import Console
     from lora_sweep.errors import UserError
 
     made, errors = inspection.inspect(adapter, base, allow_pickle)
@@ -336,6 +336,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure the project itself, here."""
+    from lora_sweep.console import Console, say
     from lora_sweep.errors import ConfigError
     from lora_sweep.records import Fault
 
@@ -350,32 +351,28 @@ def bench(
     if overrides:
         raise ConfigError([Fault(f"bench {what}", "takes no overrides", overrides[0])])
     chatter.import_quietly()
-    from rich.console import Console
-
     with redirect_stdout(sys.stderr):  # transformers' Trainer, when imported, prints how W&B runs
-        from lora_sweep import progress
         from lora_sweep.bench import diagnosis, tasks
 
-    def say(line: str) -> None:
+    def tell(line: str) -> None:
         print(line, file=sys.stderr)
 
-    made = tasks.tasks(say) if what == "tasks" else diagnosis.diagnosis(say, keep=keep)
+    made = tasks.tasks(tell) if what == "tasks" else diagnosis.diagnosis(tell, keep=keep)
     if as_json:
         print(json.dumps(made))
         return
     for line in (tasks if what == "tasks" else diagnosis).lines(made):
-        progress.say(Console(), line)
+        say(Console(), line)
 
 
 def _bench_upkeep(overrides: list[str] | None, trials: int, stock_repetitions: int, as_json: bool) -> None:
     chatter.import_quietly()
-    from rich.console import Console
-
+    from lora_sweep.console import Console, say
     from lora_sweep.errors import ConfigError
     from lora_sweep.records import Fault
 
     with redirect_stdout(sys.stderr):  # transformers' Trainer, when imported, prints how W&B runs
-        from lora_sweep import progress, request
+        from lora_sweep import request
         from lora_sweep.bench import question, upkeep
 
     if trials < 2:
@@ -386,19 +383,18 @@ def _bench_upkeep(overrides: list[str] | None, trials: int, stock_repetitions: i
         print(json.dumps(made))
         return
     for line in upkeep.lines(made):
-        progress.say(Console(), line)
+        say(Console(), line)
 
 
 def _bench_speed(
     overrides: list[str] | None, asked: tuple[str, int | None, int, int, str | None], as_json: bool
 ) -> None:
     chatter.import_quietly()
-    from rich.console import Console
-
+    from lora_sweep.console import Console, say
     from lora_sweep.errors import ConfigError
 
     with redirect_stdout(sys.stderr):  # transformers' Trainer, when imported, prints how W&B runs
-        from lora_sweep import progress, request
+        from lora_sweep import request
         from lora_sweep.bench import question, speed, table
 
     compared = question.Question.of(*asked)
@@ -413,52 +409,34 @@ def _bench_speed(
         return
     console = Console()
     for line in table.heading(made):
-        progress.say(console, line)
+        say(console, line)
     console.print(table.table(made))
     for line in table.verdict(made):
-        progress.say(console, line)
+        say(console, line)
 
 
 def _conclude(console: "Console", folder: Path, table: list[dict[str, Any]], config: "Config") -> None:
     from lora_sweep import progress, results
+    from lora_sweep.console import say
 
     ranked = results.ranked(table)
     if ranked:
         console.print(progress.ranking(table, ranked))
     for line in progress.flag_lines(table):
-        progress.say(console, line)
+        say(console, line)
     winner = next((row for row in ranked if results.is_healthy(row)), None)
     if winner is None:
-        progress.say(console, "no healthy cell is finished: widen the learning rates")
+        say(console, "no healthy cell is finished: widen the learning rates")
     else:
         share = winner["eval_loss"] / winner["base_loss"]
-        progress.say(console, f"winner: cell {winner['number']:04d}  {progress.short(winner['params'])}")
-        progress.say(
+        say(console, f"winner: cell {winner['number']:04d}  {progress.short(winner['params'])}")
+        say(
             console,
             f"  eval loss {winner['eval_loss']:.4f} nats per token, {share:.1%} of the base's",
         )
-    progress.say(console, f"all cells     {folder}/trials.jsonl")
-    progress.say(console, f"each trial    {folder}/trials/NNNN/  (metrics.jsonl, adapter/, result.json)")
+    say(console, f"all cells     {folder}/trials.jsonl")
+    say(console, f"each trial    {folder}/trials/NNNN/  (metrics.jsonl, adapter/, result.json)")
     if config.tracker.name == "wandb":
         where = f"{folder}/wandb/  (wandb sync {folder}/wandb/offline-run-*)"
-        progress.say(console, f"W&B runs      {where if config.tracker.mode == 'offline' else config.tracker.project}")
-    progress.say(console, f"ship it       lora-sweep pick {folder}")
-
-
-@contextmanager
-def _stoppable() -> Iterator[Any]:
-    """Ctrl-C (or SIGTERM) asks for a clean stop; a second one no longer waits."""
-    asked: list[int] = []
-
-    def ask(number: int, _: Any) -> None:
-        if asked:
-            raise SystemExit(STOPPED)
-        asked.append(number)
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        say(console, f"W&B runs      {where if config.tracker.mode == 'offline' else config.tracker.project}")
+    say(console, f"ship it       lora-sweep pick {folder}")

@@ -36,7 +36,7 @@ def study_folder(study: StudyConfig) -> Path:
 def check(study: StudyConfig) -> list[Fault]:
     """Whether the study's folder can be written; leaves nothing behind."""
     faults = []
-    if not study.root.strip() or not study.root.isprintable():
+    if not study.root.strip() or any(character < " " for character in study.root):
         remedy = "study.root=. is the working directory"
         return [Fault("study.root", "must name a folder, in printable characters", study.root, remedy)]
     try:

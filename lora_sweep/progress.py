@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_sweep import results
+from lora_sweep.console import say
 from lora_sweep.ledger import Outcome
 from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.results import Row
@@ -30,11 +31,6 @@ def short(params: Mapping[str, Any]) -> str:
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def say(console: Console, line: str) -> None:
-    """As it is: no markup, colours or line breaks of rich's."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float | None) -> str:

@@ -5,9 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lora_sweep import data, launch, model, pack, progress, provenance, space, worker
+from lora_sweep.console import Console, say
 from lora_sweep.errors import ConfigError
 from lora_sweep.records import Fault
 from lora_sweep.space import Sweep
@@ -62,9 +61,7 @@ def _prepared(variants: list[dict[str, Any]], folder: Path | None) -> list[Fault
             continue
         pairs.append(pair)
         if pair[0].trust_remote_code:
-            progress.say(
-                console, f"model.trust_remote_code is on: code that lies beside {pair[0].path} runs with your rights"
-            )
+            say(console, f"model.trust_remote_code is on: code that lies beside {pair[0].path} runs with your rights")
         if pair[1].name in data.BROUGHT:
             tokenizer = model.tokenizer(pair[0])
             try:
@@ -79,7 +76,7 @@ def _prepared(variants: list[dict[str, Any]], folder: Path | None) -> list[Fault
             faults += model.input_faults(pair[0].path, base, loaded.length, loaded.largest_id)
             beyond = model.beyond_training(base, loaded.length)
             for line in [*loaded.report.warnings(), *([beyond] if beyond else [])]:
-                progress.say(console, line)
+                say(console, line)
     return faults
 
 

@@ -1,5 +1,6 @@
 """What reaches a person's terminal: texts that came from outside, without the power to command it."""
 
+import sys
 import unicodedata
 
 
@@ -13,6 +14,11 @@ def printable(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(map(_shown, text))
+
+
+def complain(message: object) -> None:
+    """One message on stderr, printable."""
+    print(printable(str(message)), file=sys.stderr)
 
 
 def _shown(character: str) -> str:

@@ -1,7 +1,6 @@
 """The verbs from the outside: what a user types, sees and finds on disk."""
 
 import json
-import os
 import pickle
 import shutil
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 from conftest import Run
 
-from lora_sweep import cli
 from lora_sweep.tiny.pretrain import WEIGHTS
 
 Tree = dict[str, bytes | None]
@@ -317,17 +315,3 @@ def test_options_may_stand_anywhere(run: Run) -> None:
         for words in (["plan", "--json", file, "train.seed=1,2"], ["plan", file, "train.seed=1,2", "--json"])
     ]
     assert [plan["cells"] for plan in plans] == [4, 4]
-
-
-def test_an_interrupted_program_leaves_no_signal_handler_behind(run: Run) -> None:
-    import signal
-
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with cli._stoppable() as stop:
-        assert not stop()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop()
-        with pytest.raises(SystemExit) as stopped:
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert stopped.value.code == 130
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

