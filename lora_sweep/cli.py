@@ -91,6 +91,7 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
     if before is not None:
         counts = before.counts()
         done = counts["COMPLETE"] + counts["PRUNED"] + counts["FAIL"]
+        done -= sum(status.reason == "memory" for status in before.statuses())
         if config.sampler.name != "grid":
             # Of drawn cells nobody knows beforehand how many are the same run.
             done += len(before.folded())
@@ -114,6 +115,8 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
         say(console, f"stopped with {left} runs left; the same command goes on from here")
         raise typer.Exit(stop.code)
     _conclude(console, folder, table, config)
+    if all(row["reason"] == "memory" for row in table):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -416,6 +419,7 @@ def _bench_speed(
 
 
 def _conclude(console: "Console", folder: Path, table: list[dict[str, Any]], config: "Config") -> None:
+    from lora_sweep import launch as launch_room
     from lora_sweep import progress, results
     from lora_sweep.console import say
 
@@ -425,7 +429,9 @@ def _conclude(console: "Console", folder: Path, table: list[dict[str, Any]], con
     for line in progress.flag_lines(table):
         say(console, line)
     winner = next((row for row in ranked if results.is_healthy(row)), None)
-    if winner is None:
+    if winner is None and all(row["reason"] == "memory" for row in table):
+        say(console, "no cell was trained: there is not enough memory for one of them")
+    elif winner is None:
         say(console, "no healthy cell is finished: widen the learning rates")
     else:
         share = winner["eval_loss"] / winner["base_loss"]
@@ -438,5 +444,7 @@ def _conclude(console: "Console", folder: Path, table: list[dict[str, Any]], con
     say(console, f"each trial    {folder}/trials/NNNN/  (metrics.jsonl, adapter/, result.json)")
     if config.tracker.name == "wandb":
         where = f"{folder}/wandb/  (wandb sync {folder}/wandb/offline-run-*)"
-        say(console, f"W&B runs      {where if config.tracker.mode == 'offline' else config.tracker.project}")
+        where = where if config.tracker.mode == "offline" else config.tracker.project
+        off = "none: WANDB_MODE or WANDB_DISABLED switches W&B off"
+        say(console, f"W&B runs      {off if launch_room.is_switched_off() else where}")
     say(console, f"ship it       lora-sweep pick {folder}")

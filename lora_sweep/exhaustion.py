@@ -2,7 +2,10 @@
 
 import errno
 
-_SAID = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "out of memory", "bad_alloc")
+_SAID = (
+    "can't allocate memory", "not enough memory", "Cannot allocate memory", "cannot allocate memory", "out of memory",
+    "bad_alloc", "failed to map segment",
+)  # fmt: skip
 
 
 def is_exhausted(error: BaseException) -> bool:

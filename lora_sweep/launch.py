@@ -1,5 +1,6 @@
 """Where workers run: this machine's GPU or CPU."""
 
+import os
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -70,11 +71,17 @@ def tracker(config: Config, folder: Path, study_id: str) -> Tracker:
         study_id=study_id,
         folder=folder,
         bin_edges=BIN_EDGES,
-        mode="none" if asked.name == "none" else asked.mode,
+        mode="none" if asked.name == "none" or is_switched_off() else asked.mode,
         project=asked.project,
         entity=asked.entity,
         tags=asked.tags,
     )
+
+
+def is_switched_off() -> bool:
+    """Whether W&B is switched off by its own environment variables, as its users know them; they switch nothing on."""
+    mode, disabled = (os.environ.get(name, "").lower() for name in ("WANDB_MODE", "WANDB_DISABLED"))
+    return mode == "disabled" or disabled in ("true", "1", "yes")
 
 
 def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:

@@ -21,7 +21,7 @@ from lora_sweep.journal import Journal, is_held
 from lora_sweep.records import Cell, State
 
 Reason = Literal["diverged", "memory", "trapped", "error", "lost"]
-"""Why an attempt failed; after `lost` the cell is tried again, the others are final."""
+"""Why an attempt failed; after `lost` the cell is tried again, after `memory` by the next launch, others are final."""
 
 Outcome = Literal["COMPLETE", "PRUNED", "FAIL"]
 """How an attempt ends."""
@@ -159,9 +159,18 @@ class StudyView:
         """
         stored = self._about().get("folded", [])
         found = {number: (Cell(number, params), runs) for number, params, runs in stored}
-        for attempt, trial in self._attempts():
+        for attempt, trial in self._last().values():
             if has_ended(trial) and (runs := trial.user_attrs.get(SAME_RUN_AS)) is not None:
                 found[attempt.cell.number] = attempt.cell, runs
+        return found
+
+    def _last(self) -> dict[int, tuple[Attempt, FrozenTrial]]:
+        """Number of each cell -> its last attempt, or the one that finished."""
+        found: dict[int, tuple[Attempt, FrozenTrial]] = {}
+        for attempt, trial in self._attempts():
+            known = found.get(attempt.cell.number)
+            if known is None or known[1].state not in (TrialState.COMPLETE, TrialState.PRUNED):
+                found[attempt.cell.number] = attempt, trial
         return found
 
     def statuses(self) -> tuple[CellStatus, ...]:

@@ -20,6 +20,10 @@ from lora_sweep.results import Row
 
 RANKED_SHOWN = 10
 CLASSES_SHOWN = 12
+MEMORY_REMEDY = (
+    "launch again with more free memory and they are tried again; or in another study with a smaller "
+    "train.batch_size or data.max_length, train.gradient_checkpointing=true, or model.quantization=nf4"
+)
 TRAPPED = ("zero_trapped", "partially_trapped", "barely_learned")
 """Flags that have a cause."""
 
@@ -252,7 +256,8 @@ def flag_lines(table: Sequence[Row]) -> list[str]:
     named: dict[tuple[str, str], list[int]] = {}
     for row in table:
         words = [(_flag(row, flag), row["remedies"].get(flag, "")) for flag in row["flags"]]
-        for word in words or [(row["reason"], "")] * (row["reason"] is not None):
+        reason = row["reason"]
+        for word in words or [(reason, MEMORY_REMEDY if reason == "memory" else "")] * (reason is not None):
             named.setdefault(word, []).append(row["number"])
     lines = []
     for (flag, remedy), numbers in sorted(named.items()):

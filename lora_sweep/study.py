@@ -151,6 +151,7 @@ class Study(StudyView):
                 study._match(grid, same_run)
                 study._keep_launched(launched)
                 study.reap()
+                study._retry_memory()
                 study._repair(cell for cell in grid or () if cell.number not in study._idle)
             except BaseException:
                 os.close(lock)
@@ -238,7 +239,7 @@ class Study(StudyView):
         if self._search is None or self._search.same_run is None:
             return
         ended: dict[Hashable, tuple[Cell, FrozenTrial]] = {}
-        for attempt, trial in self._attempts():
+        for attempt, trial in self._last().values():
             if has_ended(trial) and SAME_RUN_AS not in trial.user_attrs:
                 ended.setdefault(self._key(attempt.cell), (attempt.cell, trial))
         for attempt, trial in self._waiting():
@@ -352,6 +353,12 @@ class Study(StudyView):
             self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
         self._repair()
         return tuple(cell for cell, _ in lost)
+
+    def _retry_memory(self) -> None:
+        """Enqueues the cells again that did not fit into memory: there may be more of it by now."""
+        for attempt, trial in self._last().values():
+            if trial.state is TrialState.FAIL and trial.user_attrs.get("reason") == "memory":
+                self._enqueue(Attempt(attempt.cell, attempt.number + 1), trial)
 
     def _repair(self, cells: Iterable[Cell] = ()) -> None:
         """Enqueue exactly those of `cells` and of the cells known that need an attempt."""

@@ -15,6 +15,7 @@ import torch
 from lora_sweep import files, health
 from lora_sweep.config import Config, LauncherConfig, StudyConfig
 from lora_sweep.errors import StudyError
+from lora_sweep.exhaustion import is_exhausted
 from lora_sweep.files import Unsafe
 from lora_sweep.ledger import Outcome, Reason
 from lora_sweep.pack import Exhausted, Pack, Trial
@@ -186,10 +187,10 @@ class _Shift:
         config = self._sweep.config(lease.cell)
         try:
             run = Run(self._pack, self._base, lease.cell, config, folder, self._tracker, self._writer)
-        except torch.OutOfMemoryError:
-            self._refuse(lease)
-            return
-        except BaseException:
+        except BaseException as error:
+            if is_exhausted(error):
+                self._refuse(lease)
+                return
             self._study.release(lease)
             raise
         self._runs[lease] = run
@@ -330,7 +331,8 @@ def _told_before(study: Study, sweep: Sweep, lease: Lease, watcher: Watcher) -> 
     except Unsafe as error:
         watcher.noticed(f"cell {lease.cell.folder}: {RESULT} {error}; the cell is trained again")
         return False
-    if result is None:
+    if result is None or result["reason"] == "memory":
+        # What did not fit into memory is tried again by the next launch.
         return False
     if result["params"] != dict(lease.cell.params):
         raise StudyError(

@@ -393,7 +393,7 @@ def test_a_pruned_cell_is_worth_what_was_told_or_its_last_finite_report(tmp_path
 def test_relaunching_enqueues_only_what_has_no_live_or_finished_attempt(tmp_path: Path) -> None:
     with Study.open(tmp_path, name="s", cells=grid(4)) as study:
         study.tell(ask(study), "COMPLETE", 1.0)
-        study.tell(ask(study), "FAIL", why="memory")
+        study.tell(ask(study), "FAIL", why="diverged")
         identity = study.id
     size = (tmp_path / "study.journal").stat().st_size
     for _ in range(2):
@@ -404,6 +404,22 @@ def test_relaunching_enqueues_only_what_has_no_live_or_finished_attempt(tmp_path
     with Study.open(tmp_path, name="s", cells=grid(6)) as study:
         assert [ask(study).cell.number for _ in range(4)] == [2, 3, 4, 5]
         assert study.size == 6
+
+
+def test_what_did_not_fit_into_memory_is_tried_again_by_the_next_launch_alone(tmp_path: Path) -> None:
+    with Study.open(tmp_path, name="s", cells=grid(2)) as study:
+        study.tell(ask(study), "FAIL", why="memory")
+        study.tell(ask(study), "COMPLETE", 1.0)
+        assert study.ask(lambda _: True) is None
+    for _ in range(2):
+        with Study.open(tmp_path, name="s", cells=grid(2)) as study:
+            assert study.counts() == {"COMPLETE": 1, "PRUNED": 0, "FAIL": 0, "RUNNING": 0, "WAITING": 1}
+    with Study.open(tmp_path, name="s", cells=grid(2)) as study:
+        lease = ask(study)
+        assert (lease.cell.number, lease.attempt) == (0, 2)
+        study.tell(lease, "COMPLETE", 2.0)
+    with Study.open(tmp_path, name="s", cells=grid(2)) as study:
+        assert study.counts()["COMPLETE"] == 2 and study.ask(lambda _: True) is None
 
 
 def test_another_study_in_the_same_folder_is_refused_in_one_line_and_untouched(tmp_path: Path) -> None:

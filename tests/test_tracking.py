@@ -9,12 +9,14 @@ import pty
 import re
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -623,6 +625,44 @@ def test_a_missing_api_key_is_told_and_never_asked_for(tmp_path: Path, server: W
     assert read_result(tmp_path / "trials" / "0000") is not None
 
 
+def services(parent: int) -> list[int]:
+    """W&B's processes that a process has begun."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            is_child = int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent
+            if is_child and b"wandb-core" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_a_service_that_hangs_costs_one_wait_and_one_warning(tmp_path: Path, server: WandbServer, mode: str) -> None:
+    """Stopped as by a debugger: it takes what is sent and answers nothing, neither to a call nor at the end."""
+    child = Child(tmp_path, mode, [0, 1], server.url, patience_seconds=2.0)
+    child.advance(20)
+    (service,) = services(child.process.pid)
+    os.kill(service, signal.SIGSTOP)
+    begin = time.monotonic()
+    said = child.end()
+    assert time.monotonic() - begin < 12
+    assert re.fullmatch(r"WARNING W&B: .+ failed \(.+\); training goes on, the record on disk is complete\n", said)
+    left = Path(f"/proc/{service}/stat")
+    assert not left.exists() or left.read_text().rpartition(")")[2].split()[0] == "Z"
+    for cell in range(2):
+        assert len(read_rows(tmp_path / "trials" / f"{cell:04d}")) == 41
+
+
+def test_a_server_that_never_answers_costs_one_wait_and_one_warning(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        begin = time.monotonic()
+        child = Child(tmp_path, "online", [0, 1, 2], url, patience_seconds=2.0)
+        said = child.end()
+    assert time.monotonic() - begin < 20
+    assert re.fullmatch(r"WARNING W&B: starting a run failed \(.+\); training goes on, .+\n", said)
+
+
 CONTROL = re.compile(rb"\x1b(\[[0-9;?<>=]*[ -/]*[@-~]|\].*?(\x07|\x1b\\)|.)")
 """A terminal's control sequences: CSI, OSC, two characters."""
 
@@ -631,9 +671,12 @@ def terminal(
     command: list[str], root: Path, url: str, *, key: str | None = None, until: Sequence[str] = ()
 ) -> str:  # fmt: skip
     """What a command writes to a terminal of 60 x 200 without its control sequences: to its end or all of `until`."""
+    from conftest import BEGUN_BY, orphans  # not in the processes that import this file
+
+    mine = str(time.monotonic_ns())
     process, screen = pty.fork()
     if process == 0:
-        os.execve(command[0], command, {**environment(root, url, key), "TERM": "xterm-256color"})
+        os.execve(command[0], command, {**environment(root, url, key), "TERM": "xterm-256color", BEGUN_BY: mine})
     fcntl.ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 60, 200, 0, 0))
     raw, text, end = b"", "", time.monotonic() + 60
     try:
@@ -650,5 +693,9 @@ def terminal(
         # Its whole session: `wandb leet` has a process of its own draw.
         os.killpg(process, signal.SIGKILL)
         os.waitpid(process, 0)
+        # What began a session of its own.
+        for left in orphans(mine):
+            with suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
         os.close(screen)
     return text

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_sweep.records import UNDECIDED, Base, Cell
+from lora_sweep.tracking.service import Service, end_service
 
 Row = dict[str, Any]
 """One line of metrics.jsonl: `step` (optimizer steps done) and metric -> float, or None where it was not finite."""
@@ -32,7 +33,8 @@ _NO_SUMMARY = ("cell", "params", "findings", "wandb_id", "curve", "diagnosis", "
 _ALERTED = ("zero_trapped", "partially_trapped")
 _TAG_LENGTH = 64
 _NAME_LENGTH = 128
-_TRY_AGAIN_SECONDS = 300.0
+SLACK_SECONDS = 1.0
+"""W&B's own bounds come first: they tell what it waited for."""
 _RETRIES = 6
 
 _log = logging.getLogger(__name__)
@@ -57,9 +59,10 @@ class Tracker:
     """None: the account's own."""
     tags: Sequence[str] = ()
     job_type: str = "trial"
-    patience_seconds: float = 30.0
-    """Longest wait for W&B's server at the start and, in the background, at the end of a run."""
+    patience_seconds: float = 5.0
+    """Longest wait for W&B's server or its service, at any call; after the first that took longer none is made."""
 
+    _service: Service = field(default_factory=Service, init=False, repr=False)
     _finishing: list[threading.Thread] = field(default_factory=list, init=False, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
     _away_until: float = field(default=-math.inf, init=False, repr=False)
@@ -69,7 +72,7 @@ class Tracker:
 
     def start(self, cell: Cell, config: Mapping[str, Any], base: Base) -> "Run | None":
         """The cell's run: new or, under the same id, resumed. None with mode `none`, and while the server is away."""
-        if self.mode == "none" or (self.mode == "online" and time.monotonic() < self._away_until):
+        if self.mode == "none" or self.is_away:
             return None
         run = Run(self)
         run.start(cell, config, base)
@@ -85,15 +88,30 @@ class Tracker:
 
     def close(self) -> None:
         """Waits until the runs that are being finished are uploaded, at most `patience_seconds`."""
+        until = time.monotonic() + self.patience_seconds
         while self._finishing:
-            self._finishing.pop().join()
+            thread = self._finishing.pop()
+            thread.join(max(0.0, until - time.monotonic()))
+            if thread.is_alive():
+                self.failed("uploading the end of a run", TimeoutError(f"not done in {self.patience_seconds:g} s"))
+                end_service()
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Makes a call into W&B. Raises what it raises, and TimeoutError where it does not answer in time."""
+        if self.is_away:
+            raise TimeoutError("it did not answer before")
+        self._service.call(work, self.patience_seconds + SLACK_SECONDS)
+
+    @property
+    def is_away(self) -> bool:
+        """Whether a call has failed before: W&B is left alone from there on."""
+        return time.monotonic() < self._away_until
 
     def failed(self, doing: str, error: Exception) -> None:
-        """One line for an outage, however many runs it hits; new runs try again after a while."""
-        now = time.monotonic()
+        """One line for an outage, however many runs it hits; W&B is not waited for a second time."""
         with self._lock:
-            first = now >= self._away_until
-            self._away_until = now + _TRY_AGAIN_SECONDS
+            first = not self.is_away
+            self._away_until = math.inf
         said = (str(error).strip().splitlines() or [""])[0]
         _log.log(
             logging.WARNING if first else logging.DEBUG,
@@ -124,7 +142,7 @@ class Run:
 
     def start(self, cell: Cell, config: Mapping[str, Any], base: Base) -> None:
         try:
-            self._start(cell, config, base)
+            self._tracker.call(lambda: self._start(cell, config, base))
         except Exception as error:
             self._tracker.failed("starting a run", error)
             self.end(failed=True)
@@ -148,14 +166,19 @@ class Run:
 
         def end() -> None:
             try:
-                run.finish(exit_code=1 if failed else 0)
+                if self._tracker.mode == "offline":
+                    self._tracker.call(lambda: run.finish(exit_code=1 if failed else 0))
+                else:
+                    run.finish(exit_code=1 if failed else 0)
             except Exception as error:
                 self._tracker.failed("uploading the end of a run", error)
 
+        if self._tracker.is_away:
+            return
         if self._tracker.mode == "offline":
             end()
         else:  # an upload may take long, and the device has other trials to train meanwhile
-            thread = threading.Thread(target=end, name=f"finish {run.id}")
+            thread = threading.Thread(target=end, name=f"finish {run.id}", daemon=True)
             thread.start()
             self._tracker._finishing.append(thread)
 
@@ -163,7 +186,7 @@ class Run:
         if self._run is None:
             return
         try:
-            call()
+            self._tracker.call(call)
         except Exception as error:
             self._tracker.failed(doing, error)
             self.end(failed=True)
