@@ -384,7 +384,7 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def test_no_file_of_a_stranger_runs_code_writes_outside_or_tells_a_secret(
     run: Run,
     guarded: list[Any],
-    studies: Path,
+    studies: Path,  # noqa: F811
     name: str,
 ) -> None:
     planted = ATTEMPTS[name](studies)
