@@ -17,6 +17,11 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lora-sweep-tests-")
 # As the command line does it (cli.main); read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+# Begun in the background, or under nohup, the tests would ignore what they send to their children.
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
+
 import processor  # before torch
 import pytest
 import torch

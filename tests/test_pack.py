@@ -22,7 +22,7 @@ from lora_sweep.config import ModelConfig
 from lora_sweep.data import Data, TokenSet, order
 from lora_sweep.errors import UserError
 from lora_sweep.model import LoadedBase
-from lora_sweep.pack import Exhausted, Pack, Settings, Trial
+from lora_sweep.pack import DamagedCheckpoint, Exhausted, Pack, Settings, Trial
 from lora_sweep.pack.capacity import MOST_ROUNDS
 from lora_sweep.pack.dropout import keep_mask, slot_key
 from lora_sweep.pack.linear import Pass
@@ -317,8 +317,9 @@ def test_a_trial_restored_from_its_checkpoint_goes_on_bit_for_bit(
     assert whole.tokens == resumed.tokens
     other = trial(0, rank=4, slots=2, max_steps=8, eval_every=4, fixed_shapes=True, base_lr=1.0)
     pack = Pack(base, style, Settings.of(other), 4)
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(DamagedCheckpoint, match="other settings"):
         pack.restore(other, tmp_path)
+    assert pack.fits(other)
     pack.close()
 
 

@@ -156,7 +156,7 @@ def test_flags_and_reasons_are_counted_with_their_cells() -> None:
     assert progress.flag_lines(rows) == [
         "A_frozen: 1 cell (0013): lower the ratio.",
         "A_frozen: 1 cell (0014): raise the rate.",
-        "memory: 1 cell (0011)",
+        f"memory: 1 cell (0011): {progress.MEMORY_REMEDY}",
         "spiking: 1 cell (0012)",
         "undecided: 1 cell (0015)",
         "zero_trapped (lr_too_small): 10 cells (0000, 0001, 0002, 0003, 0004, 0005, 0006, 0007, ...): raise it.",

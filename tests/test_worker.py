@@ -484,7 +484,8 @@ def wait_for(path: Path, text: str, process: "subprocess.Popen[bytes]", seconds:
 
 def test_kill_9_in_the_middle_and_the_same_command_again_finishes_every_cell_once(in_folder: Path) -> None:
     axes = {**GRID, "optimizer.base_lr": "choice(1e-3, 1e30)"}
-    write_sweep(in_folder, axes, defaults=[], tracker={"mode": "offline"})
+    # Long enough that a fast machine is not through before it is seen to be in the middle.
+    write_sweep(in_folder, axes, defaults=[], tracker={"mode": "offline"}, train={"max_steps": 40, "eval_every": 4})
     journal = in_folder / "outputs/ask/study.journal"
     for kill in range(2):
         process = subprocess.Popen(ASK, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
