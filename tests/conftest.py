@@ -17,11 +17,6 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lora-sweep-tests-")
 # As the command line does it (cli.main); read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-# Begun in the background, or under nohup, the tests would ignore what they send to their children.
-for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-    if signal.getsignal(_number) is signal.SIG_IGN:
-        signal.signal(_number, _handler)
-
 import processor  # before torch
 import pytest
 import torch
@@ -36,6 +31,13 @@ from lora_sweep.records import Cell
 
 LONG_TIMEOUT_SECONDS = 1200
 """Of a long test that says nothing else: on a machine with other work they take several times as long."""
+
+
+def pytest_configure() -> None:
+    # Begun in the background, or under nohup, the tests would pass on to their children that signals are ignored.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
