@@ -228,7 +228,7 @@ def status(study: StudyFolder, as_json: Json = False) -> None:
         say(console, f"nobody works on it now; `launch` goes on with the {left} cells that are left")
     ranked = results.ranked(table)
     if ranked:
-        console.print(progress.ranking(table, ranked))
+        progress.show_ranking(console, table, ranked)
     for line in progress.flag_lines(table):
         say(console, line)
 
@@ -425,7 +425,7 @@ def _conclude(console: "Console", folder: Path, table: list[dict[str, Any]], con
 
     ranked = results.ranked(table)
     if ranked:
-        console.print(progress.ranking(table, ranked))
+        progress.show_ranking(console, table, ranked)
     for line in progress.flag_lines(table):
         say(console, line)
     winner = next((row for row in ranked if results.is_healthy(row)), None)

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -181,6 +182,23 @@ class Show:
         return Group(self._bar, table)
 
 
+NARROW_COLUMNS = 60
+"""Of a terminal: on a narrower one a table would cut values."""
+
+
+def show_ranking(console: Console, table: Sequence[Row], ranked: Sequence[Row]) -> None:
+    """The ranking as a table, on a narrow terminal as lines."""
+    drawn = ranking(table, ranked)
+    if console.width >= max(NARROW_COLUMNS, Measurement.get(console, console.options, drawn).minimum):
+        console.print(drawn)
+        return
+    say(console, str(drawn.title))
+    for place, row in enumerate(results.runs(ranked)[:RANKED_SHOWN], start=1):
+        share = "-" if row["base_loss"] is None else f"{row['eval_loss'] / row['base_loss']:.1%}"
+        line = f"{place}. cell {row['number']:04d}  {row['eval_loss']:.4f}, {share} of base  {short(row['params'])}"
+        say(console, f"{line}{'  ' if row['flags'] else ''}{flags(row)}")
+
+
 def ranking(table: Sequence[Row], ranked: Sequence[Row]) -> Table:
     """The best finished runs, one column per swept key; cells that were not run stand beside the one that was."""
     keys = list(dict.fromkeys(key for row in table for key in row["params"]))
@@ -190,7 +208,7 @@ def ranking(table: Sequence[Row], ranked: Sequence[Row]) -> Table:
     title = f"best {min(len(ranked), RANKED_SHOWN)} of {len(table)} cells{runs}"
     drawn = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold underline")
     for name in ("", "cell"):
-        drawn.add_column(name, justify="right")
+        drawn.add_column(name, justify="right", no_wrap=True)
     for key in keys:
         # A narrow terminal folds the name of a column, never its values.
         widest = max((len(_short(row["params"].get(key, ""))) for row in ranked[:RANKED_SHOWN]), default=1)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from lora_sweep import data as data_room
+from lora_sweep import files, provenance
 from lora_sweep import model as model_room
-from lora_sweep import provenance
 from lora_sweep.config import Config, DataConfig, ModelConfig
 from lora_sweep.data import Data
 from lora_sweep.disk import write_whole
@@ -84,14 +84,14 @@ class Known:
     @property
     def too_wide(self) -> int | None:
         """The smallest number of slots a pass that ran out of memory."""
-        found: int | None = self._all().get(self._key, {}).get("too_wide")
-        return found
+        found = self._all().get(self._key, {}).get("too_wide")
+        return found if isinstance(found, int) and found > 0 else None
 
     @property
     def fits(self) -> int:
         """The largest number below that whose passes went through."""
-        found: int = self._all().get(self._key, {}).get("fits", 0)
-        return found
+        found = self._all().get(self._key, {}).get("fits", 0)
+        return found if isinstance(found, int) and found > 0 else 0
 
     def keep(self, capacity: Capacity) -> None:
         if not capacity.measured and capacity.too_wide is None:
@@ -105,5 +105,9 @@ class Known:
         return hashlib.sha256(self.kind.encode()).hexdigest()[:12]
 
     def _all(self) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = json.loads(self.file.read_text()) if self.file.is_file() else {}
-        return found
+        """A cache: one that cannot be read is made anew."""
+        try:
+            found = files.read_json(self.file, follow=False)
+        except (OSError, files.Unsafe):
+            return {}
+        return {key: each for key, each in found.items() if isinstance(each, dict)} if isinstance(found, dict) else {}

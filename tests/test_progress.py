@@ -177,3 +177,22 @@ def test_the_scaled_rules_are_offered_only_where_they_leave_fewer_runs() -> None
     assert first == "study.fold=near would leave 5 runs, equal up to 1e-03 of the loss (eps)"
     assert second.startswith("optimizer.eps_rule=scaled") and second.endswith("would leave 3 runs, equal by algebra")
     assert progress.class_lines({"classes": [], "near": None, "scaled_runs": None}) == []
+
+
+@pytest.mark.parametrize("width", [20, 40, 59, 80, 200])
+def test_no_value_of_the_ranking_is_cut_on_any_terminal(width: int) -> None:
+    rows = [
+        {
+            "number": number, "params": {"method.rank": 2**number, "optimizer.base_lr": 1.25e-4}, "gap": 0.1,
+            "eval_loss": 1.0 + number, "base_loss": 5.0, "flags": [], "faults": [], "same_run_as": None,
+        }
+        for number in range(5)
+    ]  # fmt: skip
+    written = io.StringIO()
+    progress.show_ranking(Console(file=written, width=width), rows, rows)
+    words = written.getvalue().split()
+    assert "…" not in written.getvalue()
+    for row in rows:
+        assert f"{row['number']:04d}" in words
+        assert any(f"{row['eval_loss']:.4f}" in word for word in words)
+        assert any(str(row["params"]["method.rank"]) in word for word in words)

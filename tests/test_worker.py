@@ -29,7 +29,7 @@ from lora_sweep.blueprint import Blueprint
 from lora_sweep.errors import NoSafeAnswer, OutOfRoom, StudyError
 from lora_sweep.ledger import StudyView
 from lora_sweep.model import LoadedBase
-from lora_sweep.pack import Pack
+from lora_sweep.pack import Capacity, Pack
 from lora_sweep.pack.passes import Passes
 from lora_sweep.pick import pick
 from lora_sweep.progress import Show, flag_lines
@@ -642,6 +642,17 @@ def test_what_did_not_fit_is_remembered_for_the_same_kind_of_device(
         return known
 
     assert [begun(kind) for kind in ("small", "large", "small")] == [(None, 0), (None, 0), (6, 4)]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "1", '{"x": 1}', "[" * 10**5, '{"KEY": {"too_wide": "x", "fits": -1}}', '{"KEY": []}']
+)
+def test_a_damaged_record_of_the_devices_memory_is_made_anew(tmp_path: Path, content: str) -> None:
+    known = workbench.Known(tmp_path / "capacity.json", "kind")
+    known.file.write_text(content.replace("KEY", known._key))
+    assert (known.too_wide, known.fits) == (None, 0)
+    known.keep(Capacity(slots=2, too_wide=8, fits=4, width=2))
+    assert (known.too_wide, known.fits) == (8, 4)
 
 
 def test_the_interpreter_collects_as_before_once_the_training_is_over() -> None:
