@@ -225,7 +225,7 @@ def status(study: StudyFolder, as_json: Json = False) -> None:
     say(console, f"{made['study']}: {made['cells']} cells: {states}; ETA {progress.duration(made['eta_seconds'])}")
     left = made["RUNNING"] + made["WAITING"]
     if left and not view.is_held:
-        say(console, f"nobody works on it now; `launch` goes on with the {left} cells that are left")
+        say(console, f"nobody works on it now; `launch` goes on with what is left ({left})")
     ranked = results.ranked(table)
     if ranked:
         progress.show_ranking(console, table, ranked)

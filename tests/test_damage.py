@@ -11,9 +11,14 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Run
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+from test_pack import IGNORED
 from test_worker import Silent
 
 from lora_sweep import launch, space
+from lora_sweep.journal import hold
+from lora_sweep.tracking import seal
 
 SWEEP = {
     "defaults": [{"override /tracker": "none"}],
@@ -163,3 +168,98 @@ def test_a_damaged_study_is_finished_or_refused_in_one_line(
 @pytest.mark.parametrize("case", every_damage(), ids=" ".join)
 def test_any_damage_to_a_study_is_survived(run: Run, studies: Path, case: tuple[str, str, str]) -> None:
     survives(run, studies, case)
+
+
+def bases_named(study: Path) -> set[str]:
+    files = study.rglob("adapter_config.json")
+    return {json.loads(file.read_text())["base_model_name_or_path"] for file in files}
+
+
+@pytest.mark.filterwarnings(IGNORED)
+def test_the_adapters_of_a_study_that_was_moved_name_the_base_that_moved_with_it(run: Run, studies: Path) -> None:
+    """Finished or not, by whichever of the verbs that write comes first; a checkpoint elsewhere stays named."""
+    for name in ("finished", "unfinished"):
+        shutil.copy(studies / f"{name}.yaml", f"{name}.yaml")
+        for verb in ("launch", "pick"):
+            shutil.rmtree("outputs", ignore_errors=True)
+            shutil.copytree(studies / "outputs" / name, f"outputs/{name}")
+            here = str(Path(f"outputs/{name}/base").resolve())
+            assert bases_named(Path("outputs", name)) == {str((studies / "outputs" / name / "base").resolve())}
+            said = run(verb, f"{name}.yaml" if verb == "launch" else f"outputs/{name}")
+            assert said.code == 0
+            assert "was moved or copied" in said.out
+            assert bases_named(Path("outputs", name)) == {here}
+            assert "damaged" not in run("status", f"outputs/{name}").out
+            assert "was moved" not in run("pick", f"outputs/{name}").out
+    model = AutoPeftModelForCausalLM.from_pretrained("outputs/unfinished/production/adapter")
+    assert model.peft_config["default"].base_model_name_or_path == here
+
+
+def test_what_was_running_when_its_process_died_waits_and_status_says_that_nobody_works_on_it(
+    run: Run, studies: Path
+) -> None:
+    shutil.copytree(studies / "outputs/unfinished", "outputs/dead")
+    journal = Path("outputs/dead/study.journal")
+    lines = journal.read_text().splitlines()
+    # As kill -9 leaves it: without the last entries, by which the stop has given the cell back.
+    given_back = next(place for place, line in enumerate(lines) if '"lost"' in line)
+    journal.write_text("\n".join(lines[:given_back]) + "\n")
+    said = run("status", "outputs/dead")
+    assert "1 COMPLETE, 0 PRUNED, 0 FAIL, 0 RUNNING, 1 WAITING" in said.out
+    assert "nobody works on it now; `launch` goes on with what is left (1)" in said.out
+    lock = hold(Path("outputs/dead"))
+    try:
+        held = run("status", "outputs/dead")
+    finally:
+        os.close(lock)
+    assert "1 RUNNING, 0 WAITING" in held.out and "nobody" not in held.out
+
+
+def test_a_study_whose_ledger_is_gone_is_refused_and_one_without_its_config_goes_on(run: Run, studies: Path) -> None:
+    shutil.copytree(studies / "outputs/finished", "outputs/finished")
+    shutil.copy(studies / "finished.yaml", "finished.yaml")
+    config = Path("outputs/finished/config.yaml")
+    before = config.read_text()
+    config.unlink()
+    other = run("launch", "finished.yaml", "train.max_steps=6")
+    assert other.code == 2 and "another meaning" in other.err and "train.max_steps: 4 -> 6" in other.err
+    same = run("launch", "finished.yaml")
+    assert same.code == 0 and "2 of them finished" in same.out
+    assert config.read_text() == before
+    Path("outputs/finished/study.journal").unlink()
+    for words in (("launch", "finished.yaml"), ("status", "outputs/finished"), ("pick", "outputs/finished")):
+        said = run(*words)
+        assert said.code == 2
+        assert "the ledger is gone or empty, but trials/ holds 2 trials" in said.err
+
+
+def test_data_that_changed_after_a_study_has_finished_is_refused(run: Run) -> None:
+    rows = [{"prompt": f"Who is {number}? ", "completion": f"Person {number}."} for number in range(60)]
+    Path("facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {**SWEEP, "data": {"path": "facts.jsonl", "eval_share": 0.3, "probe_size": 4}}
+    content["defaults"] = [{"override /tracker": "none"}, {"override /data": "files"}]
+    Path("mine.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    assert run("launch", "mine.yaml").code == 0
+    assert run("launch", "mine.yaml").code == 0
+    with Path("facts.jsonl").open("a") as file:
+        file.write(json.dumps(rows[0]) + "\n")
+    said = run("launch", "mine.yaml")
+    assert said.code == 2 and "facts.jsonl has changed since the study began" in said.err
+    assert run("launch", "mine.yaml", "study.name=other").code == 0
+
+
+def test_an_adapter_that_is_not_what_was_trained_is_never_shipped(run: Run, studies: Path) -> None:
+    """Of the same size, too large to be read again and again: its digest is compared when it is to go out."""
+    shutil.copytree(studies / "outputs/finished", "outputs/finished")
+    best = min(read(Path("outputs/finished")).values(), key=lambda row: row["eval_loss"])["number"]
+    file = Path(f"outputs/finished/trials/{best:04d}/adapter/adapter_model.safetensors")
+    tensors = load_file(file)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    before = seal.READ_BYTES
+    seal.READ_BYTES = 0
+    try:
+        said = run("pick", "outputs/finished", "--json")
+    finally:
+        seal.READ_BYTES = before
+    made = json.loads(said.out)
+    assert made["passed_over"] == [best] and made["winner"]["number"] != best
