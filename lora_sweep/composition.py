@@ -9,7 +9,7 @@ import io
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -265,13 +265,17 @@ def unsafe(tree: Any) -> list[Fault]:
     return [fault for key, value in texts for fault in text_faults(key, value)]
 
 
-def sections(config: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
-    """(name -> dataclass of every faultless group, all faults of the others)."""
+def sections(config: DictConfig, is_bounded: bool = True) -> tuple[dict[str, Any], list[Fault]]:
+    """(name -> dataclass of every faultless group, all faults of the others).
+
+    `is_bounded`: whether resolving it is. The bound on memory is the whole process's: it is for a request as it comes in,
+    not for a cell of one that was checked, while other threads are at work.
+    """
     faults = unsafe(OmegaConf.to_container(config, resolve=False))
     if faults:
         return {}, faults
     try:
-        with bounded(COMPOSE_SECONDS, COMPOSE_BYTES):
+        with bounded(COMPOSE_SECONDS, COMPOSE_BYTES) if is_bounded else nullcontext():
             plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         return {}, [Fault(str(error.full_key or "configuration"), str(error).splitlines()[0])]
@@ -328,7 +332,7 @@ def _rule(message: str) -> str:
 
 def build(config: DictConfig) -> Config:
     """The dataclasses of a composed configuration. Raises ConfigError with all faults."""
-    good, faults = sections(config)
+    good, faults = sections(config, is_bounded=False)
     if not faults:
         faults = cross_faults(good)
     if faults:

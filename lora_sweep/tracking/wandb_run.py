@@ -33,6 +33,8 @@ _NO_SUMMARY = ("cell", "params", "findings", "wandb_id", "curve", "diagnosis", "
 _ALERTED = ("zero_trapped", "partially_trapped")
 _TAG_LENGTH = 64
 _NAME_LENGTH = 128
+OFFLINE_PATIENCE = 4.0
+"""How many times as long."""
 SLACK_SECONDS = 1.0
 """W&B's own bounds come first: they tell what it waited for."""
 _RETRIES = 6
@@ -100,7 +102,9 @@ class Tracker:
         """Makes a call into W&B. Raises what it raises, and TimeoutError where it does not answer in time."""
         if self.is_away:
             raise TimeoutError("it did not answer before")
-        self._service.call(work, self.patience_seconds + SLACK_SECONDS)
+        # Offline its service alone is waited for, which other work on the machine makes slow and never silent.
+        patience = self.patience_seconds * (OFFLINE_PATIENCE if self.mode == "offline" else 1.0)
+        self._service.call(work, patience + SLACK_SECONDS)
 
     @property
     def is_away(self) -> bool:
@@ -142,6 +146,7 @@ class Run:
 
     def start(self, cell: Cell, config: Mapping[str, Any], base: Base) -> None:
         try:
+            self._wandb = _import_wandb()  # takes seconds, and waits for nobody
             self._tracker.call(lambda: self._start(cell, config, base))
         except Exception as error:
             self._tracker.failed("starting a run", error)
@@ -194,7 +199,8 @@ class Run:
     def _start(self, cell: Cell, config: Mapping[str, Any], base: Base) -> None:
         tracker = self._tracker
         tracker.folder.mkdir(parents=True, exist_ok=True)  # W&B would take a temporary folder instead
-        wandb = self._wandb = _import_wandb()
+        wandb = self._wandb
+        wandb.setup(_settings(wandb))
         run_id = tracker.wandb_id(cell.number)
         assert run_id is not None
         if tracker.mode == "offline":
@@ -276,7 +282,6 @@ def _import_wandb() -> Any:
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
-    wandb.setup(_settings(wandb))
     return wandb
 
 
