@@ -182,6 +182,7 @@ class Show:
         return Group(self._bar, table)
 
 
+ENDLESS_COLUMNS = 10_000
 NARROW_COLUMNS = 60
 """Of a terminal: on a narrower one a table would cut values."""
 
@@ -189,14 +190,19 @@ NARROW_COLUMNS = 60
 def show_ranking(console: Console, table: Sequence[Row], ranked: Sequence[Row]) -> None:
     """The ranking as a table, on a narrow terminal as lines."""
     drawn = ranking(table, ranked)
-    if console.width >= max(NARROW_COLUMNS, Measurement.get(console, console.options, drawn).minimum):
+    # Measured on a terminal without end: on this one the least is never more than its width.
+    least = Measurement.get(console, console.options.update(width=ENDLESS_COLUMNS), drawn).minimum
+    if console.width >= max(NARROW_COLUMNS, least):
         console.print(drawn)
         return
     say(console, str(drawn.title))
+    folded = results.same_run(table)
     for place, row in enumerate(results.runs(ranked)[:RANKED_SHOWN], start=1):
         share = "-" if row["base_loss"] is None else f"{row['eval_loss'] / row['base_loss']:.1%}"
-        line = f"{place}. cell {row['number']:04d}  {row['eval_loss']:.4f}, {share} of base  {short(row['params'])}"
-        say(console, f"{line}{'  ' if row['flags'] else ''}{flags(row)}")
+        gap = "" if row["gap"] is None else f", gap {row['gap']:+.4f}"
+        same = f"same run {_some(folded[row['number']])}" if row["number"] in folded else ""
+        loss = f"cell {row['number']:04d}  {row['eval_loss']:.4f}, {share} of base{gap}"
+        say(console, "  ".join(filter(None, (f"{place}. {loss}", short(row["params"]), same, flags(row)))))
 
 
 def ranking(table: Sequence[Row], ranked: Sequence[Row]) -> Table:

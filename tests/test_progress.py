@@ -183,8 +183,10 @@ def test_the_scaled_rules_are_offered_only_where_they_leave_fewer_runs() -> None
 def test_no_value_of_the_ranking_is_cut_on_any_terminal(width: int) -> None:
     rows = [
         {
-            "number": number, "params": {"method.rank": 2**number, "optimizer.base_lr": 1.25e-4}, "gap": 0.1,
-            "eval_loss": 1.0 + number, "base_loss": 5.0, "flags": [], "faults": [], "same_run_as": None,
+            "number": number, "gap": 0.1,
+            "params": {"method.rank": 2**number, "optimizer.base_lr": 1.25e-4, "method.use_rslora": True, "x.y": 16.0},
+            "eval_loss": 1.0 + number, "base_loss": 5.0, "same_run_as": None, "cause": None,
+            "flags": ["rate_too_high"], "faults": ["rate_too_high"],
         }
         for number in range(5)
     ]  # fmt: skip
@@ -196,3 +198,4 @@ def test_no_value_of_the_ranking_is_cut_on_any_terminal(width: int) -> None:
         assert f"{row['number']:04d}" in words
         assert any(f"{row['eval_loss']:.4f}" in word for word in words)
         assert any(str(row["params"]["method.rank"]) in word for word in words)
+    assert words.count("rate_too_high") == len(rows)
