@@ -35,11 +35,6 @@ Overrides = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout, nothing else.")]
 
-OUT_OF_MEMORY = (
-    "there is not enough memory for this; free some, take fewer train.slots or model.dtype=bf16; what was recorded is "
-    "safe, the same command goes on"
-)
-
 
 def main() -> NoReturn:
     """Runs a verb and ends in SystemExit.
@@ -47,7 +42,6 @@ def main() -> NoReturn:
     Exit codes: 0 done, 2 the user's mistake, 3 no safe answer, 128 + n stopped by signal n, 1 anything else.
     """
     from lora_sweep.errors import NoSafeAnswer, OutOfRoom, UserError
-    from lora_sweep.exhaustion import is_exhausted
 
     # Read when torch is imported: how long its threads spin for one another before they sleep. By default so long that
     # on a machine with other work small operations took 10 to 40 times as long; none at all costs a third when idle.
@@ -64,11 +58,6 @@ def main() -> NoReturn:
         code = 3
     except OutOfRoom as error:
         complain(f"{error}; what was recorded is safe")
-        code = 1
-    except Exception as error:
-        if not is_exhausted(error):
-            raise
-        complain(OUT_OF_MEMORY)
         code = 1
     sys.exit(code)
 

@@ -21,7 +21,7 @@ import processor  # before torch
 import pytest
 import torch
 
-from lora_sweep import cli, frozen, space
+from lora_sweep import __main__, frozen, space
 from lora_sweep import data as data_room
 from lora_sweep import model as model_room
 from lora_sweep.data import Data
@@ -192,7 +192,7 @@ def run(in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     def ran(*words: str) -> Said:
         monkeypatch.setattr(sys, "argv", ["lora-sweep", *words])
         with pytest.raises(SystemExit) as stopped:
-            cli.main()
+            __main__.verb()
         out, err = capsys.readouterr()
         return Said(int(stopped.value.code or 0), out, err)
 

@@ -59,6 +59,36 @@ def test_under_any_limit_of_address_space_a_study_ends_and_goes_on_with_more(in_
         assert losses(f"part{share}") == losses("whole")
 
 
+@pytest.mark.slow
+def test_at_any_limit_the_imports_end_in_a_line(in_folder: Path) -> None:
+    """Where the interpreter itself gets no memory it raises anything, or C++ ends the process: never a traceback."""
+    sweep = small()
+    for limit_mib in range(100, 4000, 50):
+        code, _, err = launched(limit_mib * 2**20, sweep)
+        assert "Traceback" not in err, f"{limit_mib}: {err[-2000:]}"
+        if code == 0:
+            break
+        assert code in (1, 2, -6, -11), limit_mib
+    else:
+        pytest.fail("no limit was enough")
+
+
+def test_a_process_at_its_limit_of_address_space_knows_it() -> None:
+    at_limit = """
+import resource
+from lora_sweep.exhaustion import is_at_limit
+assert not is_at_limit()
+resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+assert not is_at_limit()
+try:
+    held = [bytearray(2**20) for _ in range(1024)]
+except MemoryError:
+    pass
+assert is_at_limit()
+"""
+    subprocess.run([sys.executable, "-c", at_limit], check=True, timeout=60)
+
+
 def test_a_study_none_of_whose_cells_fits_is_no_success_and_is_tried_again(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
