@@ -1,8 +1,8 @@
 import mmap
 import sys
 
-from lora_sweep.exhaustion import is_at_limit, is_exhausted
-from lora_sweep.process import run
+from lora_sweep.system.exhaustion import is_at_limit, is_exhausted
+from lora_sweep.system.process import run
 
 _OUT_OF_MEMORY = (
     "there is not enough memory for this; free some, take fewer train.slots or model.dtype=bf16; what was recorded is "
@@ -21,7 +21,7 @@ def verb() -> None:
     """Runs the verb that sys.argv names and ends in SystemExit; memory that runs out anywhere is one line."""
     reserve = mmap.mmap(-1, _RESERVE_BYTES)
     try:
-        from lora_sweep import cli
+        from lora_sweep.cli import main as cli
 
         cli.main()
     except Exception as error:

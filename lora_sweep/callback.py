@@ -22,11 +22,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from lora_sweep import adapter_keys, adapters, composition, health, quant
-from lora_sweep.disk import write_whole
+from lora_sweep import health
+from lora_sweep.adapters import keys as adapter_keys
+from lora_sweep.adapters import reader as adapters
+from lora_sweep.base import quant
 from lora_sweep.errors import UserError
 from lora_sweep.health import AdaptedModule, Asked, Chart, Logged, Side, Snapshot, Stepped
 from lora_sweep.records import Diagnosis, Finding
+from lora_sweep.sweep import compose as composition
+from lora_sweep.system.disk import write_whole
 from lora_sweep.tracking.wandb_run import plain
 
 HEALTH = "health.json"

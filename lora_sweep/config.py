@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints
 
-from lora_sweep.records import Fault
+from lora_sweep.errors import Fault
 
 
 def _no_truth_value(value: Any) -> Any:

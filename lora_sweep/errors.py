@@ -11,8 +11,27 @@ Anything else that escapes is a bug and keeps its traceback.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from lora_sweep.records import Fault
+
+@dataclass(frozen=True)
+class Fault:
+    """One mistake in what the user asked for."""
+
+    field: str
+    """The field as the user types it, e.g. `method.rank`."""
+    rule: str
+    """What must hold, e.g. `must be at least 1`."""
+    got: Any = None
+    """The value found; None where there is none to show."""
+    remedy: str = ""
+    """What to do, one clause; may be empty when the rule says it."""
+
+    def __str__(self) -> str:
+        got = "" if self.got is None else f", got {self.got!r}"
+        remedy = f" ({self.remedy})" if self.remedy else ""
+        return f"{self.field}: {self.rule}{got}{remedy}"
 
 
 class LoraSweepError(Exception):

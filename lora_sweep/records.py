@@ -13,25 +13,6 @@ State = Literal["COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING"]
 
 
 @dataclass(frozen=True)
-class Fault:
-    """One mistake in what the user asked for."""
-
-    field: str
-    """The field as the user types it, e.g. `method.rank`."""
-    rule: str
-    """What must hold, e.g. `must be at least 1`."""
-    got: Any = None
-    """The value found; None where there is none to show."""
-    remedy: str = ""
-    """What to do, one clause; may be empty when the rule says it."""
-
-    def __str__(self) -> str:
-        got = "" if self.got is None else f", got {self.got!r}"
-        remedy = f" ({self.remedy})" if self.remedy else ""
-        return f"{self.field}: {self.rule}{got}{remedy}"
-
-
-@dataclass(frozen=True)
 class Cell:
     """What the user asked for once: a number and the value of every swept key."""
 

@@ -21,13 +21,15 @@ import processor  # before torch
 import pytest
 import torch
 
-from lora_sweep import __main__, frozen, space
+from lora_sweep import __main__
 from lora_sweep import data as data_room
-from lora_sweep import model as model_room
+from lora_sweep.base import cpu_bf16 as frozen
+from lora_sweep.base import load as model_room
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.data import Data
-from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Trial
 from lora_sweep.records import Cell
+from lora_sweep.sweep import sweep as space
 
 LONG_TIMEOUT_SECONDS = 1200
 """Of a long test that says nothing else: on a machine with other work they take several times as long."""

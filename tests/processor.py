@@ -31,7 +31,7 @@ class Path(NamedTuple):
 
 
 def _has_bf16() -> bool:
-    from lora_sweep import frozen
+    from lora_sweep.base import cpu_bf16 as frozen
 
     return frozen._has_bf16()
 

@@ -13,12 +13,13 @@ import pytest
 import torch
 from conftest import config_of
 
-from lora_sweep import request, space
 from lora_sweep.bench import question, random_base, speed, upkeep
 from lora_sweep.bench.question import Question
 from lora_sweep.bench.random_base import Dimensions
+from lora_sweep.cli import validate as request
 from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.pack.memory import Peak
+from lora_sweep.sweep import sweep as space
 
 MakeTrial = Callable[..., Trial]
 CPU = torch.device("cpu")

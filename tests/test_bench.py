@@ -15,15 +15,15 @@ from conftest import config_of
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_sweep import cli
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.bench import gauge, random_base, sequential, speed, upkeep
 from lora_sweep.bench.question import Question, trials_of
 from lora_sweep.bench.random_base import Dimensions
 from lora_sweep.bench.reduction import Run, StockRun, Work, bounds, difference, reduce
 from lora_sweep.bench.stock_process import Stock
+from lora_sweep.cli import main as cli
 from lora_sweep.data import Data, order
 from lora_sweep.errors import ConfigError, UserError
-from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.pack.passes import Passes
 

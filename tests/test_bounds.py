@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lora_sweep.bounds import BoundExceeded, bounded
+from lora_sweep.system.bounds import BoundExceeded, bounded
 
 
 def swallowing() -> None:

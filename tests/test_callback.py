@@ -20,13 +20,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import Adafactor, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lora_sweep import HealthCallback, health
-from lora_sweep.adapters import WEIGHTS
-from lora_sweep.bench.faults import FAULTS, Outcome, Training, train
+from lora_sweep.adapters.reader import WEIGHTS
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.bench.stock import UNCOUNTED, collate
 from lora_sweep.data import encode
+from lora_sweep.data.tasks import biographies as world
 from lora_sweep.errors import ConfigError
-from lora_sweep.model import LoadedBase
-from lora_sweep.tiny import world
+from lora_sweep.evidence.faults import FAULTS, Outcome, Training, train
 
 SHORT = Training(seed=0, steps=25)
 

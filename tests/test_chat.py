@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from tokenizers.processors import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
-from lora_sweep import model as model_room
+from lora_sweep.base import load as model_room
 from lora_sweep.data.chat import ChatFault, Conversation, check, encode, template
 from lora_sweep.data.encoding import _turns
 from lora_sweep.errors import ConfigError

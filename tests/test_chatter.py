@@ -15,7 +15,7 @@ import pytest
 import yaml
 from transformers.utils import logging as transformers_logging
 
-from lora_sweep import chatter
+from lora_sweep.system import chatter
 
 REPOSITORY = Path(__file__).parents[1]
 

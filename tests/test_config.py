@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from lora_sweep import composition, space
 from lora_sweep import config as schema
 from lora_sweep.errors import ConfigError
+from lora_sweep.sweep import compose as composition
+from lora_sweep.sweep import sweep as space
 
 REPOSITORY = Path(__file__).parents[1]
 OPTIONS = [f"{file.parent.name}={file.stem}" for file in sorted((REPOSITORY / "conf").glob("*/*.yaml"))]

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_pack import IGNORED
 from test_worker import Silent
 
-from lora_sweep import launch, space
-from lora_sweep.journal import hold
+from lora_sweep.runner import launch
+from lora_sweep.study.journal import hold
+from lora_sweep.sweep import sweep as space
 from lora_sweep.tracking import seal
 
 SWEEP = {

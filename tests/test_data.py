@@ -23,10 +23,10 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from lora_sweep import data as data_room
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.config import DataConfig
 from lora_sweep.data import TokenSet
 from lora_sweep.errors import ConfigError, OutOfRoom, UserError
-from lora_sweep.model import LoadedBase
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefgh"]
 BOS, EOS, A, B, C, D, E = 1, 2, 4, 5, 6, 7, 8

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from lora_sweep.bench import diagnosis, ranges
+from lora_sweep.evidence import diagnosis, ranges
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_sweep import files
-from lora_sweep.files import Unsafe
+from lora_sweep.system import files
+from lora_sweep.system.files import Unsafe
 
 
 def test_a_regular_file_is_read_and_a_link_to_it_where_links_are_followed(tmp_path: Path) -> None:

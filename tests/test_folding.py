@@ -17,18 +17,19 @@ from test_pack import losses, packed, short_examples
 from test_worker import run, write_sweep
 from transformers import AutoModelForCausalLM, LlamaConfig, get_scheduler
 
-from lora_sweep import folding, space
-from lora_sweep import model as model_room
+from lora_sweep.base import load as model_room
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.config import Config, OptimizerConfig
 from lora_sweep.data import Data, TokenSet
 from lora_sweep.errors import ConfigError, StudyError
-from lora_sweep.ledger import StudyView
-from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Trial
-from lora_sweep.pick import pick
+from lora_sweep.production.pick import pick
 from lora_sweep.records import Cell, Evaluation
-from lora_sweep.space import Sweep
-from lora_sweep.study import Study
+from lora_sweep.study.study import Study
+from lora_sweep.study.view import StudyView
+from lora_sweep.sweep import equivalence as folding
+from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep.sweep import Sweep
 
 MakeTrial = Callable[..., Trial]
 RULES: dict[str, Any] = {"eps_rule": "scaled", "decay_rule": "scaled", "clip_rule": "scaled"}

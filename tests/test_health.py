@@ -16,17 +16,7 @@ from lora_sweep.health import BIN_EDGES, AdaptedModule, Asked, Chart, Cooler, Co
 from lora_sweep.health.chart import window
 from lora_sweep.health.look import METRICS
 from lora_sweep.health.rules import CAUSES
-from lora_sweep.records import (
-    Base,
-    Cause,
-    Diagnosis,
-    Estimate,
-    Evaluation,
-    Finding,
-    Measurement,
-    Reading,
-    Tally,
-)
+from lora_sweep.records import Base, Cause, Diagnosis, Estimate, Evaluation, Finding, Measurement, Reading, Tally
 
 RULES = config_of().health
 AT_REST = Stepped(1.0, 1e-8, (0.9, 0.999), 1)

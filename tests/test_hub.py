@@ -18,9 +18,9 @@ from huggingface_hub import HfApi, HfFileSystem
 from safetensors.torch import load, save
 from test_pack import mean_loss
 
-from lora_sweep import cli
 from lora_sweep import data as data_room
-from lora_sweep import model as model_room
+from lora_sweep.base import load as model_room
+from lora_sweep.cli import main as cli
 from lora_sweep.tiny.pretrain import WEIGHTS
 
 REPOSITORY = Path(__file__).parents[1]

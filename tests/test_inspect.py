@@ -20,10 +20,12 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lora_sweep import adapter_keys, adapters, cli
-from lora_sweep.bounds import bounded
+from lora_sweep.adapters import keys as adapter_keys
+from lora_sweep.adapters import reader as adapters
+from lora_sweep.cli import main as cli
 from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.inspection import Inspection, inspect
+from lora_sweep.system.bounds import bounded
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file"),
@@ -1010,7 +1012,7 @@ def test_no_model_code_is_loaded_without_a_base(make: Make) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom lora_sweep.inspection import inspect\n"
         f"inspect(Path({str(folder)!r}))\n"
-        "print({'lora_sweep.model', 'optuna', 'wandb', 'datasets'} & set(sys.modules))"
+        "print({'lora_sweep.base.load', 'optuna', 'wandb', 'datasets'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
@@ -1024,7 +1026,7 @@ def test_an_adapter_that_peft_loads_again_gives_the_same(make: Make, base: str, 
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"])
 def test_a_pattern_that_never_ends_is_named(make: Make, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-    monkeypatch.setattr("lora_sweep.adapters.PATTERN_SECONDS", 0.5)
+    monkeypatch.setattr("lora_sweep.adapters.reader.PATTERN_SECONDS", 0.5)
     folder, _ = make()
     config = json.loads((folder / "adapter_config.json").read_text())
     pattern = r"((\w|\.)+)+!"

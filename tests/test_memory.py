@@ -11,8 +11,8 @@ import torch
 from conftest import Run
 from test_cli import small
 
-from lora_sweep.exhaustion import is_exhausted
 from lora_sweep.pack import Exhausted, Pack
+from lora_sweep.system.exhaustion import is_exhausted
 
 LIMITED = """
 import resource, sys

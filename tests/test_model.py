@@ -21,13 +21,13 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config
 
-from lora_sweep import adapters
-from lora_sweep import model as model_room
-from lora_sweep.blueprint import Blueprint, peft_config
-from lora_sweep.bounds import bounded
+from lora_sweep.adapters import reader as adapters
+from lora_sweep.adapters.peft_template import Blueprint, peft_config
+from lora_sweep.base import load as model_room
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.config import ModelConfig
 from lora_sweep.errors import ConfigError, UserError
-from lora_sweep.model import LoadedBase
+from lora_sweep.system.bounds import bounded
 from lora_sweep.tiny.pretrain import WEIGHTS
 
 CPU = torch.device("cpu")
@@ -452,7 +452,7 @@ def test_initial_As_are_drawn_beforehand_as_many_as_can_be_kept(
 ) -> None:
     blueprint = Blueprint(base.skeleton(), base.name_or_path)
     each = 4 * 2 * sum(d_in for d_in, _ in blueprint.shapes(["q_proj"]).values())  # fp32, rank 2
-    monkeypatch.setattr("lora_sweep.blueprint.KEPT_BYTES", 3 * each)
+    monkeypatch.setattr("lora_sweep.adapters.peft_template.KEPT_BYTES", 3 * each)
     settings = peft_config(2, 4, False, 0.0, ["q_proj"])
     made: list[int] = []
     draw = blueprint._draw
@@ -769,7 +769,7 @@ def test_an_index_names_safetensors_of_its_folder_alone(checkpoint: Checkpoint, 
 
 
 def test_a_pattern_of_targets_that_never_ends_is_named(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_sweep.model.PATTERN_SECONDS", 0.5)
+    monkeypatch.setattr("lora_sweep.base.load.PATTERN_SECONDS", 0.5)
     shape = model_room.skeleton(model_room.read_config(model_config(path=str(checkpoint()))))
     (fault,) = model_room.target_faults(shape, r"((\w|\.)+)+!")
     assert fault.rule == "takes longer than 0.5 s to match the modules of the base"

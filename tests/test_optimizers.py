@@ -14,8 +14,8 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from lora_sweep import pack as pack_room
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.data import Data, order
-from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Pack, Settings, Trial, low_bits
 
 MakeTrial = Callable[..., Trial]
@@ -169,6 +169,6 @@ def test_paging_without_a_gpu_and_a_missing_package_are_told_before_anything_sta
     assert fault.remedy == "optimizer.optim=adamw_8bit"
     assert pack_room.check(paged, torch.device("cuda")) == []
     assert pack_room.check(config_of().optimizer, torch.device("cpu")) == []
-    monkeypatch.setattr("lora_sweep.quant.is_installed", lambda: False)
+    monkeypatch.setattr("lora_sweep.base.quant.is_installed", lambda: False)
     (fault,) = pack_room.check(paged, torch.device("cuda"))
     assert fault.remedy == 'pip install "lora-sweep[quant]"'

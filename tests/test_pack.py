@@ -17,11 +17,11 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lora_sweep import model as model_room
+from lora_sweep.base import load as model_room
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.config import ModelConfig
 from lora_sweep.data import Data, TokenSet, order
 from lora_sweep.errors import UserError
-from lora_sweep.model import LoadedBase
 from lora_sweep.pack import DamagedCheckpoint, Exhausted, Pack, Settings, Trial
 from lora_sweep.pack.capacity import MOST_ROUNDS
 from lora_sweep.pack.dropout import keep_mask, slot_key
@@ -761,7 +761,7 @@ def test_a_slot_refilled_with_its_rank_is_refilled_in_place(base: LoadedBase, st
     pack.evict(leaves)
     pack.admit(trial(3, rank=16, **knobs))
     pack.advance()
-    assert [(each.layout.rank, len(each.slots)) for each in pack._banks] == [(4, 1), (16, 1)]
+    assert [(each.layout.rank, len(each.taken)) for each in pack._banks] == [(4, 1), (16, 1)]
     pack.close()
 
 

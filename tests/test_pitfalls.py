@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_sweep import pitfalls, space
 from lora_sweep.health import window
-from lora_sweep.pitfalls import EvaluationSize
-from lora_sweep.space import Sweep
+from lora_sweep.runner import pitfalls
+from lora_sweep.runner.pitfalls import EvaluationSize
+from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep.sweep import Sweep
 
 ENOUGH = EvaluationSize(pitfalls.NEEDED_EXAMPLES, pitfalls.NEEDED_EXAMPLES)
 

@@ -13,13 +13,13 @@ from conftest import config_of
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_sweep import model as model_room
-from lora_sweep import quant
-from lora_sweep.blueprint import Blueprint
-from lora_sweep.composition import shipped
+from lora_sweep.adapters.peft_template import Blueprint
+from lora_sweep.base import load as model_room
+from lora_sweep.base import quant
 from lora_sweep.config import ModelConfig
 from lora_sweep.data import Data, TokenSet
 from lora_sweep.pack import Pack, Settings
+from lora_sweep.sweep.compose import shipped
 from lora_sweep.tiny.pretrain import WEIGHTS
 
 CPU = torch.device("cpu")

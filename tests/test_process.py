@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from test_cli import small
 
-from lora_sweep import process
+from lora_sweep.system import process
 
 SIGNALS = {"INT": signal.SIGINT, "TERM": signal.SIGTERM, "HUP": signal.SIGHUP}
 

@@ -14,8 +14,8 @@ import torch
 from processor import BF16_PRODUCTS, THREADS, VECTORS, as_found, on
 from test_pack import MakeTrial, largest_difference, losses, packed
 
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.data import Data
-from lora_sweep.model import LoadedBase
 
 TESTS = Path(__file__).parent
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lora_sweep import progress
+from lora_sweep.cli import live as progress
 from lora_sweep.records import Base, Cell, Evaluation, Reading, Tally
 
 BASE = Base(4.0, 4.0, np.array([4.0, 4.0]))

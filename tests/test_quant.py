@@ -20,13 +20,16 @@ from safetensors.torch import load_file
 from test_pack import IGNORED, MakeTrial, largest_difference, losses, mean_loss, packed, peft_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from lora_sweep import estimate, frozen, quant, space
-from lora_sweep import model as model_room
-from lora_sweep.blueprint import Blueprint, peft_config
+from lora_sweep.adapters.peft_template import Blueprint, peft_config
+from lora_sweep.base import cpu_bf16 as frozen
+from lora_sweep.base import load as model_room
+from lora_sweep.base import quant
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.data import Data
 from lora_sweep.errors import ConfigError
-from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Pack, Settings, Trial
+from lora_sweep.runner import estimate
+from lora_sweep.sweep import sweep as space
 from lora_sweep.tiny.pretrain import WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings(IGNORED)

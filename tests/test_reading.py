@@ -16,9 +16,9 @@ from pyarrow import parquet
 from test_data import faults_of, of_file, rows, whole, words
 
 from lora_sweep import data as data_room
-from lora_sweep.bounds import bounded
 from lora_sweep.data import example, source
 from lora_sweep.data.reading import Row, Unreadable, of_files
+from lora_sweep.system.bounds import bounded
 
 
 def read(file: Path, content: str) -> list[Row]:

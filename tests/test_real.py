@@ -17,9 +17,10 @@ from test_worker import environment
 from torch.nn import functional
 
 from lora_sweep import data as data_room
-from lora_sweep import real_facts, space
 from lora_sweep.data import TokenSet
+from lora_sweep.data.tasks import real_facts
 from lora_sweep.records import Example
+from lora_sweep.sweep import sweep as space
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(2700), pytest.mark.filterwarnings(IGNORED)]
 

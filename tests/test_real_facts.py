@@ -11,8 +11,8 @@ import pytest
 from conftest import config_of
 
 from lora_sweep import data as data_room
-from lora_sweep import model as model_room
-from lora_sweep import real_facts
+from lora_sweep.base import load as model_room
+from lora_sweep.data.tasks import real_facts
 from lora_sweep.records import Example
 
 real = pytest.mark.real

@@ -11,8 +11,8 @@ import pytest
 import torch
 from second_device import CUDA, Mixed, SecondDevice, second_device
 
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.data import Data
-from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Pack, Settings, Trial, low_bits, optimizers
 from lora_sweep.records import Evaluation
 

@@ -13,11 +13,13 @@ import yaml
 from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from lora_sweep import composition, samplers, space
-from lora_sweep.axis import Axis
 from lora_sweep.errors import ConfigError
 from lora_sweep.records import Cell
-from lora_sweep.space import Sweep
+from lora_sweep.sweep import compose as composition
+from lora_sweep.sweep import optuna_classes as samplers
+from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep.axis import Axis
+from lora_sweep.sweep.sweep import Sweep
 
 
 def read(*overrides: str, file: str | None = None) -> Sweep:
@@ -640,7 +642,7 @@ def test_what_is_no_file_is_refused_as_a_sweep(in_folder: Path) -> None:
 def test_references_that_double_a_text_again_and_again_are_ended(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_sweep.composition.COMPOSE_SECONDS", 0.5)
+    monkeypatch.setattr("lora_sweep.sweep.compose.COMPOSE_SECONDS", 0.5)
     doubling = {f"p{i}": f"${{tracker.p{i + 1}}}" * 2 for i in range(40)} | {"p40": "x"}
     Path("x.yaml").write_text(yaml.safe_dump({"tracker": doubling, "space": {"method.rank": "choice(2, 4)"}}))
     _, faults = space.check(space.read("x.yaml", [])[0])

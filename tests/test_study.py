@@ -28,14 +28,14 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-import lora_sweep.journal as journal_module
-import lora_sweep.study as study_module
-from lora_sweep.asha import Asha
+import lora_sweep.study.journal as journal_module
+import lora_sweep.study.study as study_module
 from lora_sweep.errors import ConfigError, OutOfRoom, StudyError
-from lora_sweep.ledger import StudyView, status_of
 from lora_sweep.records import Cell
-from lora_sweep.search import Search
-from lora_sweep.study import Lease, StaleLease, Study
+from lora_sweep.study.asha import Asha
+from lora_sweep.study.search import Search
+from lora_sweep.study.study import Lease, StaleLease, Study
+from lora_sweep.study.view import StudyView, status_of
 
 SPACE = {
     "log2_rank": IntDistribution(1, 6),
@@ -842,7 +842,7 @@ def test_a_kill_at_any_write_loses_no_cell_and_finishes_none_twice(
 WORKER = """
     import sys, time
     from lora_sweep.records import Cell
-    from lora_sweep.study import Study
+    from lora_sweep.study.study import Study
     folder, n = sys.argv[1], int(sys.argv[2])
     cells = [Cell(i, {"method.rank": 2**i, "method.use_rslora": i % 2 == 0}) for i in range(n)]
     print("up", flush=True)

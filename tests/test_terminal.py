@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_sweep.terminal import printable
+from lora_sweep.system.terminal import printable
 
 
 @pytest.mark.parametrize(

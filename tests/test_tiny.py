@@ -10,8 +10,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lora_sweep.data.tasks import biographies as world
 from lora_sweep.records import Example
-from lora_sweep.tiny import pretrain, world
+from lora_sweep.tiny import pretrain
 
 
 @pytest.fixture(scope="module")

@@ -24,16 +24,19 @@ from rich.console import Console
 from test_pack import IGNORED, mean_loss
 
 from lora_sweep import data as data_room
-from lora_sweep import launch, results, space, workbench, worker
-from lora_sweep.blueprint import Blueprint
+from lora_sweep.adapters.peft_template import Blueprint
+from lora_sweep.base.load import LoadedBase
+from lora_sweep.cli.live import Show, flag_lines
 from lora_sweep.errors import NoSafeAnswer, OutOfRoom, StudyError
-from lora_sweep.ledger import StudyView
-from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Capacity, Pack
 from lora_sweep.pack.passes import Passes
-from lora_sweep.pick import pick
-from lora_sweep.progress import Show, flag_lines
+from lora_sweep.production.pick import pick
 from lora_sweep.records import Base, Cell, Evaluation
+from lora_sweep.report import results
+from lora_sweep.runner import device as workbench
+from lora_sweep.runner import launch, worker
+from lora_sweep.study.view import StudyView
+from lora_sweep.sweep import sweep as space
 from lora_sweep.tracking import Record, Tracker
 
 SMALL = {

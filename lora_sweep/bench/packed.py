@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.data import Data
-from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.records import Base, Evaluation
 

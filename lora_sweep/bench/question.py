@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 from lora_sweep.bench.random_base import Dimensions
 from lora_sweep.config import Config
-from lora_sweep.errors import ConfigError
+from lora_sweep.errors import ConfigError, Fault
 from lora_sweep.pack import Trial
 from lora_sweep.pack.capacity import MOST_SLOTS
-from lora_sweep.records import Cell, Fault
+from lora_sweep.records import Cell
 
 STEPS = {"train": {"max_steps": 24, "eval_every": "${train.max_steps}"}}
 """What a trial is, unless the command line says otherwise: as a sweep file's content."""

@@ -6,12 +6,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lora_sweep.composition import nearest
+from lora_sweep.base.load import DTYPES, LoadedBase
 from lora_sweep.config import DataConfig, ModelConfig
 from lora_sweep.data import Data, TokenSet
-from lora_sweep.errors import ConfigError
-from lora_sweep.model import DTYPES, LoadedBase
-from lora_sweep.records import Fault
+from lora_sweep.errors import ConfigError, Fault
+from lora_sweep.sweep.compose import nearest
 
 FIELD = "--random"
 EXAMPLES = 256

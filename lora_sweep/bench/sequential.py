@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora_sweep.blueprint import peft_chatter_off, peft_config
+from lora_sweep.adapters.peft_template import peft_chatter_off, peft_config
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.data import Data, TokenSet, order
 from lora_sweep.data.tokens import LENGTH_BUCKET
-from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Trial
 
 UNCOUNTED = -100

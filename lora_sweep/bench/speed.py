@@ -22,8 +22,9 @@ import torch
 import transformers
 
 from lora_sweep import data as data_room
-from lora_sweep import frozen, worker
-from lora_sweep import model as model_room
+from lora_sweep.base import cpu_bf16 as frozen
+from lora_sweep.base import load as model_room
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.bench import gauge, packed, random_base, sequential
 from lora_sweep.bench.question import Question, trials_of
 from lora_sweep.bench.reduction import Run, StockRun, Work, reduce
@@ -31,8 +32,8 @@ from lora_sweep.bench.stock_process import Stock, chosen, parts
 from lora_sweep.config import Config
 from lora_sweep.data import Data
 from lora_sweep.errors import ConfigError, UserError
-from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Exhausted, Pack, Settings, Trial
+from lora_sweep.runner import worker
 
 Say = Callable[[str], None]
 

@@ -155,12 +155,12 @@ def _base(asked: Job, device: torch.device) -> Any:
     if asked.is_quantised:
         arguments["device_map"] = {"": str(device)}
     if asked.quantization:
-        from lora_sweep import quant
+        from lora_sweep.base import quant
 
         arguments["quantization_config"] = quant.settings(asked.quantization, dtype)
     model = AutoModelForCausalLM.from_pretrained(asked.base, dtype=dtype, use_safetensors=True, **arguments)
     if asked.is_quantised:
-        from lora_sweep import quant
+        from lora_sweep.base import quant
 
         quant.settle(model, dtype)
     model.config.use_cache = False

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_sweep import model as model_room
+from lora_sweep.base import load as model_room
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.bench import sequential
 from lora_sweep.bench.reduction import StockRun
 from lora_sweep.bench.stock import Job
 from lora_sweep.config import Config
 from lora_sweep.data import Data, TokenSet, order
-from lora_sweep.model import LoadedBase
 from lora_sweep.pack import Trial
 
 

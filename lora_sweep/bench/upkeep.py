@@ -18,15 +18,15 @@ from typing import Any
 import torch
 
 from lora_sweep import data as data_room
-from lora_sweep import launch, worker
-from lora_sweep import model as model_room
-from lora_sweep.axis import Axis
+from lora_sweep.base import load as model_room
 from lora_sweep.bench import gauge
 from lora_sweep.bench.stock_process import Stock
-from lora_sweep.ledger import Outcome
 from lora_sweep.pack import Pack, Trial
 from lora_sweep.records import Base, Cell, Evaluation
-from lora_sweep.space import Sweep
+from lora_sweep.runner import launch, worker
+from lora_sweep.study.view import Outcome
+from lora_sweep.sweep.axis import Axis
+from lora_sweep.sweep.sweep import Sweep
 
 Say = Callable[[str], None]
 

@@ -15,7 +15,6 @@ from typing import Any
 from jinja2 import Environment, TemplateError, TemplateSyntaxError
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lora_sweep.bounds import BoundExceeded, bounded
 from lora_sweep.data.conversation import (
     ChatFault,
     Conversation,
@@ -27,6 +26,7 @@ from lora_sweep.data.conversation import (
     texts,
     thoughts,
 )
+from lora_sweep.system.bounds import BoundExceeded, bounded
 
 __all__ = ["ChatFault", "Conversation", "TooCostly", "check", "encode", "template"]
 

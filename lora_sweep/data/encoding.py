@@ -10,8 +10,8 @@ from lora_sweep.data.chat import ChatFault, Conversation, TooCostly
 from lora_sweep.data.example import Parsed
 from lora_sweep.data.report import Part, Tally
 from lora_sweep.data.tokens import Encoded
-from lora_sweep.errors import ConfigError
-from lora_sweep.records import Example, Fault
+from lora_sweep.errors import ConfigError, Fault
+from lora_sweep.records import Example
 
 Placed = tuple[str, Parsed]
 """(where it stands, the example)."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_sweep import files, real_facts
 from lora_sweep.config import DataConfig
 from lora_sweep.data import encoding, example, retention, source, store, tokens
 from lora_sweep.data.chat import MAX_TEMPLATE_BYTES
@@ -18,10 +17,12 @@ from lora_sweep.data.example import Parsed
 from lora_sweep.data.reading import Row, Unreadable
 from lora_sweep.data.report import Report
 from lora_sweep.data.source import Source
+from lora_sweep.data.tasks import biographies as world
+from lora_sweep.data.tasks import real_facts
 from lora_sweep.data.tokens import TokenSet
-from lora_sweep.errors import ConfigError
-from lora_sweep.records import Example, Fault
-from lora_sweep.tiny import world
+from lora_sweep.errors import ConfigError, Fault
+from lora_sweep.records import Example
+from lora_sweep.system import files
 
 BROUGHT = ("files", "hub")
 """Of data.name: what the user brings, tokenised once and kept."""

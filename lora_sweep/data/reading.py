@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TextIO, cast
 import datasets
 from pyarrow import parquet
 
-from lora_sweep import files
+from lora_sweep.system import files
 
 MAX_LINE_BYTES = 2**26
 """Of a line: a longer one is told and passed over."""

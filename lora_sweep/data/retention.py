@@ -17,10 +17,10 @@ from lora_sweep.data.example import Parsed
 from lora_sweep.data.reading import Unreadable
 from lora_sweep.data.report import Part, Tally
 from lora_sweep.data.source import Source
+from lora_sweep.data.tasks import biographies as world
 from lora_sweep.data.tokens import Encoded, TokenSet
-from lora_sweep.errors import ConfigError
-from lora_sweep.records import Example, Fault
-from lora_sweep.tiny import world
+from lora_sweep.errors import ConfigError, Fault
+from lora_sweep.records import Example
 
 EMBEDDED = "embedded:tiny"
 JOINED_LINES = 256

@@ -13,10 +13,9 @@ from datasets.packaged_modules.cache.cache import Cache
 
 from lora_sweep.config import DataConfig
 from lora_sweep.data.reading import READERS, Row, Unreadable, kind, of_dataset, of_files, one_line
-from lora_sweep.errors import ConfigError
-from lora_sweep.files import read_json
-from lora_sweep.records import Fault
-from lora_sweep.source import Refusal, cached_commit, hub_fault, refusal
+from lora_sweep.errors import ConfigError, Fault
+from lora_sweep.hub import Refusal, cached_commit, hub_fault, refusal
+from lora_sweep.system.files import read_json
 
 _SPLIT = re.compile(
     r"(?:^|[-_./])(train|training|test|testing|eval|evaluation|val|valid|validation|dev|holdout|held[-_]?out)(?:[-_./]|$)"

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_sweep.adapters import Factors
+from lora_sweep.adapters.reader import Factors
 
 Verdict = Literal["healthy", "untrained", "partially_dead", "negligible", "incomplete", "dead", "broken", "empty"]
 ZeroStart = Literal["A", "B", "BA"]

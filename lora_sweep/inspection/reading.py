@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_sweep import adapter_keys, adapter_targets, adapters
-from lora_sweep.adapter_targets import Missing
-from lora_sweep.adapters import Saved
-from lora_sweep.errors import ConfigError, UserError
+from lora_sweep.adapters import keys as adapter_keys
+from lora_sweep.adapters import reader as adapters
+from lora_sweep.adapters import targets as adapter_targets
+from lora_sweep.adapters.reader import Saved
+from lora_sweep.adapters.targets import Missing
+from lora_sweep.errors import ConfigError, Fault, UserError
 from lora_sweep.inspection.measure import (
     ExtraMeasurement,
     ModuleMeasurement,
@@ -20,7 +22,6 @@ from lora_sweep.inspection.measure import (
     named,
     zero_start,
 )
-from lora_sweep.records import Fault
 
 RATIO_TOLERANCE = 0.1
 """In powers of two, as rule `ratio_lost` has it."""
@@ -96,7 +97,7 @@ def inspect(folder: Path, base: str | None = None, allow_pickle: bool = False) -
 
 
 def _base(path: str) -> Any:
-    from lora_sweep import model
+    from lora_sweep.base import load as model
 
     try:
         return model.weights(path)
@@ -175,7 +176,7 @@ def _weight(saved: Saved, name: str, loaded: Any) -> Any:
     """The base's weight for one module. Raises ConfigError where the adapter is of another base."""
     if loaded is None:
         return None
-    from lora_sweep import model
+    from lora_sweep.base import load as model
 
     weight, factors = model.weight_of(loaded, name), saved.factors[name]
     if weight is None:
@@ -198,7 +199,8 @@ def loraplus(folder: Path) -> LoraPlus:
     trial = _trial_of(folder)
     if trial is None:
         return LoraPlus(None, UNTOLD)
-    from lora_sweep import composition, space
+    from lora_sweep.sweep import compose as composition
+    from lora_sweep.sweep import sweep as space
     from lora_sweep.tracking import read_rows
 
     # Other programs write files of these names too.

@@ -1,15 +1,12 @@
 """Where adapters lie: one bank a rank, each slot's A and B of all modules in one piece of memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from lora_sweep.pack.slot import Slot
 
 Which = Literal["A", "B"]
 
@@ -51,26 +48,31 @@ class Layout:
 
 
 class Bank:
-    """Adapters of one rank: a row each."""
+    """Adapters of one rank: a row each, for whoever has taken it."""
 
     def __init__(self, layout: Layout, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self.layout = layout
         self.values = torch.zeros(rows, layout.size, dtype=dtype, device=device)
         self.gradients = torch.zeros_like(self.values)
-        self.slots: list[Slot | None] = [None] * rows
-        """Whose row it is."""
+        self.taken: list[Bind | None] = [None] * rows
+        """What binds each row's holder to it; None: the row is free."""
 
-    def put(self, slot: "Slot", row: int) -> None:
-        self.slots[row] = slot
-        slot.bind(self, row)
+    def give(self, row: int, bind: "Bind") -> None:
+        """Gives the row, whose values are in place, to the holder that `bind` binds to it."""
+        self.taken[row] = bind
+        bind(self, row)
+
+
+Bind = Callable[[Bank, int], None]
+"""Points a holder of a row at it: called when the row is given, and again whenever its values have moved."""
 
 
 class Banks:
     """The banks of a pack.
 
-    A slot that is freed leaves its row to the next one of its rank. `close_gaps` moves rows where one stayed empty, so
-    that the rows of a rank are neighbours, none without a slot. With fixed rows there is one bank of the largest rank,
-    slot i in row i, and nothing ever moves.
+    A row that is freed goes to the next holder of its rank. `close_gaps` moves rows where one stayed empty, so that the
+    rows of a rank are neighbours, none of them free. With fixed rows there is one bank of the largest rank, and nothing
+    ever moves.
     """
 
     def __init__(
@@ -88,38 +90,37 @@ class Banks:
         else:
             yield from (bank for _, bank in sorted(self._of_rank.items()))
 
-    def place(self, slot: "Slot") -> None:
-        """Gives the slot a row of zeros."""
+    def take(self, rank: int, fixed_row: int, bind: Bind) -> None:
+        """Gives out a row of zeros: `fixed_row` where rows are fixed, else the first free one of the rank."""
         if self._fixed is not None:
-            self._fixed.put(slot, slot.index)
+            self._fixed.give(fixed_row, bind)
             return
-        rank = slot.trial.method.rank
         bank = self._of_rank.get(rank) or self._bank(rank, 0)
-        if None not in bank.slots:
-            bank = self._moved(bank, len(bank.slots) + 1)
-        bank.put(slot, bank.slots.index(None))
+        if None not in bank.taken:
+            bank = self._moved(bank, len(bank.taken) + 1)
+        bank.give(bank.taken.index(None), bind)
 
-    def free(self, slot: "Slot") -> None:
+    def free(self, bank: Bank, row: int) -> None:
         """Leaves zeros behind."""
-        bank, row = slot.home
         bank.values[row].zero_()
         bank.gradients[row].zero_()
-        bank.slots[row] = None
+        bank.taken[row] = None
 
     def close_gaps(self) -> None:
         for rank, bank in list(self._of_rank.items()):
-            live = len(bank.slots) - bank.slots.count(None)
-            if live == 0:
+            held = len(bank.taken) - bank.taken.count(None)
+            if held == 0:
                 del self._of_rank[rank]
-            elif live < len(bank.slots):
-                self._moved(bank, live)
+            elif held < len(bank.taken):
+                self._moved(bank, held)
 
     def _moved(self, old: Bank, rows: int) -> Bank:
-        """The slots of `old`, in their order, in a new bank of so many rows."""
+        """The rows of `old` that are taken, in their order, in a new bank of `rows` rows."""
         new = self._bank(old.layout.rank, rows)
-        for row, slot in enumerate(slot for slot in old.slots if slot is not None):
-            new.values[row].copy_(old.values[slot.home[1]])
-            new.put(slot, row)
+        held = [(before, bind) for before, bind in enumerate(old.taken) if bind is not None]
+        for row, (before, bind) in enumerate(held):
+            new.values[row].copy_(old.values[before])
+            new.give(row, bind)
         self._of_rank[old.layout.rank] = new
         return new
 

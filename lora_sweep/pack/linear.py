@@ -7,19 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_sweep import frozen
+from lora_sweep.base import cpu_bf16 as frozen
 from lora_sweep.pack.bank import Bank
 from lora_sweep.pack.dropout import keep_mask
+from lora_sweep.pack.slot import Slot
 
 
 class Segment:
     """Slots of one rank that are neighbours, both in a pass and in their bank."""
 
-    def __init__(self, first: int, bank: Bank, rows: range) -> None:
-        """`first`: place in the pass of the slot in row `rows[0]`; rows without a slot count for nothing."""
-        slots = [bank.slots[row] for row in rows]
+    def __init__(self, first: int, bank: Bank, row: int, slots: Sequence[Slot | None]) -> None:
+        """`slots`: those from place `first` of the pass on, in the bank's rows from `row` on; None: an empty one."""
         self.places = slice(first, first + len(slots))
-        values, gradients = bank.values[rows.start : rows.stop], bank.gradients[rows.start : rows.stop]
+        rows = slice(row, row + len(slots))
+        values, gradients = bank.values[rows], bank.gradients[rows]
         self.gradients = gradients
         self.dtype = values.dtype
         self.A, self.B = bank.layout.A(values), bank.layout.B(values)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_sweep import quant
+from lora_sweep.base import quant
 from lora_sweep.config import OptimizerConfig
-from lora_sweep.records import Fault
+from lora_sweep.errors import Fault
 
 _BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit"}
 

@@ -20,12 +20,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lora_sweep import adapters, health, quant
-from lora_sweep.blueprint import Blueprint, peft_config
+from lora_sweep import health
+from lora_sweep.adapters import reader as adapters
+from lora_sweep.adapters.peft_template import Blueprint, peft_config
+from lora_sweep.base import quant
+from lora_sweep.base.load import LoadedBase, input_faults
 from lora_sweep.data import Data
 from lora_sweep.errors import ConfigError, UserError
-from lora_sweep.exhaustion import is_exhausted
-from lora_sweep.model import LoadedBase, input_faults
 from lora_sweep.pack import memory
 from lora_sweep.pack.bank import Banks
 from lora_sweep.pack.capacity import MOST_SLOTS, Capacity
@@ -35,6 +36,7 @@ from lora_sweep.pack.passes import Passes
 from lora_sweep.pack.slot import CHECKPOINT, Slot
 from lora_sweep.pack.trial import Exhausted, Settings, Trial
 from lora_sweep.records import Base, Cell, Evaluation
+from lora_sweep.system.exhaustion import is_exhausted
 
 Found = TypeVar("Found")
 
@@ -146,7 +148,7 @@ class Pack:
         """Frees the slot and leaves zeros behind."""
         gone = self._at(slot)
         gone.leave()
-        self._banks.free(gone)
+        self._banks.free(*gone.home)
         self._slots[slot] = None
         self._passes.changed()
 

@@ -59,7 +59,11 @@ class Passes:
             self.banks.close_gaps()
             seeds = {slot.trial.train.seed for slot in live}
             self._orders = {seed: rows for seed, rows in self._orders.items() if seed in seeds}
-        return [slot for bank in self.banks for slot in bank.slots]
+        if self.settings.fixed_shapes:
+            (bank,) = self.banks
+            by_row = {slot.home[1]: slot for slot in live}
+            return [by_row.get(row) for row in range(len(bank.taken))]
+        return [*sorted(live, key=lambda slot: (slot.trial.method.rank, slot.home[1]))]
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -209,12 +213,12 @@ class Passes:
     def _segmented(self, slots: Slots) -> tuple[Segment, ...]:
         if self.settings.fixed_shapes:
             (bank,) = self.banks
-            return (Segment(0, bank, range(len(slots))),)
+            return (Segment(0, bank, 0, slots),)
         found = []
         places = [(place, *slot.home) for place, slot in enumerate(slots) if slot is not None]
         # Where both the place and the row go up by one, in one bank.
         for _, run in groupby(places, key=lambda at: (id(at[1]), at[2] - at[0])):
             neighbours: list[tuple[int, Any, int]] = list(run)
             first, bank, row = neighbours[0]
-            found.append(Segment(first, bank, range(row, row + len(neighbours))))
+            found.append(Segment(first, bank, row, slots[first : first + len(neighbours)]))
         return tuple(found)

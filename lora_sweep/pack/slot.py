@@ -13,14 +13,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from lora_sweep import files, health
-from lora_sweep.blueprint import save
-from lora_sweep.exhaustion import is_exhausted
+from lora_sweep import health
+from lora_sweep.adapters.peft_template import save
 from lora_sweep.health import MOMENTS, AdaptedModule, Chart, Side, Stepped
 from lora_sweep.pack import optimizers
 from lora_sweep.pack.bank import Bank, Banks, Which
 from lora_sweep.pack.trial import Trial
 from lora_sweep.records import Step
+from lora_sweep.system import files
+from lora_sweep.system.exhaustion import is_exhausted
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -50,7 +51,7 @@ class Slot:
         """"A" or "B" -> module name -> view like that of the value."""
         self._parameters: dict[str, nn.Parameter] = {}
         """What the optimizer steps: "A" and "B", or "A/<module>" and "B/<module>"."""
-        banks.place(self)
+        banks.take(trial.method.rank, index, self._bind)
         for name, view in self.A.items():
             view.copy_(initial_A[name])
         self.optimizer = optimizers.build(
@@ -86,8 +87,8 @@ class Slot:
         self._admitted_at = time.monotonic()
         self._seconds_before = 0.0
 
-    def bind(self, bank: Bank, row: int) -> None:
-        """Lets everything point into this row; called by the bank, which has put the values there."""
+    def _bind(self, bank: Bank, row: int) -> None:
+        """Lets everything point into this row, where the bank has put the values."""
         self.home = (bank, row)
         values, gradients, layout = bank.values[row], bank.gradients[row], bank.layout
         rank, size_A = self.trial.method.rank, layout.size_A

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lora_sweep.tiny import world
+from lora_sweep.data.tasks import biographies as world
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Where the embedded base lies: a folder that AutoModelForCausalLM and AutoTokenizer load."""

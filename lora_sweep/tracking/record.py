@@ -14,10 +14,10 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sweep import files
-from lora_sweep.disk import disk_errors
-from lora_sweep.files import Unsafe
 from lora_sweep.records import Base, Cell, Evaluation, Finding
+from lora_sweep.system import files
+from lora_sweep.system.disk import disk_errors
+from lora_sweep.system.files import Unsafe
 from lora_sweep.tracking import heat_map, seal
 from lora_sweep.tracking.wandb_run import Histograms, Row, Run, Tracker, plain
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lora_sweep import files
+from lora_sweep.system import files
 
 ADAPTER, ADAPTER_CONFIG = "adapter", "adapter/adapter_config.json"
 

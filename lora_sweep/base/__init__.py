@@ -1,0 +1,1 @@
+"""The base model: where it lies, how it is loaded, its kinds of weights."""

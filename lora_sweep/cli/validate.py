@@ -1,0 +1,104 @@
+"""What a person asks for: a sweep, or every fault of it at once, found by all rooms before anything starts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_sweep import data, pack
+from lora_sweep.base import load as model
+from lora_sweep.cli import live as progress
+from lora_sweep.data import provenance
+from lora_sweep.errors import ConfigError, Fault
+from lora_sweep.runner import launch, worker
+from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep.sweep import Sweep
+from lora_sweep.system.console import Console, say
+
+
+def checked(
+    path: str | None,
+    overrides: list[str] | None,
+    defaults: Mapping[str, Any] | None = None,
+    unread: Sequence[str] = (),
+    resumes: bool = False,
+) -> Sweep:
+    """The sweep, or every fault of all rooms at once.
+
+    Without a file, `defaults` come in its place. Groups in `unread` are not asked whether what they name is there.
+    `resumes`: a study that lies in its folder already goes on, so it must be on the same data. Raises ConfigError, and
+    StudyError where the data has changed.
+    """
+    if path is not None and "=" in path:
+        raise ConfigError(
+            [Fault("SWEEP", "must be a sweep file", path, "e.g. sweeps/quickstart.yaml, overrides after it")]
+        )
+    sweep, faults = space.read(path, overrides or [])
+    sweep = replace(sweep, content={**sweep.content, **(defaults or {})})
+    variants, found = space.check(sweep)
+    faults += found
+    if path is None:
+        rule = "train runs one trial" if defaults is None else "bench makes its own trials around one value"
+        faults += [Fault(axis.key, rule, str(axis), "use launch") for axis in sweep.axes]
+    elif not sweep.axes and not faults:
+        faults.append(Fault("space", "is empty", None, "give it an axis: method.rank: choice(4, 16)"))
+    variants = [{name: group for name, group in each.items() if name not in unread} for each in variants]
+    faults += _room_faults(variants)
+    if not faults and not unread:
+        faults += _prepared(variants, launch.study_folder(sweep.base().study) if resumes else None)
+    if faults:
+        raise ConfigError(list({str(fault): fault for fault in faults}.values()))
+    return sweep
+
+
+def _prepared(variants: list[dict[str, Any]], folder: Path | None) -> list[Fault]:
+    """Has the user's data tokenised, once for all launches, and tells what became of its rows.
+
+    Raises StudyError where the study in `folder` began with other data, also where it has nothing left to train.
+    """
+    console = Console(stderr=True)
+    pairs: list[tuple[Any, Any]] = []
+    faults: list[Fault] = []
+    for groups in variants:
+        pair = groups["model"], groups["data"]
+        if pair in pairs:
+            continue
+        pairs.append(pair)
+        if pair[0].trust_remote_code:
+            say(console, f"model.trust_remote_code is on: code that lies beside {pair[0].path} runs with your rights")
+        if pair[1].name in data.BROUGHT:
+            tokenizer = model.tokenizer(pair[0])
+            try:
+                with progress.Preparing(console) as show:
+                    loaded = data.load(pair[1], tokenizer, show)
+            except ConfigError as error:
+                faults += error.faults
+                continue
+            if folder is not None:
+                provenance.refuse_changed(folder, loaded.report.sources)
+            base = model.read_config(pair[0])
+            faults += model.input_faults(pair[0].path, base, loaded.length, loaded.largest_id)
+            beyond = model.beyond_training(base, loaded.length)
+            for line in [*loaded.report.warnings(), *([beyond] if beyond else [])]:
+                say(console, line)
+    return faults
+
+
+def _room_faults(variants: list[dict[str, Any]]) -> list[Fault]:
+    """What the rooms that read files and devices find, each model, target and data set asked once."""
+    models, sets = [], []
+    for groups in variants:
+        targets = groups["method"].target_modules if "method" in groups else "all-linear"
+        if "model" in groups and (groups["model"], targets) not in models:
+            models.append((groups["model"], targets))
+        if "data" in groups and groups["data"] not in sets:
+            sets.append(groups["data"])
+    faults = [fault for each in models for fault in model.check(*each)]
+    faults += [fault for each in sets for fault in data.check(each)]
+    launcher = next((groups["launcher"] for groups in variants if "launcher" in groups), None)
+    for optimizer in {groups["optimizer"] for groups in variants if "optimizer" in groups}:
+        faults += pack.check(optimizer, worker.device(launcher)) if launcher is not None else []
+    for groups in variants[:1]:
+        faults += launch.check(groups["study"]) if "study" in groups else []
+        faults += worker.check(groups["launcher"]) if "launcher" in groups else []
+    return faults

@@ -1,0 +1,1 @@
+"""Tasks that need no files: made-up people, and real facts."""

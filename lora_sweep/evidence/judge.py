@@ -1,0 +1,41 @@
+"""What a study says of trials that were trained without one."""
+
+import math
+from collections.abc import Sequence
+
+from lora_sweep import health
+from lora_sweep.config import Config
+from lora_sweep.pack import Trial
+from lora_sweep.records import Base, Cell, Evaluation, Finding
+from lora_sweep.sweep import equivalence as folding
+
+
+def judged(
+    alone: Base, configs: Sequence[Config], records: Sequence[Sequence[Evaluation]]
+) -> list[tuple[Finding, ...]]:
+    """What is said of each trial after its last evaluation, all of them compared as one study.
+
+    `alone`: the losses of the base; `records`: the evaluations of each config's trial, in order.
+    """
+    peers = health.Peers(alone.eval_loss)
+    for place, (config, seen) in enumerate(zip(configs, records, strict=True)):
+        curve = {each.step: each.eval_loss for each in seen if not each.diverged}
+        effective = folding.coordinates(config)
+        log_X, log_Y = (effective.log_X, effective.log_Y) if effective else (math.nan, math.nan)
+        of_examples = {each.step: each.eval_losses for each in seen}
+        peers.add(health.Peer(place, log_X, log_Y, curve, of_examples.get))
+    found = []
+    for place, (config, seen) in enumerate(zip(configs, records, strict=True)):
+        rules, last = config.health, seen[-1]
+        losses = [step.train_loss for each in seen for step in each.steps]
+        what = health.seen(last, Trial.of(Cell(place), config).asked, rules)
+        how = health.Course(alone, losses, 0, min(seen, key=lambda each: each.eval_loss), last)
+        own = health.own_findings(what, how, rules)
+        made = None if last.diverged else health.diagnose(how, what, own, rules)
+        found.append((*health.compared(made, own, rules, peers, place, last.step), *own))
+    return found
+
+
+def words(found: Sequence[Finding]) -> tuple[str, ...]:
+    """Flags and causes."""
+    return tuple(word for each in found for word in (each.flag, each.cause) if word is not None)

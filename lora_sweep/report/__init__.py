@@ -1,0 +1,1 @@
+"""A study as others see it; reads and draws only."""

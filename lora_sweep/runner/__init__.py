@@ -1,0 +1,1 @@
+"""Trains a study's cells on the devices of this machine."""
