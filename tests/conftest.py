@@ -29,7 +29,7 @@ from lora_sweep.base.load import LoadedBase
 from lora_sweep.data import Data
 from lora_sweep.pack import Trial
 from lora_sweep.records import Cell
-from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep import sweep_file
 
 LONG_TIMEOUT_SECONDS = 1200
 """Of a long test that says nothing else: on a machine with other work they take several times as long."""
@@ -136,7 +136,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def config_of(*overrides: str) -> Any:
-    sweep, faults = space.read(None, overrides)
+    sweep, faults = sweep_file.read(None, overrides)
     assert not faults
     return sweep.base()
 

@@ -19,7 +19,7 @@ from lora_sweep.bench.random_base import Dimensions
 from lora_sweep.cli import validate as request
 from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.pack.memory import Peak
-from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep import sweep_file
 
 MakeTrial = Callable[..., Trial]
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def test_a_pack_is_never_slower_than_one_by_one(drawn: str, words: str) -> None:
 
 
 def upkept(words: str, trials: int, stock_repetitions: int) -> dict[str, Any]:
-    sweep, faults = space.read(None, words.split())
+    sweep, faults = sweep_file.read(None, words.split())
     assert not faults
     made = upkeep.measure(sweep, trials, stock_repetitions, print)
     for line in upkeep.lines(made):

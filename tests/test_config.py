@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_sweep import config as schema
 from lora_sweep.errors import ConfigError
+from lora_sweep.sweep import check, sweep_file
 from lora_sweep.sweep import compose as composition
-from lora_sweep.sweep import sweep as space
 
 REPOSITORY = Path(__file__).parents[1]
 OPTIONS = [f"{file.parent.name}={file.stem}" for file in sorted((REPOSITORY / "conf").glob("*/*.yaml"))]
@@ -35,8 +35,8 @@ BROUGHT = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_of_every_group_composes_and_checks(option: str) -> None:
-    sweep, faults = space.read(None, [option, *BROUGHT.get(option, [])])
-    variants, found = space.check(sweep)
+    sweep, faults = sweep_file.read(None, [option, *BROUGHT.get(option, [])])
+    variants, found = check.check(sweep)
     assert [*faults, *found] == []
     assert variants[0].keys() == schema.GROUPS.keys()
     sweep.base()
@@ -44,15 +44,15 @@ def test_every_option_of_every_group_composes_and_checks(option: str) -> None:
 
 @pytest.mark.parametrize("option", sorted(BROUGHT))
 def test_what_only_the_user_can_say_is_asked_for(option: str) -> None:
-    sweep, _ = space.read(None, [option])
-    (fault,) = space.check(sweep)[1]
+    sweep, _ = sweep_file.read(None, [option])
+    (fault,) = check.check(sweep)[1]
     assert str(fault) == f"{option.split('=')[0]}.path: is needed ({option.split('=')[0]}.path=...)"
 
 
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: str(file.stem))
 def test_every_sweep_composes_and_checks_in_all_its_cells(file: Path) -> None:
-    sweep, faults = space.read(str(file), [])
-    assert [*faults, *space.check(sweep)[1]] == []
+    sweep, faults = sweep_file.read(str(file), [])
+    assert [*faults, *check.check(sweep)[1]] == []
     assert sweep.base().study.name == file.stem
     if sweep.base().sampler.name == "grid":
         assert len({str(sweep.config(cell)) for cell in sweep.cells()}) == len(sweep.cells())
@@ -216,13 +216,13 @@ def test_a_knob_takes_its_range_and_refuses_what_lies_beyond(plain: DictConfig, 
     ],
 )
 def test_an_unknown_word_names_the_nearest_known_one(typed: str, told: str) -> None:
-    sweep, faults = space.read(None, [typed])
-    assert [str(fault) for fault in [*faults, *space.check(sweep)[1]]] == [told]
+    sweep, faults = sweep_file.read(None, [typed])
+    assert [str(fault) for fault in [*faults, *check.check(sweep)[1]]] == [told]
 
 
 def test_several_faults_are_told_at_once() -> None:
     wrong = ["method.rank=-1", "method.alfa=2", "optimizer.base_lr=fast", "train.slots=0", "study.name=a/b"]
-    sweep, _ = space.read(None, wrong)
+    sweep, _ = sweep_file.read(None, wrong)
     with pytest.raises(ConfigError) as caught:
         sweep.base()
     assert {fault.field for fault in caught.value.faults} == {line.split("=")[0] for line in wrong}
@@ -291,8 +291,8 @@ def test_only_arithmetic_and_references_are_resolved(in_folder: Path, canary: st
     Path("content.yaml").write_text(json.dumps({key: content[key] for key in ("data", "study")}))
     for file, overrides in (("content.yaml", []), ("space.yaml", []), (None, [f"data.path='{text}'"])):
         try:
-            sweep, faults = space.read(file, overrides)
-            faults = faults or space.check(sweep)[1]
+            sweep, faults = sweep_file.read(file, overrides)
+            faults = faults or check.check(sweep)[1]
         except ConfigError as error:
             faults = list(error.faults)
         told = "\n".join(map(str, faults))
@@ -303,9 +303,9 @@ def test_only_arithmetic_and_references_are_resolved(in_folder: Path, canary: st
 def test_two_halves_of_a_reference_that_meet_are_refused(in_folder: Path, canary: str) -> None:
     halves = {"tracker": {"entity": "$"}, "data": {"path": "${tracker.entity}{oc.env:CANARY}"}}
     Path("halves.yaml").write_text(json.dumps(halves))
-    sweep, faults = space.read("halves.yaml", [])
+    sweep, faults = sweep_file.read("halves.yaml", [])
     assert faults == []
-    (fault,) = space.check(sweep)[1]
+    (fault,) = check.check(sweep)[1]
     assert fault.field == "data.path"
     assert "refused" in fault.rule
 
@@ -361,8 +361,8 @@ def test_a_sweep_files_defaults_choose_options_of_groups_and_nothing_else(
     in_folder: Path, defaults: str, told: str
 ) -> None:
     Path("x.yaml").write_text(f"defaults: {defaults}\n")
-    sweep, _ = space.read("x.yaml", [])
-    (fault,) = space.check(sweep)[1]
+    sweep, _ = sweep_file.read("x.yaml", [])
+    (fault,) = check.check(sweep)[1]
     assert told in str(fault)
 
 
@@ -379,15 +379,15 @@ def own_group(group: str, option: str, **values: Any) -> None:
 
 def test_ones_own_groups_in_the_working_directory_are_usable(in_folder: Path) -> None:
     own_group("data", "mine", name="style", subjects=32)
-    sweep, faults = space.read(None, ["data=mine"])
-    assert [*faults, *space.check(sweep)[1]] == []
+    sweep, faults = sweep_file.read(None, ["data=mine"])
+    assert [*faults, *check.check(sweep)[1]] == []
     assert sweep.base().data.subjects == 32
 
 
 def test_ones_own_option_may_be_a_value_of_an_axis(in_folder: Path) -> None:
     own_group("data", "mine", name="style", subjects=32)
-    sweep, faults = space.read(None, ["data=mine,style"])
-    assert [*faults, *space.check(sweep)[1]] == []
+    sweep, faults = sweep_file.read(None, ["data=mine,style"])
+    assert [*faults, *check.check(sweep)[1]] == []
     assert [sweep.config(cell).data.subjects for cell in sweep.cells()] == [32, 256]
 
 
@@ -407,8 +407,8 @@ def test_faults_in_ones_own_groups_are_told_like_any_other(in_folder: Path, cana
     own_group("data", "spy", path="${oc.env:CANARY}")
     told = {}
     for option in ("mine", "spy"):
-        sweep, _ = space.read(None, [f"data={option}"])
-        (fault,) = space.check(sweep)[1]
+        sweep, _ = sweep_file.read(None, [f"data={option}"])
+        (fault,) = check.check(sweep)[1]
         told[option] = str(fault)
     assert told["mine"] == "data.subjcts: unknown key (did you mean subjects?)"
     assert "data.path: refused" in told["spy"]

@@ -18,7 +18,7 @@ from test_worker import Silent
 
 from lora_sweep.runner import launch
 from lora_sweep.study.journal import hold
-from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep import sweep_file
 from lora_sweep.tracking import seal
 
 SWEEP = {
@@ -41,7 +41,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     Path("finished.yaml").write_text(yaml.safe_dump(SWEEP, sort_keys=False))
     Path("unfinished.yaml").write_text(yaml.safe_dump(SWEEP, sort_keys=False))
     for name, most in (("finished", None), ("unfinished", 6)):
-        sweep, faults = space.read(f"{name}.yaml", [])
+        sweep, faults = sweep_file.read(f"{name}.yaml", [])
         assert not faults
         watcher = Silent()
         launch.launch(sweep, watcher, lambda most=most, watcher=watcher: most is not None and watcher.steps > most)

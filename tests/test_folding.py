@@ -28,7 +28,7 @@ from lora_sweep.records import Cell, Evaluation
 from lora_sweep.study.study import Study
 from lora_sweep.study.view import StudyView
 from lora_sweep.sweep import equivalence as folding
-from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep import sweep_file
 from lora_sweep.sweep.sweep import Sweep
 
 MakeTrial = Callable[..., Trial]
@@ -37,7 +37,7 @@ SCALED = tuple(f"optimizer.{rule}={value}" for rule, value in RULES.items())
 
 
 def sweep_of(*overrides: str) -> Sweep:
-    sweep, faults = space.read(None, overrides)
+    sweep, faults = sweep_file.read(None, overrides)
     assert faults == []
     return sweep
 
@@ -613,7 +613,7 @@ def test_a_difference_of_two_percent_is_found_in_a_near_class(in_folder: Path) -
     axes = {"method.alpha": "choice(8, 16)", "optimizer.ratio": "choice(1, 2)", "method.rank": "choice(4)"}
     path = write_sweep(in_folder, axes, train=THREE_STEPS | {"slots": 4}, optimizer={"eps": 1e-8})
     run(path, "study.fold=near", "study.verify_fold=1")
-    (pair,) = [each for each in space.read(str(path), [])[0].classes("near") if len(each.cells) > 1]
+    (pair,) = [each for each in sweep_file.read(str(path), [])[0].classes("near") if len(each.cells) > 1]
     assert pair.grade.name == "near"
     metrics = Path("outputs/ask/trials") / f"{pair.cells[1]:04d}" / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -630,7 +630,7 @@ def test_a_difference_of_two_percent_is_found_in_a_near_class(in_folder: Path) -
 def test_off_is_off_in_yaml_and_on_the_command_line(in_folder: Path) -> None:
     path = write_sweep(in_folder, {"method.alpha": "choice(8, 16)"})
     path.write_text(path.read_text() + "study:\n  fold: off\n")
-    assert space.read(str(path), [])[0].base().study.fold == "off"
+    assert sweep_file.read(str(path), [])[0].base().study.fold == "off"
     assert sweep_of("study.fold=off").base().study.fold == "off"
 
 

@@ -8,16 +8,16 @@ import pytest
 from lora_sweep.health import window
 from lora_sweep.runner import pitfalls
 from lora_sweep.runner.pitfalls import EvaluationSize
-from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep import check, sweep_file
 from lora_sweep.sweep.sweep import Sweep
 
 ENOUGH = EvaluationSize(pitfalls.NEEDED_EXAMPLES, pitfalls.NEEDED_EXAMPLES)
 
 
 def sweep_of(*overrides: str) -> Sweep:
-    sweep, faults = space.read(None, overrides)
+    sweep, faults = sweep_file.read(None, overrides)
     assert faults == []
-    assert space.check(sweep)[1] == []
+    assert check.check(sweep)[1] == []
     return sweep
 
 
@@ -73,7 +73,7 @@ def test_a_warmup_as_long_as_a_drawn_run_is_a_warning_and_in_a_grid_an_error() -
     assert "cells drawn near train.max_steps=20 train.warmup_steps=50" in sentence
     assert sentence.endswith("keep train.warmup_steps below 20")
     assert found(*axes[:2], "train.warmup_steps=choice(0,19)", "sampler=random", "sampler.n_trials=4") == {}
-    faults = space.check(space.read(None, axes)[0])[1]
+    faults = check.check(sweep_file.read(None, axes)[0])[1]
     assert [fault.field for fault in faults] == ["train.warmup_steps"]
 
 

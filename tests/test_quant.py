@@ -29,7 +29,7 @@ from lora_sweep.data import Data
 from lora_sweep.errors import ConfigError
 from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.runner import estimate
-from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep import sweep_file
 from lora_sweep.tiny.pretrain import WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings(IGNORED)
@@ -344,7 +344,7 @@ def test_a_quantised_base_says_what_it_really_holds(bases: Bases) -> None:
 
 def test_plan_reports_the_memory_of_the_quantised_base(bases: Bases) -> None:
     small = ["data.subjects=8", "data.eval_size=2", "data.probe_size=2", "train.slots=1", "launcher.device=cpu"]
-    sweep, faults = space.read(None, ["model.quantization=nf4", "model.dtype=bf16", *small])
+    sweep, faults = sweep_file.read(None, ["model.quantization=nf4", "model.dtype=bf16", *small])
     assert not faults
     made = estimate.plan(sweep)
     base = bases("nf4", "bf16")

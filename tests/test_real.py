@@ -20,7 +20,7 @@ from lora_sweep import data as data_room
 from lora_sweep.data import TokenSet
 from lora_sweep.data.tasks import real_facts
 from lora_sweep.records import Example
-from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep import sweep_file
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(2700), pytest.mark.filterwarnings(IGNORED)]
 
@@ -94,7 +94,7 @@ def test_the_shipped_sweep_teaches_smollm2_facts_that_peft_alone_completes(
 
     loaded = AutoPeftModelForCausalLM.from_pretrained(str(study / "production/adapter"), dtype=torch.bfloat16).eval()
     tokenizer = AutoTokenizer.from_pretrained(loaded.peft_config["default"].base_model_name_or_path)
-    config = space.read(SWEEP, [])[0].base()
+    config = sweep_file.read(SWEEP, [])[0].base()
     assert config.model.dtype == "bf16"
     data = data_room.load(config.data, tokenizer)
     adapted, ends = token_losses(loaded, data.evaluation)

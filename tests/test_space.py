@@ -15,15 +15,15 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from lora_sweep.errors import ConfigError
 from lora_sweep.records import Cell
+from lora_sweep.sweep import check, saved, sweep_file
 from lora_sweep.sweep import compose as composition
 from lora_sweep.sweep import optuna_classes as samplers
-from lora_sweep.sweep import sweep as space
 from lora_sweep.sweep.axis import Axis
 from lora_sweep.sweep.sweep import Sweep
 
 
 def read(*overrides: str, file: str | None = None) -> Sweep:
-    sweep, faults = space.read(file, overrides)
+    sweep, faults = sweep_file.read(file, overrides)
     assert faults == []
     return sweep
 
@@ -31,8 +31,8 @@ def read(*overrides: str, file: str | None = None) -> Sweep:
 def faults_of(*overrides: str, file: str | None = None) -> list[str]:
     """Everything that `plan` would tell of the sweep's form."""
     try:
-        sweep, faults = space.read(file, overrides)
-        return [str(fault) for fault in [*faults, *space.check(sweep)[1]]]
+        sweep, faults = sweep_file.read(file, overrides)
+        return [str(fault) for fault in [*faults, *check.check(sweep)[1]]]
     except ConfigError as error:
         return [str(fault) for fault in error.faults]
 
@@ -173,7 +173,7 @@ def test_a_slip_in_the_grammar_is_one_fault_that_names_it(line: str, told: str) 
     [("data.path", "mine, v=2.jsonl"), ("method.target_modules", r".*layers\.[01]\.(q|v)_proj")],
 )
 def test_a_value_in_quotes_is_taken_as_it_is(key: str, value: str) -> None:
-    sweep, faults = space.read(None, [f'{key}="{value}"', "data=files", "model=tiny"])
+    sweep, faults = sweep_file.read(None, [f'{key}="{value}"', "data=files", "model=tiny"])
     assert faults == []
     group, _, name = key.partition(".")
     assert sweep.composed()[group][name] == value
@@ -261,14 +261,14 @@ def test_the_study_is_named_for_its_file_unless_it_says_otherwise(write: Write) 
 def test_a_shipped_sweep_is_found_from_anywhere_and_ones_own_comes_first(in_folder: Path) -> None:
     shipped = composition.shipped("sweeps") / "quickstart.yaml"
     for name in ("sweeps/quickstart.yaml", "quickstart.yaml", "quickstart"):
-        assert space.find(name) == shipped
+        assert sweep_file.find(name) == shipped
     (in_folder / "sweeps").mkdir()
     (in_folder / "sweeps" / "quickstart.yaml").write_text("{}")
-    assert space.find("sweeps/quickstart.yaml") == Path("sweeps/quickstart.yaml")
+    assert sweep_file.find("sweeps/quickstart.yaml") == Path("sweeps/quickstart.yaml")
     with pytest.raises(
         ConfigError, match=r"no such file, got 'sweeps/quikstart.yaml'.*did you mean sweeps/quickstart.yaml"
     ):
-        space.find("sweeps/quikstart.yaml")
+        sweep_file.find("sweeps/quikstart.yaml")
 
 
 # -- the command line ----------------------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ def test_derived_values_follow_each_cell(write: Write) -> None:
             """
         )
     )
-    assert space.check(sweep)[1] == []
+    assert check.check(sweep)[1] == []
     for cell in sweep.cells():
         config = sweep.config(cell)
         assert config.method.alpha == 2 * cell.params["method.rank"]
@@ -342,7 +342,7 @@ def test_derived_values_follow_each_cell(write: Write) -> None:
 
 def test_a_group_axis_changes_the_whole_group_and_keys_still_apply_on_top() -> None:
     sweep = read("data=choice(facts,style)", "data.subjects=choice(16,32)", "data.max_length=48")
-    assert space.check(sweep)[1] == []
+    assert check.check(sweep)[1] == []
     seen = [sweep.config(cell).data for cell in sweep.cells()]
     assert [(data.name, data.subjects) for data in seen] == [("facts", 16), ("facts", 32), ("style", 16), ("style", 32)]
     assert {data.max_length for data in seen} == {48}
@@ -357,7 +357,7 @@ def test_a_list_replaces_a_list(write: Write) -> None:
 
 
 def test_variants_hold_every_value_of_every_axis_by_itself() -> None:
-    variants, _ = space.check(read("method.rank=choice(2,4,8)", "data=facts,style"))
+    variants, _ = check.check(read("method.rank=choice(2,4,8)", "data=facts,style"))
     seen = [(groups["method"].rank, groups["data"].name) for groups in variants]
     assert seen == [(2, "facts"), (4, "facts"), (8, "facts"), (2, "style")]
 
@@ -437,15 +437,15 @@ LAUNCHED = """
 
 def relaunch(folder: Path, first: Sweep, second: Sweep) -> list[str]:
     (folder / "config.yaml").write_text(composition.to_yaml(first.as_launched()))
-    before = space.load_launched(folder)
+    before = saved.load_launched(folder)
     assert before is not None
-    return space.differences(before, second.as_launched())
+    return saved.differences(before, second.as_launched())
 
 
 def test_what_was_launched_comes_back_equal_from_yaml(write: Write, tmp_path: Path) -> None:
     sweep = read("sampler=tpe", "pruner=asha", file=write(LAUNCHED))
     (tmp_path / "config.yaml").write_text(composition.to_yaml(sweep.as_launched()))
-    assert space.load_launched(tmp_path) == sweep.as_launched()
+    assert saved.load_launched(tmp_path) == sweep.as_launched()
     assert relaunch(tmp_path, sweep, read("sampler=tpe", "pruner=asha", file="mine.yaml")) == []
 
 
@@ -495,10 +495,10 @@ def test_a_fixed_axis_is_another_meaning(write: Write, tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_config_was_never_launched_and_a_broken_one_is_a_fault(tmp_path: Path) -> None:
-    assert space.load_launched(tmp_path) is None
+    assert saved.load_launched(tmp_path) is None
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match="cannot be read"):
-        space.load_launched(tmp_path)
+        saved.load_launched(tmp_path)
 
 
 # -- samplers and pruners by _target_ --------------------------------------------------------------------------------
@@ -593,9 +593,9 @@ def test_arguments_that_a_class_does_not_take_are_a_fault() -> None:
 def test_rungs_that_no_evaluation_reaches_are_told_before_anything_starts(in_folder: Path) -> None:
     Path("ask.yaml").write_text("space: {method.rank: 'choice(2, 4)'}\n")
     asked = ["pruner=asha", "train.max_steps=40", "train.eval_every=40"]
-    sweep, faults = space.read("ask.yaml", asked)
+    sweep, faults = sweep_file.read("ask.yaml", asked)
     assert faults == []
-    _, found = space.check(sweep)
+    _, found = check.check(sweep)
     assert [fault.field for fault in found] == ["pruner.min_steps"]
 
 
@@ -620,10 +620,10 @@ def test_a_file_of_yaml_that_cannot_be_read_within_bounds_is_named_in_one_line(
     Path(where).write_bytes(BOMBS[bomb])
     with pytest.raises(ConfigError, match=r"mine\.yaml: cannot be read: ") as raised:
         if where == "mine.yaml":
-            space.read(where, [])
+            sweep_file.read(where, [])
         else:
-            space.check(space.read(None, ["model=mine"])[0])
-            space.read(None, ["model=mine"])[0].base()
+            check.check(sweep_file.read(None, ["model=mine"])[0])
+            sweep_file.read(None, ["model=mine"])[0].base()
     assert len(str(raised.value).splitlines()) == 1
     assert not Path("pwned").exists()
 
@@ -636,7 +636,7 @@ def test_what_is_no_file_is_refused_as_a_sweep(in_folder: Path) -> None:
     kinds = (("fifo", "is a FIFO"), ("zero", "is a device"), ("large", "is larger than 1,048,576 bytes"))
     for name, kind in kinds:
         with pytest.raises(ConfigError, match=f"cannot be read: it {kind}"):
-            space.read(f"{name}.yaml", [])
+            sweep_file.read(f"{name}.yaml", [])
 
 
 def test_references_that_double_a_text_again_and_again_are_ended(
@@ -645,7 +645,7 @@ def test_references_that_double_a_text_again_and_again_are_ended(
     monkeypatch.setattr("lora_sweep.sweep.compose.COMPOSE_SECONDS", 0.5)
     doubling = {f"p{i}": f"${{tracker.p{i + 1}}}" * 2 for i in range(40)} | {"p40": "x"}
     Path("x.yaml").write_text(yaml.safe_dump({"tracker": doubling, "space": {"method.rank": "choice(2, 4)"}}))
-    _, faults = space.check(space.read("x.yaml", [])[0])
+    _, faults = check.check(sweep_file.read("x.yaml", [])[0])
     assert [fault.rule for fault in faults] == ["cannot be resolved: it takes longer than 0.5 s"]
 
 
@@ -658,12 +658,12 @@ def test_references_that_double_a_text_again_and_again_are_ended(
     ids=["nesting", "length"],
 )
 def test_an_override_beyond_its_bounds_is_one_line(line: str, told: str) -> None:
-    _, (fault,) = space.read(None, [line])
+    _, (fault,) = sweep_file.read(None, [line])
     assert fault.field == "method.rank" and told in fault.rule
 
 
 def test_a_grid_of_more_cells_than_anybody_means_is_refused_at_once(in_folder: Path) -> None:
-    sweep, faults = space.read(None, ["train.seed=range(0,9999)", "method.rank=choice(2,4,8,16,32,64)"])
+    sweep, faults = sweep_file.read(None, ["train.seed=range(0,9999)", "method.rank=choice(2,4,8,16,32,64)"])
     assert not faults
-    _, (fault,) = space.check(sweep)
+    _, (fault,) = check.check(sweep)
     assert fault.rule.startswith("must have at most 50,000 combinations") and fault.got == "59,994"

@@ -36,7 +36,7 @@ from lora_sweep.report import results
 from lora_sweep.runner import device as workbench
 from lora_sweep.runner import launch, worker
 from lora_sweep.study.view import StudyView
-from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep import check, sweep_file
 from lora_sweep.tracking import Record, Tracker
 
 SMALL = {
@@ -79,9 +79,9 @@ def write_sweep(folder: Path, axes: dict[str, str], **more: Any) -> Path:
 
 
 def run(path: Path, *overrides: str, stop_after: int | None = None) -> tuple[Silent, bool, list[results.Row]]:
-    sweep, faults = space.read(str(path), overrides)
+    sweep, faults = sweep_file.read(str(path), overrides)
     assert faults == []
-    assert space.check(sweep)[1] == []
+    assert check.check(sweep)[1] == []
     watcher = Silent()
     finished = launch.launch(sweep, watcher, lambda: stop_after is not None and watcher.steps > stop_after)
     return watcher, finished, results.rows(StudyView.read(Path("outputs/ask")))
@@ -97,7 +97,7 @@ def test_a_grid_runs_every_cell_once_and_leaves_what_the_readme_promises(in_fold
     assert sorted(number for number, _ in watcher.ends) == list(range(8))
     assert [row["state"] for row in table] == ["COMPLETE"] * 8
     assert table == [json.loads(line) for line in (in_folder / "outputs/ask/trials.jsonl").read_text().splitlines()]
-    evaluation = data_room.load(space.read("ask.yaml", [])[0].base().data, base.tokenizer).evaluation
+    evaluation = data_room.load(sweep_file.read("ask.yaml", [])[0].base().data, base.tokenizer).evaluation
     for row in table:
         assert set(row["params"]) == set(GRID)
         assert row["gap"] is not None
@@ -192,7 +192,7 @@ def test_one_evaluation_example_has_no_error_and_hides_no_gain(in_folder: Path) 
     assert finished
     for row in table:
         made = json.loads((in_folder / f"outputs/ask/trials/{row['number']:04d}/result.json").read_text())
-        allowed = space.read("ask.yaml", [])[0].base().health.min_gain_of_base
+        allowed = sweep_file.read("ask.yaml", [])[0].base().health.min_gain_of_base
         assert made["diagnosis"]["noise"] == pytest.approx(allowed * row["base_loss"])
     assert [(row["flags"], row["cause"]) for row in table] == [(["zero_trapped"], "lr_too_small"), ([], None)]
 
@@ -302,7 +302,7 @@ def test_an_adapter_that_finds_no_room_on_the_disk_is_told_like_any_file(in_fold
 
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_a_person_looks_on_while_slots_are_refilled(in_folder: Path, is_terminal: bool) -> None:
-    sweep, faults = space.read(str(write_sweep(in_folder, GRID)), [])
+    sweep, faults = sweep_file.read(str(write_sweep(in_folder, GRID)), [])
     assert faults == []
     out = io.StringIO()
     with Show(Console(file=out, width=200, force_terminal=is_terminal), 8, 0, 6) as show:
@@ -554,10 +554,10 @@ def test_one_trial_without_a_study(in_folder: Path) -> None:
 
 def test_an_interrupted_trial_goes_on_and_another_one_in_its_place_is_refused(in_folder: Path) -> None:
     overrides = [f"{group}.{key}={value}" for group, knobs in SMALL.items() for key, value in knobs.items()]
-    sweep, _ = space.read(None, ["tracker=none", *overrides])
+    sweep, _ = sweep_file.read(None, ["tracker=none", *overrides])
     watcher = Silent()
     assert not launch.train(sweep.base(), watcher, lambda: watcher.steps > 3)
-    other, _ = space.read(None, ["tracker=none", "method.rank=2", *overrides])
+    other, _ = sweep_file.read(None, ["tracker=none", "method.rank=2", *overrides])
     with pytest.raises(StudyError, match=r"method\.rank: 8 -> 2"):
         launch.train(other.base(), Silent(), lambda: False)
     resumed = Silent()

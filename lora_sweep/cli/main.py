@@ -240,12 +240,12 @@ def pick(study: StudyFolder, overrides: Overrides = None, as_json: Json = False)
     from lora_sweep.report import results
     from lora_sweep.runner import kept_base as bases
     from lora_sweep.study.view import StudyView
+    from lora_sweep.sweep import check, sweep_file
     from lora_sweep.sweep import compose as composition
-    from lora_sweep.sweep import sweep as space
     from lora_sweep.system.console import Console, say
 
-    asked, faults = space.read(None, overrides or [])
-    faults += space.check(asked)[1]
+    asked, faults = sweep_file.read(None, overrides or [])
+    faults += check.check(asked)[1]
     foreign = [word for word in overrides or [] if not word.startswith("pick.")]
     faults += [Fault(word, "pick reads pick.form only") for word in foreign]
     if faults:

@@ -11,7 +11,7 @@ from lora_sweep.cli import live as progress
 from lora_sweep.data import provenance
 from lora_sweep.errors import ConfigError, Fault
 from lora_sweep.runner import launch, worker
-from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep import check, sweep_file
 from lora_sweep.sweep.sweep import Sweep
 from lora_sweep.system.console import Console, say
 
@@ -33,9 +33,9 @@ def checked(
         raise ConfigError(
             [Fault("SWEEP", "must be a sweep file", path, "e.g. sweeps/quickstart.yaml, overrides after it")]
         )
-    sweep, faults = space.read(path, overrides or [])
+    sweep, faults = sweep_file.read(path, overrides or [])
     sweep = replace(sweep, content={**sweep.content, **(defaults or {})})
-    variants, found = space.check(sweep)
+    variants, found = check.check(sweep)
     faults += found
     if path is None:
         rule = "train runs one trial" if defaults is None else "bench makes its own trials around one value"

@@ -29,7 +29,7 @@ from lora_sweep.evidence.faults import FAULTS, PACKED, Fault, Outcome, Training
 from lora_sweep.evidence.ranges import RANGES, REAL, Range
 from lora_sweep.pack import Trial
 from lora_sweep.records import Cell, Evaluation
-from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep import sweep_file
 from lora_sweep.system.disk import write_whole
 from lora_sweep.tracking.wandb_run import plain
 
@@ -85,7 +85,7 @@ def _kept(keep: Path | None, name: str, measure: Callable[[], Any]) -> Any:
 
 
 def _faults(say: Say, seeds: Sequence[int]) -> dict[str, Any]:
-    base = model_room.load(space.read(None, ["model=tiny"])[0].base().model, torch.device("cpu"))
+    base = model_room.load(sweep_file.read(None, ["model=tiny"])[0].base().model, torch.device("cpu"))
     rows, twins = [], _Twins(base)
     for fault in FAULTS:
         say(f"{fault.name}, by transformers' Trainer")
@@ -221,7 +221,9 @@ def _ordinary(base: LoadedBase, seed: int) -> Iterator[tuple[tuple[str, ...], fl
 
 def _told(base: LoadedBase, cells: Sequence[Sequence[str]], *shared: str) -> list[tuple[float, tuple[str, ...], float]]:
     """(gain at the end, what is said of it, median rho after the window) of each cell, judged as one study."""
-    configs = [space.read(None, [*cell, *shared, "train.slots=8", "train.eval_every=20"])[0].base() for cell in cells]
+    configs = [
+        sweep_file.read(None, [*cell, *shared, "train.slots=8", "train.eval_every=20"])[0].base() for cell in cells
+    ]
     data = data_room.load(configs[0].data, base.tokenizer)
     trials = [Trial.of(Cell(number), config) for number, config in enumerate(configs)]
     alone, records = packed.recorded(base, data, trials)

@@ -25,7 +25,7 @@ from lora_sweep.evidence import judge
 from lora_sweep.pack import Trial
 from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.sweep import equivalence as folding
-from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep import sweep_file
 
 SURE = 2.0
 """Standard errors."""
@@ -216,7 +216,7 @@ class _Runs:
 
 def trained(asked: Range, seed: int) -> Trained:
     """Some minutes to half an hour on two CPU cores."""
-    sweep, _ = space.read(asked.path, [*asked.overrides, f"data.seed={seed}", f"train.seed={seed}"])
+    sweep, _ = sweep_file.read(asked.path, [*asked.overrides, f"data.seed={seed}", f"train.seed={seed}"])
     asked_for = sweep.cells() if asked.draws is None else sweep.drawn(asked.draws, seed)
     cells = [sweep.config(cell) for cell in asked_for]
     base = model_room.load(cells[0].model, torch.device("cpu"))

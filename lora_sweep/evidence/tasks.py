@@ -17,7 +17,7 @@ from lora_sweep.config import Config
 from lora_sweep.data import Batch, Data, TokenSet, order
 from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.records import Cell
-from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep import sweep_file
 
 Say = Callable[[str], None]
 
@@ -89,7 +89,7 @@ def lines(made: dict[str, Any]) -> Iterator[str]:
 
 
 def _config(overrides: Sequence[str]) -> Config:
-    return space.read(None, overrides)[0].base()
+    return sweep_file.read(None, overrides)[0].base()
 
 
 def _best_of_rank(losses: dict[tuple[int, float, int], float], rank: int) -> tuple[float, list[float]]:

@@ -200,7 +200,7 @@ def loraplus(folder: Path) -> LoraPlus:
     if trial is None:
         return LoraPlus(None, UNTOLD)
     from lora_sweep.sweep import compose as composition
-    from lora_sweep.sweep import sweep as space
+    from lora_sweep.sweep import saved
     from lora_sweep.tracking import read_rows
 
     # Other programs write files of these names too.
@@ -208,7 +208,7 @@ def loraplus(folder: Path) -> LoraPlus:
     pairs = [(row.get("optimizer/lr_A") or 0.0, row.get("optimizer/lr_B") or 0.0) for row in rows]
     ratios = [lr_B / lr_A for lr_A, lr_B in pairs if lr_A > 0 and lr_B > 0]
     try:
-        asked = composition.leaf(space.load_launched(trial), "optimizer.ratio")
+        asked = composition.leaf(saved.load_launched(trial), "optimizer.ratio")
     except ConfigError:
         asked = None
     if not ratios or not isinstance(asked, int | float):

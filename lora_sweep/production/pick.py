@@ -13,7 +13,7 @@ from lora_sweep.report.trial_result import read_ended
 from lora_sweep.runner import kept_base as bases
 from lora_sweep.study.view import StudyView
 from lora_sweep.sweep import equivalence as folding
-from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep import saved
 from lora_sweep.sweep.compose import to_yaml
 from lora_sweep.sweep.equivalence import Form
 from lora_sweep.system import files
@@ -124,10 +124,10 @@ def _export(view: StudyView, winner: Row, table: list[Row], form: Form | None) -
 
 
 def _production(study: str, winner: Row, trial: Path, form: Form | None) -> dict[str, Any]:
-    plain = space.load_launched(trial) or {}
+    plain = saved.load_launched(trial) or {}
     head = {"study": study, "cell": winner["number"], **{key: winner[key] for key in ("eval_loss", "base_loss")}}
     if form is not None:
-        written, grade = folding.in_form(space.of_launched(plain), form)
+        written, grade = folding.in_form(saved.of_launched(plain), form)
         trained = {key: plain[group][key] for group, key in REWRITTEN}
         # The same training in other words: the adapter beside it keeps the scaling that it was trained with.
         head |= {"form": form, "same_run": str(grade), "adapter_trained_with": trained}

@@ -13,7 +13,7 @@ from lora_sweep.records import Diagnosis, Finding, State
 from lora_sweep.report.trial_result import peer, read_ended
 from lora_sweep.study.view import CellStatus, StudyView
 from lora_sweep.sweep import compose as composition
-from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep import saved
 from lora_sweep.system.disk import write_whole
 from lora_sweep.system.files import Unsafe
 from lora_sweep.tracking import RESULT, read_rows, seal
@@ -43,7 +43,7 @@ def rows(view: StudyView, rules: HealthConfig | None = None) -> list[Row]:
     for status in statuses:
         ended[status.cell.number], damages[status.cell.number] = _ended(view, status, keeps_all)
     peers = compared(view, ended)
-    rules = rules or space.health_rules(plain)
+    rules = rules or saved.health_rules(plain)
     run = {}
     for status in statuses:
         number, result = status.cell.number, ended[status.cell.number]
@@ -61,7 +61,7 @@ def rows(view: StudyView, rules: HealthConfig | None = None) -> list[Row]:
 
 def launched(view: StudyView) -> dict[str, Any]:
     """What the study was launched with, by its ledger; of an older one by its config.yaml. Raises ConfigError."""
-    return view.launched or space.load_launched(view.folder) or {}
+    return view.launched or saved.load_launched(view.folder) or {}
 
 
 def _ended(view: StudyView, status: CellStatus, keeps_all: bool) -> tuple[Row | None, list[Finding]]:

@@ -9,7 +9,7 @@ from typing import Any
 from lora_sweep.base.source import EMBEDDED
 from lora_sweep.errors import ConfigError
 from lora_sweep.sweep import compose as composition
-from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep import saved
 from lora_sweep.system import files
 from lora_sweep.system.disk import disk_errors
 from lora_sweep.tracking import seal
@@ -63,7 +63,7 @@ def _is_kept(adapter: Path) -> bool:
     """Whether the adapter's trial trained on a base that its study keeps, by its configuration."""
     around = adapter.parent
     try:
-        launched = space.load_launched(around, "production.yaml" if around.name == "production" else "config.yaml")
+        launched = saved.load_launched(around, "production.yaml" if around.name == "production" else "config.yaml")
     except ConfigError:
         return False
     path = str(composition.leaf(launched or {}, "model.path"))

@@ -21,7 +21,7 @@ from lora_sweep.study.study import Study
 from lora_sweep.study.view import JOURNAL, Outcome, StudyView
 from lora_sweep.sweep import equivalence as folding
 from lora_sweep.sweep import optuna_classes as samplers
-from lora_sweep.sweep import sweep as space
+from lora_sweep.sweep import saved
 from lora_sweep.sweep.compose import to_yaml
 from lora_sweep.sweep.sweep import Sweep
 from lora_sweep.system.disk import refuse_links, write_whole
@@ -98,7 +98,7 @@ def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:
     folder = study_folder(config.study)
     launched = sweep.as_launched()
     before = launched_before(folder)
-    if before is not None and (changed := space.differences(before, launched)):
+    if before is not None and (changed := saved.differences(before, launched)):
         raise StudyError(
             f"{folder}: holds a study with another meaning; choose another study.name, or launch it as it was:\n  "
             + "\n  ".join(changed)
@@ -156,7 +156,7 @@ def launched_before(folder: Path) -> dict[str, Any] | None:
     """
     view = StudyView.find(folder)
     if view is None:
-        return space.load_launched(folder)
+        return saved.load_launched(folder)
     before = results.launched(view)
     if not before:
         raise StudyError(
@@ -211,7 +211,7 @@ def _verify(study: Study, checks: Sequence[folding.Check]) -> None:
 def _difference(study: Study, one: Cell, other: Cell, grade: folding.Grade) -> tuple[float, float]:
     """(largest relative difference of losses that the grade allows, the one found)."""
     folders = [study.trial_folder(cell.number) for cell in (one, other)]
-    trained = [(space.load_launched(folder) or {}).get("train", {}) for folder in folders]
+    trained = [(saved.load_launched(folder) or {}).get("train", {}) for folder in folders]
     # Passes of other shapes round differently.
     same_shapes = all(each.get("fixed_shapes") for each in trained) and trained[0]["slots"] == trained[1]["slots"]
     whole = grade.name == "bitwise" and same_shapes
@@ -243,10 +243,10 @@ def train(config: Config, watcher: Watcher, stop: Stop) -> bool:
         raise StudyError(f"{folder}: holds a study; choose another study.name")
     if (folder / RESULT).exists():
         raise StudyError(f"{folder}: holds a finished trial; choose another study.name")
-    before = space.load_launched(folder)
+    before = saved.load_launched(folder)
     if before is None and (folder / METRICS).exists():
         raise StudyError(f"{folder}: holds a trial whose config.yaml is gone; choose another study.name")
-    if before is not None and (changed := space.differences(before, asdict(alone))):
+    if before is not None and (changed := saved.differences(before, asdict(alone))):
         raise StudyError(f"{folder}: holds another trial; choose another study.name\n  " + "\n  ".join(changed))
     runs = tracker(config, folder, config.study.name)
     try:

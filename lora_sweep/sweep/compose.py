@@ -290,14 +290,19 @@ def sections(config: DictConfig, is_bounded: bool = True) -> tuple[dict[str, Any
     absent = {key.partition(".")[0]: key for key, value in leaves(plain) if value == "???"}
     faults += [Fault(key, "is needed", None, f"{key}=...") for key in absent.values()]
     good = {}
-    for name, adapter in _ADAPTERS.items():
+    for name in GROUPS:
         if name in absent:
             continue
         try:
-            good[name] = adapter.validate_python(plain.get(name))
+            good[name] = validated(name, plain.get(name))
         except ValidationError as error:
             faults += _readable(name, error)
     return good, faults
+
+
+def validated(group: str, plain: Any) -> Any:
+    """The dataclass of one group from its plain values. Raises pydantic's ValidationError."""
+    return _ADAPTERS[group].validate_python(plain)
 
 
 def _readable(group: str, error: ValidationError) -> list[Fault]:
@@ -347,7 +352,7 @@ def section(group: str, known: Mapping[str, Any]) -> Any:
     defaults = OmegaConf.to_container(OmegaConf.load(shipped("conf") / group / "default.yaml"))
     assert isinstance(defaults, dict)
     try:
-        return _ADAPTERS[group].validate_python(defaults | dict(known))
+        return validated(group, defaults | dict(known))
     except ValidationError as error:
         raise ConfigError(_readable(group, error)) from error
 
