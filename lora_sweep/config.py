@@ -19,19 +19,20 @@ def _no_truth_value(value: Any) -> Any:
     return value
 
 
-_Integer = Annotated[int, BeforeValidator(_no_truth_value)]
-_Number = Annotated[float, BeforeValidator(_no_truth_value)]
-Positive = Annotated[_Number, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[_Number, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[_Number, Field(ge=0, lt=1)]
-Whole = Annotated[_Integer, Field(ge=0)]
-Seed = Annotated[_Integer, Field(ge=0, lt=2**32)]
-Count = Annotated[_Integer, Field(ge=1)]
+_NO_TRUTH_VALUE = BeforeValidator(_no_truth_value)
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _NO_TRUTH_VALUE]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _NO_TRUTH_VALUE]
+Share = Annotated[float, Field(ge=0, lt=1), _NO_TRUTH_VALUE]
+InnerShare = Annotated[float, Field(gt=0, lt=1), _NO_TRUTH_VALUE]
+Whole = Annotated[int, Field(ge=0), _NO_TRUTH_VALUE]
+Seed = Annotated[int, Field(ge=0, lt=2**32), _NO_TRUTH_VALUE]
+Count = Annotated[int, Field(ge=1), _NO_TRUTH_VALUE]
+Several = Annotated[int, Field(ge=2), _NO_TRUTH_VALUE]
 Text = Annotated[str, StringConstraints(min_length=1)]
 """Never empty: a shell variable that is not set would name the working directory."""
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
-_FORBID = ConfigDict(extra="forbid")
+_FORBID = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 def _yaml_off(value: Any) -> Any:
@@ -77,14 +78,14 @@ class DataConfig:
     """Evaluation file or folder; null: a share of the training data, held out by a hash of each example."""
     eval_split: Text | None
     """Of a hub data set: the one to evaluate on; null: a share of `split`."""
-    eval_share: Annotated[_Number, Field(gt=0, lt=1)]
+    eval_share: InnerShare
     columns: dict[str, str]
     """The data's own names for `text`, `prompt`, `completion` or `messages`, e.g. `{prompt: question}`."""
     chat_template: Text | None
     """Jinja file for `messages`; null: the tokenizer's own."""
     subjects: Count | None
     """Facts, style: people. Real facts: cities and elements. Null for data of your own."""
-    max_length: Annotated[_Integer, Field(ge=2)]
+    max_length: Several
     """Tokens an example; longer ones are cut."""
     pack_examples: bool
     """Several short examples a row; none sees another. A batch then counts rows, not examples."""
@@ -192,7 +193,7 @@ class PrunerConfig:
     __pydantic_config__ = _FORBID
 
     name: Literal["none", "asha", "optuna"]
-    eta: Annotated[_Integer, Field(ge=2)] | None
+    eta: Several | None
     """ASHA: one in eta goes on at each rung."""
     min_steps: Count | None
     """ASHA: optimizer steps before the first rung."""

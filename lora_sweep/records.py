@@ -12,6 +12,11 @@ State = Literal["COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING"]
 """Optuna's words for how far a cell is."""
 
 
+def cell_name(number: int) -> str:
+    """The number of a cell as it stands in paths, tables and W&B: `0007`."""
+    return f"{number:04d}"
+
+
 @dataclass(frozen=True)
 class Cell:
     """What the user asked for once: a number and the value of every swept key."""
@@ -21,8 +26,8 @@ class Cell:
     """Dotted key (or group name) -> value."""
 
     @property
-    def folder(self) -> str:
-        return f"{self.number:04d}"
+    def name(self) -> str:
+        return cell_name(self.number)
 
 
 @dataclass(frozen=True)

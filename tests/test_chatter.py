@@ -23,11 +23,11 @@ END = "-- end of a command"
 
 DRIVER = f"""
 import json, sys
-from lora_sweep import cli
+from lora_sweep.__main__ import verb
 for words in json.loads(sys.argv[1]):
     sys.argv = ["lora-sweep", *words]
     try:
-        cli.main()
+        verb()
     except SystemExit as stopped:
         print("{END}", stopped.code or 0, file=sys.stderr, flush=True)
 """

@@ -303,7 +303,7 @@ def test_warnings_stand_under_plan_and_in_its_json_and_are_no_fault(run: Run) ->
 
 def test_plan_says_that_drawn_cells_may_be_fewer_runs_unless_folding_is_off(run: Run) -> None:
     words = ("plan", small(), "sampler=random", "sampler.n_trials=3", "method.alpha=choice(8,16)")
-    told = "\na cell that is drawn and is the same run as one before it is not run, but told its end\n"
+    told = "\na cell that is drawn and is the same run as one before it is not run, but ends as that one\n"
     assert told in run(*words).out
     assert told not in run(*words, "study.fold=off").out
 

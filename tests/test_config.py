@@ -420,7 +420,7 @@ def test_groups_and_sweeps_inside_the_package_come_before_those_beside_it(
 ) -> None:
     package = tmp_path / "site-packages" / "lora_sweep"
     (package / "conf").mkdir(parents=True)
-    monkeypatch.setattr(composition, "__file__", str(package / "composition.py"))
+    monkeypatch.setattr(composition, "__file__", str(package / "sweep" / "compose.py"))
     assert composition.shipped("conf") == package / "conf"
     assert composition.shipped("sweeps") == package.parent / "sweeps"
 

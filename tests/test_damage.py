@@ -207,7 +207,7 @@ def test_what_was_running_when_its_process_died_waits_and_status_says_that_nobod
     journal.write_text("\n".join(lines[:given_back]) + "\n")
     said = run("status", "outputs/dead")
     assert "1 COMPLETE, 0 PRUNED, 0 FAIL, 0 RUNNING, 1 WAITING" in said.out
-    assert "nobody works on it now; `launch` goes on with what is left (1)" in said.out
+    assert "no process works on it; `launch` goes on with what is left (1)" in said.out
     lock = hold(Path("outputs/dead"))
     try:
         held = run("status", "outputs/dead")

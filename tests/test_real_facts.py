@@ -86,7 +86,7 @@ def test_more_subjects_are_the_same_ones_and_others() -> None:
 
 @real
 def test_the_seed_alone_decides_on_any_machine() -> None:
-    code = "from lora_sweep import real_facts as r; print(r.facts(20, 7))"
+    code = "from lora_sweep.data.tasks import real_facts as r; print(r.facts(20, 7))"
     told = [
         subprocess.run(
             [sys.executable, "-c", code],

@@ -259,7 +259,7 @@ def assert_arrived(run: ServerRun, folder: Path) -> None:
     labels = {key.rsplit(".")[-1]: value for key, value in cell.params.items()}
     assert run.config == {**CONFIG, "cell": cell.number, "swept": labels}
     assert (run.project, run.group, run.job_type) == ("lora-sweep", "ladder", "trial")
-    assert run.name == f"{cell.folder} rank=16 use_rslora=true base_lr={labels['base_lr']:.4g} data=facts"
+    assert run.name == f"{cell.name} rank=16 use_rslora=true base_lr={labels['base_lr']:.4g} data=facts"
     assert run.tags == ["nightly", "zero_trapped", "overfit", "lr_too_small"]
     assert run.exit_code == 0
     told = {key: value for key, value in run.summary.items() if not key.startswith("_")}

@@ -26,13 +26,14 @@ from test_pack import IGNORED, mean_loss
 from lora_sweep import data as data_room
 from lora_sweep.adapters.peft_template import Blueprint
 from lora_sweep.base.load import LoadedBase
-from lora_sweep.cli.live import Show, flag_lines
+from lora_sweep.cli.live import Show
 from lora_sweep.errors import NoSafeAnswer, OutOfRoom, StudyError
 from lora_sweep.pack import Capacity, Pack
 from lora_sweep.pack.passes import Passes
 from lora_sweep.production.pick import pick
 from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.report import results
+from lora_sweep.report.tables import flag_lines
 from lora_sweep.runner import device as workbench
 from lora_sweep.runner import launch, worker
 from lora_sweep.study.view import StudyView
@@ -275,14 +276,15 @@ def test_a_trial_that_finds_no_memory_waits_for_room_and_fails_where_it_is_alone
 FILLS_UP = """
     import resource, sys
     from pathlib import Path
-    from lora_sweep import launch, space
+    from lora_sweep.runner import launch
+    from lora_sweep.sweep import sweep_file
     from lora_sweep.errors import OutOfRoom
     class Watcher:
         def __getattr__(self, name):
             return lambda *_: None
         def admitted(self, *_):
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    sweep, _ = space.read("ask.yaml", [])
+    sweep, _ = sweep_file.read("ask.yaml", [])
     try:
         launch.launch(sweep, Watcher(), lambda: False)
     except OutOfRoom as error:

@@ -1,4 +1,4 @@
-"""What a person asks for: a sweep, or every fault of it at once, found by all rooms before anything starts."""
+"""What a person asks for: a sweep, or every fault of it at once, before anything starts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -7,7 +7,7 @@ from typing import Any
 
 from lora_sweep import data, pack
 from lora_sweep.base import load as model
-from lora_sweep.cli import live as progress
+from lora_sweep.cli.live import Preparing
 from lora_sweep.data import provenance
 from lora_sweep.errors import ConfigError, Fault
 from lora_sweep.runner import launch, worker
@@ -16,16 +16,16 @@ from lora_sweep.sweep.sweep import Sweep
 from lora_sweep.system.console import Console, say
 
 
-def checked(
+def validate_sweep(
     path: str | None,
     overrides: list[str] | None,
     defaults: Mapping[str, Any] | None = None,
     unread: Sequence[str] = (),
     resumes: bool = False,
 ) -> Sweep:
-    """The sweep, or every fault of all rooms at once.
+    """The sweep that a file and the command line ask for, or every fault of it at once.
 
-    Without a file, `defaults` come in its place. Groups in `unread` are not asked whether what they name is there.
+    Without a file, `defaults` come in its place. Of groups in `unread` nobody checks whether what they name is there.
     `resumes`: a study that lies in its folder already goes on, so it must be on the same data. Raises ConfigError, and
     StudyError where the data has changed.
     """
@@ -43,7 +43,7 @@ def checked(
     elif not sweep.axes and not faults:
         faults.append(Fault("space", "is empty", None, "give it an axis: method.rank: choice(4, 16)"))
     variants = [{name: group for name, group in each.items() if name not in unread} for each in variants]
-    faults += _room_faults(variants)
+    faults += _module_faults(variants)
     if not faults and not unread:
         faults += _prepared(variants, launch.study_folder(sweep.base().study) if resumes else None)
     if faults:
@@ -69,7 +69,7 @@ def _prepared(variants: list[dict[str, Any]], folder: Path | None) -> list[Fault
         if pair[1].name in data.BROUGHT:
             tokenizer = model.tokenizer(pair[0])
             try:
-                with progress.Preparing(console) as show:
+                with Preparing(console) as show:
                     loaded = data.load(pair[1], tokenizer, show)
             except ConfigError as error:
                 faults += error.faults
@@ -84,8 +84,8 @@ def _prepared(variants: list[dict[str, Any]], folder: Path | None) -> list[Fault
     return faults
 
 
-def _room_faults(variants: list[dict[str, Any]]) -> list[Fault]:
-    """What the rooms that read files and devices find, each model, target and data set asked once."""
+def _module_faults(variants: list[dict[str, Any]]) -> list[Fault]:
+    """What reads files and devices finds, each model, target and data set checked once."""
     models, sets = [], []
     for groups in variants:
         targets = groups["method"].target_modules if "method" in groups else "all-linear"

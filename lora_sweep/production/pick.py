@@ -1,20 +1,21 @@
 """The decision: which cell goes into production, exported with what speaks for it."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_sweep.adapters import reader as adapters
-from lora_sweep.errors import NoSafeAnswer, StudyError
+from lora_sweep.errors import ConfigError, Fault, NoSafeAnswer, StudyError
+from lora_sweep.records import cell_name
 from lora_sweep.report import results
 from lora_sweep.report.results import Row
 from lora_sweep.report.trial_result import read_ended
 from lora_sweep.runner import kept_base as bases
 from lora_sweep.study.view import StudyView
+from lora_sweep.sweep import check, compose, saved, sweep_file
 from lora_sweep.sweep import equivalence as folding
-from lora_sweep.sweep import saved
-from lora_sweep.sweep.compose import to_yaml
 from lora_sweep.sweep.equivalence import Form
 from lora_sweep.system import files
 from lora_sweep.system.disk import disk_errors, refuse_links
@@ -74,8 +75,22 @@ def pick(folder: Path, form: Form | None = None) -> Picked:
     flags = sorted({flag for row in ranking for flag in row["faults"]} | damaged)
     why = f"flags: {', '.join(flags)}" if flags else "none is better than its base"
     remedy = "bring the files back from a copy" if passed_over else "widen the learning rates"
-    damages = "".join(f"\n  cell {row['number']:04d}: {row['damage']}" for row in passed_over)
+    damages = "".join(f"\n  cell {cell_name(row['number'])}: {row['damage']}" for row in passed_over)
     raise NoSafeAnswer(f"{folder}: none of {len(ranking)} finished cells can be shipped ({why}); {remedy}{damages}")
+
+
+def form(study: Path, overrides: Sequence[str]) -> Form | None:
+    """The form in which `pick` writes the winner: of the command line, else of the study's launch; None: as it was run.
+
+    Raises ConfigError with every fault, and StudyError where there is no study.
+    """
+    requested, faults = sweep_file.read(None, overrides)
+    faults += check.check(requested)[1]
+    faults += [Fault(word, "pick reads pick.form only") for word in overrides if not word.startswith("pick.")]
+    if faults:
+        raise ConfigError(faults)
+    launched: Form | None = compose.leaf(results.launched(StudyView.read(study)), "pick.form")
+    return requested.base().pick.form or launched
 
 
 def _changed(view: StudyView, row: Row) -> str:
@@ -110,7 +125,7 @@ def _export(view: StudyView, winner: Row, table: list[Row], form: Form | None) -
             if changed := seal.changed(staging, copied):
                 raise StudyError(f"{trial}: changed while it was copied: {', '.join(changed)}; pick again")
             adapters.read(staging / seal.ADAPTER)
-            files.write_whole(staging / "production.yaml", to_yaml(written).encode())
+            files.write_whole(staging / "production.yaml", compose.to_yaml(written).encode())
             files.write_whole(staging / "evidence.md", _evidence(view.name, winner, table).encode())
             before = files.staging(production)
             if production.exists():

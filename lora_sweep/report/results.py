@@ -1,6 +1,6 @@
 """A study as rows: one line a cell, derived from the ledger and the trials' own results."""
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from operator import itemgetter
@@ -9,12 +9,10 @@ from typing import Any, get_args
 
 from lora_sweep import health
 from lora_sweep.config import HealthConfig
-from lora_sweep.records import Diagnosis, Finding, State
+from lora_sweep.records import Cell, Diagnosis, Evaluation, Finding, State
 from lora_sweep.report.trial_result import peer, read_ended
 from lora_sweep.study.view import CellStatus, StudyView
-from lora_sweep.sweep import compose as composition
-from lora_sweep.sweep import saved
-from lora_sweep.system.disk import write_whole
+from lora_sweep.sweep import compose, saved
 from lora_sweep.system.files import Unsafe
 from lora_sweep.tracking import RESULT, read_rows, seal
 
@@ -31,32 +29,97 @@ _FROM_RESULT = (
 def rows(view: StudyView, rules: HealthConfig | None = None) -> list[Row]:
     """One per cell that was asked for, by number; losses in nats per token.
 
-    `rules`: by which trials are judged, where they are known: else they are read from the study's config.yaml.
-
-    A folded cell has all from the cell that is run for it, which `same_run_as` names, but its own number and params.
+    `rules`: by which trials are judged, where they are known: else those that the study was launched with. A duplicate
+    has all from the cell that is run for it, which `same_run_as` names, but its own number and params.
     """
-    folded = view.folded()
-    statuses = view.statuses()
-    ended, damages = {}, {}
-    plain = launched(view)
-    keeps_all = composition.leaf(plain, "study.keep_adapters") in (None, "all")
-    for status in statuses:
-        ended[status.cell.number], damages[status.cell.number] = _ended(view, status, keeps_all)
-    peers = compared(view, ended)
-    rules = rules or saved.health_rules(plain)
-    run = {}
-    for status in statuses:
-        number, result = status.cell.number, ended[status.cell.number]
-        run[number] = _row(view.trial_folder(number), status, result)
+    return StudyTable(view, rules).rows()
+
+
+class StudyTable:
+    """The rows of a study, each trial's result read once; a study that runs reports what happens to it."""
+
+    def __init__(self, view: StudyView, rules: HealthConfig | None = None) -> None:
+        """`rules`: see `rows`."""
+        self._view = view
+        plain = launched(view)
+        self._rules = rules or saved.health_rules(plain)
+        self._keeps_all = compose.leaf(plain, "study.keep_adapters") in (None, "all")
+        self._results: dict[int, Row | None] = {}
+        self._damages: dict[int, list[Finding]] = {}
+        self._peers: dict[float, health.Peers] = {}
+        """Loss of the base -> the trials that have a result on it: trials with one are on one base and one data set."""
+        self._running: dict[int, Row] = {}
+        """Number of a cell that is trained here -> what its last evaluation says."""
+        self._duplicates: dict[int, list[Cell]] = {}
+        for status in view.statuses():
+            self._read(status)
+
+    def evaluated(self, number: int, evaluation: Evaluation) -> None:
+        """A cell that is trained here was evaluated."""
+        before = self._running.get(number, {}).get("eval_loss", math.inf)
+        self._running[number] = {
+            "eval_loss": min(before, evaluation.eval_loss),
+            "train_loss": _finite(evaluation.train_loss),
+            "gap": _finite(evaluation.gap),
+            "steps": evaluation.step,
+        }
+
+    def ended(self, number: int) -> list[Row]:
+        """The rows of a cell that has just ended and of its duplicates, with its own findings alone.
+
+        At the cost of this cell, however many the study has. What compares it with the study is left to `rows`.
+        """
+        status, runs = self._view.status(number)
+        if runs is not None:
+            return [self._row(self._view.status(runs)[0], compares=False) | _as_duplicate(status.cell, runs)]
+        self._running.pop(number, None)
+        self._read(status)
+        return self._with_duplicates(self._row(status, compares=False))
+
+    def rows(self) -> list[Row]:
+        """All rows as the study is now, by number."""
+        statuses = self._view.statuses()
+        self._duplicates = {}
+        for cell, runs in self._view.folded().values():
+            self._duplicates.setdefault(runs, []).append(cell)
+        for status in statuses:
+            if status.state in ENDED and status.cell.number not in self._damages:
+                self._read(status)
+        table = [row for status in statuses for row in self._with_duplicates(self._row(status, compares=True))]
+        return sorted(table, key=itemgetter("number"))
+
+    def _read(self, status: CellStatus) -> None:
+        number = status.cell.number
+        result, damages = _ended(self._view, status, self._keeps_all)
+        self._results[number] = result
+        if status.state in ENDED:
+            self._damages[number] = damages
+        if result is not None:
+            base_loss = result["base_loss"]
+            trials = self._peers.setdefault(base_loss, health.Peers(base_loss))
+            trials.add(peer(self._view.trial_folder(number), result))
+
+    def _row(self, status: CellStatus, compares: bool) -> Row:
+        number = status.cell.number
+        result = self._results.get(number)
+        row = _row(self._view.trial_folder(number), status, result, self._running.get(number))
         if result is not None and status.state in ENDED:
-            run[number] |= _findings(result, peers[result["base_loss"]], rules)
-        for damage in damages[number]:
-            _add(run[number], damage)
-    table = list(run.values())
-    for cell, runs in folded.values():
-        if runs in run:
-            table.append(run[runs] | {"number": cell.number, "params": dict(cell.params), "same_run_as": runs})
-    return sorted(table, key=itemgetter("number"))
+            row |= _findings(result, self._peers[result["base_loss"]] if compares else None, self._rules)
+        for damage in self._damages.get(number, ()):
+            _add(row, damage)
+        return row
+
+    def _with_duplicates(self, row: Row) -> list[Row]:
+        copies = self._duplicates.get(row["number"], ())
+        return [row, *(row | _as_duplicate(cell, row["number"]) for cell in copies)]
+
+
+def _as_duplicate(cell: Cell, runs: int) -> Row:
+    return {"number": cell.number, "params": dict(cell.params), "same_run_as": runs}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def launched(view: StudyView) -> dict[str, Any]:
@@ -120,39 +183,37 @@ def _add(row: Row, found: Finding) -> None:
     row["damage"] = "; ".join(filter(None, (row["damage"], found.sentence)))
 
 
-def compared(view: StudyView, results: Mapping[int, Mapping[str, Any] | None]) -> dict[float, health.Peers]:
-    """{loss of the base: the trials that have a result on it}; trials with one are on one base and one data set."""
-    found: dict[float, health.Peers] = {}
-    for number, result in results.items():
-        if result is not None:
-            base_loss = result["base_loss"]
-            found.setdefault(base_loss, health.Peers(base_loss)).add(peer(view.trial_folder(number), result))
-    return found
+def _findings(result: Mapping[str, Any], peers: health.Peers | None, rules: HealthConfig) -> dict[str, Any]:
+    """The verdict, which compares with the study as it is now, before the trial's own findings.
 
-
-def _findings(result: Mapping[str, Any], peers: health.Peers, rules: HealthConfig) -> dict[str, Any]:
-    """The verdict, which compares with the study as it is now, before the trial's own findings."""
-    made = result.get("diagnosis")
+    `peers`: the trials to compare with; None: the trial's own findings alone.
+    """
+    diagnosis = result.get("diagnosis")
     own = [Finding.of_plain(each) for each in result["findings"]]
-    verdict = health.compared(
-        None if made is None else Diagnosis.of_plain(made),
-        own,
-        rules,
-        peers,
-        result["cell"],
-        result["steps"],
-        was_pruned=result["state"] == "PRUNED",
+    verdict = (
+        ()
+        if peers is None
+        else health.compared(
+            None if diagnosis is None else Diagnosis.of_plain(diagnosis),
+            own,
+            rules,
+            peers,
+            result["cell"],
+            result["steps"],
+            was_pruned=result["state"] == "PRUNED",
+        )
     )
-    found = [*verdict, *own]
+    findings = [*verdict, *own]
     return {
-        "flags": [each.flag for each in found],
-        "faults": [each.flag for each in found if each.is_fault],
-        "cause": next((each.cause for each in found if each.cause is not None), None),
-        "remedies": {each.flag: each.remedy for each in found if each.remedy},
+        "flags": [each.flag for each in findings],
+        "faults": [each.flag for each in findings if each.is_fault],
+        "cause": next((each.cause for each in findings if each.cause is not None), None),
+        "remedies": {each.flag: each.remedy for each in findings if each.remedy},
     }
 
 
-def _row(trial: Path, status: CellStatus, result: dict[str, Any] | None) -> Row:
+def _row(trial: Path, status: CellStatus, result: Row | None, running: Row | None) -> Row:
+    """`running`: of a cell that is trained by this process; of another process's the record on disk says it."""
     row: Row = {"number": status.cell.number, "state": status.state, "params": dict(status.cell.params)}
     row |= dict.fromkeys(_FROM_RESULT)
     row |= {"flags": [], "faults": [], "cause": None, "remedies": {}, "reason": status.reason}
@@ -161,6 +222,8 @@ def _row(trial: Path, status: CellStatus, result: dict[str, Any] | None) -> Row:
         # The ledger's value stands where the record is lost.
         row |= {"eval_loss": status.value, "steps": status.step}
         row |= {} if result is None else {key: result.get(key) for key in _FROM_RESULT}
+    elif status.state == "RUNNING" and running is not None:
+        row |= running
     elif status.state == "RUNNING":
         seen = [each for each in read_rows(trial) if each.get("eval/loss") is not None]
         if seen:
@@ -169,13 +232,6 @@ def _row(trial: Path, status: CellStatus, result: dict[str, Any] | None) -> Row:
             row |= {"eval_loss": best, "train_loss": last.get("train/loss"), "gap": last.get("eval/gap")}
             row |= {"steps": last["step"]}
     return row
-
-
-def write(view: StudyView, rules: HealthConfig | None = None) -> list[Row]:
-    """Writes trials.jsonl anew, whole or not at all; returns its `rows`."""
-    table = rows(view, rules)
-    write_whole(view.folder / "trials.jsonl", "".join(json.dumps(row) + "\n" for row in table))
-    return table
 
 
 def ranked(table: Sequence[Row]) -> list[Row]:

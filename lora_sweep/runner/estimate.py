@@ -17,6 +17,7 @@ from lora_sweep.pack.pack import BYTES_A_PARAMETER
 from lora_sweep.records import Cell
 from lora_sweep.runner import worker
 from lora_sweep.runner.pitfalls import EvaluationSize, data_key, pitfalls
+from lora_sweep.runner.verify_equivalence import GridRuns
 from lora_sweep.sweep import equivalence as folding
 from lora_sweep.sweep.equivalence import SameRun
 from lora_sweep.sweep.sweep import Sweep
@@ -36,9 +37,10 @@ def plan(sweep: Sweep) -> dict[str, Any]:
     base = model_room.load(config.model, device)
     data = data_room.load(config.data, base.tokenizer)
     train, is_grid = config.train, config.sampler.name == "grid"
-    classes = sweep.classes(config.study.fold) if is_grid else ()
+    grid = GridRuns.of(sweep) if is_grid else None
+    classes = () if grid is None else grid.classes
     cells = len(sweep.cells()) if is_grid else config.sampler.n_trials or 0
-    runs = min(len(classes) + config.study.verify_fold, cells) if is_grid else cells
+    runs = cells if grid is None else grid.count
     stored = base.bytes
     a_rank = _parameters_a_rank(base, config.method.target_modules)
     ranks = sorted({config.method.rank, sweep.largest_rank()})

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,10 @@ from lora_sweep.errors import Fault, StudyError
 from lora_sweep.health import BIN_EDGES
 from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.report import results
+from lora_sweep.report.results import StudyTable
+from lora_sweep.report.trials_file import TrialsFile
 from lora_sweep.runner import kept_base as bases
+from lora_sweep.runner.verify_equivalence import GridRuns, verify
 from lora_sweep.runner.worker import Stop, Watcher, device, work
 from lora_sweep.runner.worker import train as train_one
 from lora_sweep.study.asha import Asha
@@ -25,7 +28,7 @@ from lora_sweep.sweep import saved
 from lora_sweep.sweep.compose import to_yaml
 from lora_sweep.sweep.sweep import Sweep
 from lora_sweep.system.disk import refuse_links, write_whole
-from lora_sweep.tracking import METRICS, RESULT, Tracker, read_rows
+from lora_sweep.tracking import METRICS, RESULT, Tracker
 
 HELD = 8
 """Cells that a sampler is asked for at once, where the number of slots is chosen later."""
@@ -116,35 +119,36 @@ def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:
             hold=config.train.slots or HELD,
             same_run=_same_run(sweep, config.study.fold),
         )
-    classes, checks = ((), ()) if grid is None else _folded(sweep)
+    runs = None if grid is None else GridRuns.of(sweep)
     with Study.open(
         folder,
         name=config.study.name,
         cells=grid,
         search=search,
         pruner=_pruner(config),
-        same_run=classes,
+        same_run=() if runs is None else runs.cells,
         launched=launched,
     ) as study:
         write_whole(folder / "config.yaml", to_yaml(launched))
         if count := bases.repair(folder):
             watcher.noticed(bases.moved(folder, count))
-        runs = tracker(config, folder, study.id)
+        recorded = _Recorded(watcher, study, config.health)
+        wandb_runs = tracker(config, folder, study.id)
         try:
             finished = work(
                 study,
                 sweep,
                 sweep.largest_rank(),
-                runs,
+                wandb_runs,
                 device(config.launcher),
-                _Ledgered(watcher, study, config.health),
+                recorded,
                 stop,
             )
         finally:
-            runs.close()
-            results.write(study)
-        if finished:
-            _verify(study, checks)
+            wandb_runs.close()
+            recorded.write()
+        if finished and runs is not None:
+            verify(study, runs.checks)
         return finished
 
 
@@ -171,55 +175,21 @@ def _same_run(sweep: Sweep, fold: folding.Fold) -> Callable[[Cell], Hashable] | 
     return None if fold == "off" else lambda cell: folding.run_key(sweep.config(cell), fold)
 
 
-def runs(sweep: Sweep) -> int:
-    """How many cells of the grid a new study runs."""
-    return len(_folded(sweep)[0])
+def amounts(sweep: Sweep) -> tuple[int, int, int]:
+    """(cells asked for, runs that they take, runs that the study has finished already).
 
-
-def _folded(sweep: Sweep) -> tuple[tuple[tuple[int, ...], ...], tuple[folding.Check, ...]]:
-    """(numbers of the cells that one is run for, the pairs to compare): a cell to compare is a class by itself."""
-    asked = sweep.base().study
-    found = sweep.classes(asked.fold)
-    checks = folding.checks(found, asked.verify_fold)
-    alone = {check.other for check in checks}
-    kept = [tuple(number for number in each.cells if number not in alone) for each in found]
-    return (*kept, *((number,) for number in sorted(alone))), checks
-
-
-def _verify(study: Study, checks: Sequence[folding.Check]) -> None:
-    """Raises StudyError with each pair of cells that differs by more than its grade allows."""
-    folded = study.folded()
-    cells = {status.cell.number: status.cell for status in study.statuses()}
-    broken = []
-    for check in checks:
-        one, other = (cells[folded[number][1] if number in folded else number] for number in (check.one, check.other))
-        allowed, difference = _difference(study, one, other, check.grade)
-        if difference > allowed:
-            differ = [key for key, value in one.params.items() if other.params[key] != value]
-            axes = ", ".join(f"{key} {one.params[key]} -> {other.params[key]}" for key in differ)
-            broken.append(
-                f"cells {one.folder} and {other.folder} ({axes}) should be the same run ({check.grade}), but their "
-                f"losses differ by {difference:.1e}"
-            )
-    if broken:
-        remedy = "run each by itself with study.fold=off"
-        raise StudyError(
-            "\n  ".join([f"{study.folder}: all is recorded, but the folding does not hold ({remedy})", *broken])
-        )
-
-
-def _difference(study: Study, one: Cell, other: Cell, grade: folding.Grade) -> tuple[float, float]:
-    """(largest relative difference of losses that the grade allows, the one found)."""
-    folders = [study.trial_folder(cell.number) for cell in (one, other)]
-    trained = [(saved.load_launched(folder) or {}).get("train", {}) for folder in folders]
-    # Passes of other shapes round differently.
-    same_shapes = all(each.get("fixed_shapes") for each in trained) and trained[0]["slots"] == trained[1]["slots"]
-    whole = grade.name == "bitwise" and same_shapes
-    keys = ("train/loss", "eval/loss") if whole else ("train/loss",)
-    curves = [[row.get(key) for row in read_rows(folder) for key in keys] for folder in folders]
-    if not whole:
-        curves = [curve[: folding.HELD_STEPS] for curve in curves]
-    return (0.0 if whole else max(grade.size, folding.EXACT_SIZE)), folding.largest_difference(*curves)
+    Of drawn cells nobody knows beforehand how many are the same run: each counts as one.
+    """
+    config = sweep.base()
+    is_grid = config.sampler.name == "grid"
+    view, done = StudyView.find(study_folder(config.study)), 0
+    if view is not None:
+        statuses = view.statuses()
+        done = sum(status.state in results.ENDED and status.reason != "memory" for status in statuses)
+        if not is_grid:
+            done += len(view.folded())
+    cells = len(sweep.cells()) if is_grid else config.sampler.n_trials or 0
+    return cells, max(GridRuns.of(sweep).count, done) if is_grid else cells, done
 
 
 def _pruner(config: Config) -> Any:
@@ -255,38 +225,47 @@ def train(config: Config, watcher: Watcher, stop: Stop) -> bool:
         runs.close()
 
 
-@dataclass
-class _Ledgered:
-    """Passes everything on, and keeps trials.jsonl fresh on the way."""
+class _Recorded:
+    """Passes everything on, and keeps trials.jsonl as fresh as its cost allows."""
 
-    watcher: Watcher
-    study: Study
-    rules: HealthConfig
-    _due: float = 0.0
+    def __init__(self, watcher: Watcher, study: Study, rules: HealthConfig) -> None:
+        self._watcher = watcher
+        self._table = StudyTable(study, rules)
+        self._file = TrialsFile(study.folder)
+        self._due = 0.0
+        self.write()
 
     def admitted(self, cell: Cell, slot: int, step: int) -> None:
-        self.watcher.admitted(cell, slot, step)
+        self._watcher.admitted(cell, slot, step)
 
     def stepped(self) -> None:
-        self.watcher.stepped()
+        self._watcher.stepped()
 
     def chosen(self, reason: str) -> None:
-        self.watcher.chosen(reason)
+        self._watcher.chosen(reason)
 
     def noticed(self, sentence: str) -> None:
-        self.watcher.noticed(sentence)
+        self._watcher.noticed(sentence)
 
     def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None:
-        self.watcher.evaluated(cell, evaluation, base)
+        self._watcher.evaluated(cell, evaluation, base)
+        self._table.evaluated(cell.number, evaluation)
         self._refresh()
 
     def ended(self, cell: Cell, state: Outcome, value: float | None, flags: Sequence[str]) -> None:
-        self.watcher.ended(cell, state, value, flags)
+        self._watcher.ended(cell, state, value, flags)
+        fits = [self._file.update(row) for row in self._table.ended(cell.number)]
+        if not all(fits):
+            self._due = 0.0
         self._refresh()
 
-    def _refresh(self) -> None:
+    def write(self) -> None:
+        """All rows, compared with the study as it is now."""
         began = time.monotonic()
-        if began >= self._due:
-            results.write(self.study, self.rules)
-            took = time.monotonic() - began
-            self._due = began + took + max(TABLE_EVERY_SECONDS, took / TABLE_SHARE)
+        self._file.write(self._table.rows())
+        took = time.monotonic() - began
+        self._due = began + took + max(TABLE_EVERY_SECONDS, took / TABLE_SHARE)
+
+    def _refresh(self) -> None:
+        if time.monotonic() >= self._due:
+            self.write()

@@ -103,7 +103,7 @@ def _data_key(groups: Mapping[str, Any]) -> str:
 
 def _points(sweep: Sweep) -> list[_Point]:
     if sweep.base().sampler.name == "grid":
-        return [_Point(cell.folder, vars(sweep.config(cell))) for cell in sweep.cells()]
+        return [_Point(cell.name, vars(sweep.config(cell))) for cell in sweep.cells()]
     points = []
     for params in _corners(sweep.axes):
         groups, faults = composition.sections(sweep.merged(params))

@@ -6,11 +6,12 @@ checkpoint that builds on it, the adapter before the result, the result before a
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, replace
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lora_sweep import health
 from lora_sweep.config import Config
@@ -50,10 +51,16 @@ class Run:
         """The row of the last evaluation."""
         self.before: dict[int, float] = {}
         """Step -> evaluation loss of what an earlier attempt recorded up to the checkpoint."""
+        self._train_losses: list[float] = []
+        """Of each step, those of an earlier attempt too, nats per token; what is not finite is left out."""
+        self._best_before: tuple[int, float, float] | None = None
+        """(step, evaluation loss, loss of the train probe) of the best evaluation of an earlier attempt."""
         self.lost = ""
         """What kept the trial from going on from its checkpoint, one clause; empty where nothing did."""
         resume_step = self._resume(trial)
         self.step = resume_step or 0
+        self._curve = dict(self.before)
+        """Step -> evaluation loss: by it trials are compared at equal steps."""
         self.best_loss: float = min(self.before.values(), default=math.inf)
         self._best: Evaluation | None = None
         """Of this attempt."""
@@ -82,7 +89,8 @@ class Run:
             self.slot = self._pack.admit(trial)
             return None
         step = self._pack.step(self.slot)
-        before = {at: loss for at, loss in _curve(read_rows(self.folder)).items() if at <= step}
+        rows = [row for row in read_rows(self.folder) if row["step"] <= step]
+        before = {row["step"]: row["eval/loss"] for row in rows if row.get("eval/loss") is not None}
         if not is_whole(self.folder, step):
             self.lost = "its record (metrics.jsonl, evaluations/) is not whole"
         elif before and not _is_adapter_whole(self.folder):
@@ -92,6 +100,13 @@ class Run:
             self.slot = self._pack.admit(trial)
             return None
         self.before = before
+        self._train_losses = [row["train/loss"] for row in rows if row.get("train/loss") is not None]
+        measured = [
+            (row["step"], row["eval/loss"], row["probe/loss"])
+            for row in rows
+            if row.get("eval/loss") is not None and row.get("probe/loss") is not None
+        ]
+        self._best_before = min(measured, key=itemgetter(1), default=None)
         return step
 
     # -- where the slots train -----------------------------------------------------------------------------------------
@@ -108,6 +123,9 @@ class Run:
             raise self._broken
         self._logged = self._aside(lambda: self._opened.log(evaluation))
         self.step, self._last = evaluation.step, evaluation
+        self._train_losses += [each.train_loss for each in evaluation.steps if math.isfinite(each.train_loss)]
+        if math.isfinite(evaluation.eval_loss):
+            self._curve[evaluation.step] = evaluation.eval_loss
         if self._best is None or evaluation.eval_loss < self._best.eval_loss:
             self._best = evaluation
         if not evaluation.diverged and evaluation.eval_loss < self.best_loss:
@@ -205,8 +223,8 @@ class Run:
 
     def _finish(self, state: Outcome, reason: Reason | None, peers: health.Peers | None) -> Ended:
         last, value = self._last, self.best_loss if math.isfinite(self.best_loss) else None
-        rows, was_pruned = read_rows(self.folder), state == "PRUNED"
-        diagnosis, own = (None, ()) if last is None else self._diagnosed(last, rows, was_pruned)
+        was_pruned = state == "PRUNED"
+        diagnosis, own = (None, ()) if last is None else self._diagnosed(last, was_pruned)
         rules, cell = self._config.health, self.cell.number
         verdict = health.compared(diagnosis, own, rules, peers, cell, self.step, was_pruned)
         effective = folding.coordinates(self._config)
@@ -225,8 +243,7 @@ class Run:
             "tokens": last and last.tokens,
             "seconds": last and last.seconds,
             "last_finite_step": last and last.last_finite_step,
-            # Step -> evaluation loss: by it trials are compared at equal steps.
-            "curve": _curve(rows),
+            "curve": dict(self._curve),
             "diagnosis": diagnosis and asdict(diagnosis),
         }
         self._opened.finish(state, result, own, verdict, reason)
@@ -234,27 +251,25 @@ class Run:
             files.remove(self.folder / BEST)
         return value, tuple(finding.flag for finding in (*verdict, *own))
 
-    def _diagnosed(
-        self, last: Evaluation, rows: Sequence[Mapping[str, Any]], was_pruned: bool
-    ) -> tuple[Diagnosis | None, tuple[Finding, ...]]:
+    def _diagnosed(self, last: Evaluation, was_pruned: bool) -> tuple[Diagnosis | None, tuple[Finding, ...]]:
         """What the trial shows by itself."""
         rules = self._config.health
-        losses = [row["train/loss"] for row in rows if row.get("train/loss") is not None]
-        how = health.Course(self._base, losses, self._config.train.warmup_steps, self._lowest(last, rows), last)
+        losses = self._train_losses
+        how = health.Course(self._base, losses, self._config.train.warmup_steps, self._lowest(last), last)
         seen = health.seen(last, Trial.of(self.cell, self._config).asked, rules, self._lost_on_save)
         own = health.own_findings(seen, how, rules, was_pruned)
         return None if last.diverged else health.diagnose(how, seen, own, rules), own
 
-    def _lowest(self, last: Evaluation, rows: Sequence[Mapping[str, Any]]) -> Evaluation:
-        """The evaluation with the lowest loss, of an earlier attempt too: what the losses tell of it is on disk."""
+    def _lowest(self, last: Evaluation) -> Evaluation:
+        """The evaluation with the lowest loss, of an earlier attempt too."""
         best = self._best or last
-        known = [row for row in rows if row.get("eval/loss") is not None and row.get("probe/loss") is not None]
-        row = min(known, key=lambda each: each["eval/loss"], default=None)
-        losses = None if row is None else read_losses(self.folder, row["step"])
-        if row is None or losses is None or not row["eval/loss"] < best.eval_loss:
+        if self._best_before is None or not self._best_before[1] < best.eval_loss:
             return best
-        loss, probe = row["eval/loss"], row["probe/loss"]
-        return replace(best, step=row["step"], eval_loss=loss, probe_loss=probe, eval_losses=losses)
+        step, loss, probe = self._best_before
+        losses = read_losses(self.folder, step)
+        return (
+            best if losses is None else replace(best, step=step, eval_loss=loss, probe_loss=probe, eval_losses=losses)
+        )
 
 
 def _is_adapter_whole(folder: Path) -> bool:
@@ -264,8 +279,3 @@ def _is_adapter_whole(folder: Path) -> bool:
     except (OSError, files.Unsafe):
         return False
     return bool(plain) and seal.is_seal(plain) and not seal.changed(folder, plain)
-
-
-def _curve(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Step -> evaluation loss."""
-    return {row["step"]: row["eval/loss"] for row in rows if row.get("eval/loss") is not None}

@@ -331,7 +331,7 @@ def _told_before(study: Study, sweep: Sweep, lease: Lease, watcher: Watcher) -> 
     try:
         result = read_ended(folder)
     except Unsafe as error:
-        watcher.noticed(f"cell {lease.cell.folder}: {RESULT} {error}; the cell is trained again")
+        watcher.noticed(f"cell {lease.cell.name}: {RESULT} {error}; the cell is trained again")
         return False
     if result is None or result["reason"] == "memory":
         # What did not fit into memory is tried again by the next launch.
@@ -342,7 +342,7 @@ def _told_before(study: Study, sweep: Sweep, lease: Lease, watcher: Watcher) -> 
             "has lost that cell; restore study.journal from a copy, or choose another study.name"
         )
     if seal.broken(folder, result.get("files", {})):
-        watcher.noticed(f"cell {lease.cell.folder}: files of its record are gone or changed; the cell is trained again")
+        watcher.noticed(f"cell {lease.cell.name}: files of its record are gone or changed; the cell is trained again")
         return False
     state = cast(Outcome, result["state"])
     study.tell(lease, state, None if state == "FAIL" else result["eval_loss"], result["reason"])
@@ -354,7 +354,7 @@ def _told_before(study: Study, sweep: Sweep, lease: Lease, watcher: Watcher) -> 
 
 def _notice_lost(run: Run, watcher: Watcher) -> None:
     if run.lost:
-        watcher.noticed(f"cell {run.cell.folder}: {run.lost}; the cell is trained again from its first step")
+        watcher.noticed(f"cell {run.cell.name}: {run.lost}; the cell is trained again from its first step")
 
 
 def _drop_checkpoint(folder: Path) -> None:

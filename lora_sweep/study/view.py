@@ -16,7 +16,7 @@ from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from lora_sweep.errors import StudyError
-from lora_sweep.records import Cell, State
+from lora_sweep.records import Cell, State, cell_name
 from lora_sweep.study.journal import Journal, is_held
 from lora_sweep.system.disk import disk_errors
 
@@ -88,6 +88,8 @@ class StudyView:
         """Whether a process works on the study, as far as known: else what was running waits for the next launch."""
         self._read: list[Attempt | None] = []
         self._unread: list[int] = []
+        self._trial_ids: dict[int, list[int]] = {}
+        """Number of a cell -> Optuna's ids of the attempts at it, as far as read."""
 
     @staticmethod
     def read(folder: Path | str) -> "StudyView":
@@ -150,7 +152,7 @@ class StudyView:
 
     def trial_folder(self, cell: int) -> Path:
         """Where the record of the cell of this number lies."""
-        return self.folder / "trials" / f"{cell:04d}"
+        return self.folder / "trials" / cell_name(cell)
 
     def folded(self) -> dict[int, tuple[Cell, int]]:
         """Cells that are not run: {number: (the cell, number of the cell that runs for it)}.
@@ -183,6 +185,16 @@ class StudyView:
             by_number.setdefault(attempt.cell.number, (attempt.cell, []))[1].append(trial)
         return tuple(status_of(*by_number[number], is_held=self.is_held) for number in sorted(by_number))
 
+    def status(self, number: int) -> tuple[CellStatus, int | None]:
+        """(status of the cell of this number, number of the cell whose end it was given, if any).
+
+        At the cost of the cell's own attempts. Raises KeyError where none has been read yet.
+        """
+        trials = [self._storage.get_trial(trial_id) for trial_id in self._trial_ids[number]]
+        cell = Attempt.of_stored(trials[0].user_attrs["cell"]).cell
+        runs = next((trial.user_attrs[SAME_RUN_AS] for trial in trials if SAME_RUN_AS in trial.user_attrs), None)
+        return status_of(cell, trials, is_held=self.is_held), runs
+
     def counts(self) -> dict[State, int]:
         """Cells that are run, by state; every state is a key."""
         states = [status.state for status in self.statuses()]
@@ -202,7 +214,8 @@ class StudyView:
         self._read.extend([None] * (len(trials) - len(self._read)))
         for number in self._unread:
             if (stored := trials[number].user_attrs.get("cell")) is not None:
-                self._read[number] = Attempt.of_stored(stored)
+                attempt = self._read[number] = Attempt.of_stored(stored)
+                self._trial_ids.setdefault(attempt.cell.number, []).append(trials[number]._trial_id)
         self._unread = [
             number
             for number in self._unread

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
@@ -83,24 +84,21 @@ def written(value: Any) -> str:
     return str(value)
 
 
-def parse(line: str, faults: list[Fault]) -> Override | None:
-    """The line in Hydra's override grammar; None where it is not, or costs more than its bounds, which is a fault."""
+def parse(line: str) -> tuple[Override | None, list[Fault]]:
+    """The line in Hydra's override grammar; None and the fault where it is not, or costs more than its bounds."""
+    key = line.partition("=")[0][:80]
     if len(line) > MAX_LINE:
-        faults.append(
-            Fault(line.partition("=")[0][:80], f"must have at most {MAX_LINE:,} characters", f"{len(line):,}")
-        )
-        return None
+        return None, [Fault(key, f"must have at most {MAX_LINE:,} characters", f"{len(line):,}")]
     try:
         with bounded(PARSE_SECONDS, PARSE_BYTES):
-            return OverridesParser.create().parse_override(line)
+            return OverridesParser.create().parse_override(line), []
     except HydraException as error:
         reason = str(error).splitlines()[0]
-        faults.append(Fault(line, f"is not in Hydra's override grammar: {reason}", None, _quoted(line)))
+        return None, [Fault(line, f"is not in Hydra's override grammar: {reason}", None, _quoted(line))]
     except RecursionError:
-        faults.append(Fault(line.partition("=")[0][:80], "is nested too deep for Hydra's override grammar"))
+        return None, [Fault(key, "is nested too deep for Hydra's override grammar")]
     except BoundExceeded as error:
-        faults.append(Fault(line.partition("=")[0][:80], f"{error} to read as an override"))
-    return None
+        return None, [Fault(key, f"{error} to read as an override")]
 
 
 def _quoted(line: str) -> str:
@@ -113,43 +111,39 @@ def _quoted(line: str) -> str:
     return f"""in quotes, and those in the shell's: '{key}="{value}"'"""
 
 
-def of_override(parsed: Override, faults: list[Fault]) -> Axis | None:
+def of_override(parsed: Override) -> tuple[Axis | None, list[Fault]]:
+    """The axis that a sweep override asks for; None and the fault where it cannot be one."""
     key, sweep = parsed.key_or_group, parsed.value()
     text = str(parsed.input_line).partition("=")[2]
+
+    def refused(rule: str, got: Any = text, remedy: str = "") -> tuple[None, list[Fault]]:
+        return None, [Fault(key, rule, got, remedy)]
+
     if getattr(sweep, "shuffle", False):
-        faults.append(Fault(key, "shuffle is not read: a study goes on in the order it began", text))
-        return None
+        return refused("shuffle is not read: a study goes on in the order it began")
     if getattr(sweep, "tags", set()) - ({"log"} if isinstance(sweep, IntervalSweep) else set()):
-        faults.append(Fault(key, "the only tag read is log, of an interval", text, "tag(log, interval(1e-5, 1e-3))"))
-        return None
+        return refused("the only tag read is log, of an interval", remedy="tag(log, interval(1e-5, 1e-3))")
     if isinstance(sweep, IntervalSweep):
         if sweep.start >= sweep.end:
-            faults.append(Fault(key, "low < high must hold", text))
-            return None
+            return refused("low < high must hold")
         log = "log" in sweep.tags
         if log and sweep.start <= 0:
-            faults.append(Fault(key, "a logarithmic interval must start above 0", text))
-            return None
-        return Axis(key, "interval", low=sweep.start, high=sweep.end, log=log)
+            return refused("a logarithmic interval must start above 0")
+        return Axis(key, "interval", low=sweep.start, high=sweep.end, log=log), []
     if isinstance(sweep, RangeSweep):
         values = _range(sweep)
-        if isinstance(values, str):
-            faults.append(Fault(key, values, text))
-            return None
-        return Axis(key, "range", values)
+        return refused(values) if isinstance(values, str) else (Axis(key, "range", values), [])
     if isinstance(sweep, ChoiceSweep):
         values = tuple(_unquoted(value) for value in sweep.list)
         same = [written(_as_number(value)) for value in values]
-        twice = list(dict.fromkeys(written(v) for v, word in zip(values, same, strict=True) if same.count(word) > 1))
+        times = Counter(same)
+        twice = list(dict.fromkeys(written(v) for v, word in zip(values, same, strict=True) if times[word] > 1))
         if twice:
-            faults.append(Fault(key, f"a choice must not repeat a value ({', '.join(twice)})", text))
-            return None
+            return refused(f"a choice must not repeat a value ({', '.join(twice)})")
         if len(values) > MOST_VALUES:
-            faults.append(Fault(key, f"must have at most {MOST_VALUES:,} values", f"{len(values):,}"))
-            return None
-        return Axis(key, "choice", values)
-    faults.append(Fault(key, "must be choice(...), range(...) or interval(...)", text))
-    return None
+            return refused(f"must have at most {MOST_VALUES:,} values", f"{len(values):,}")
+        return Axis(key, "choice", values), []
+    return refused("must be choice(...), range(...) or interval(...)")
 
 
 def _range(sweep: RangeSweep) -> tuple[Any, ...] | str:

@@ -357,6 +357,12 @@ def section(group: str, known: Mapping[str, Any]) -> Any:
         raise ConfigError(_readable(group, error)) from error
 
 
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A composed configuration as nested plain values, references unresolved."""
+    tree: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
+    return tree
+
+
 def to_yaml(tree: Mapping[str, Any]) -> str:
     """Nested plain values as YAML, in their order."""
     return OmegaConf.to_yaml(OmegaConf.create(dict(tree)))

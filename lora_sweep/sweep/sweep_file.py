@@ -42,16 +42,18 @@ def read(path: str | None, overrides: Sequence[str]) -> tuple[Sweep, list[Fault]
             continue
         line = f"{key}={written(text)}"
         faults += composition.text_faults(f"space.{key}", line)
-        parsed = parse(line, faults)
+        parsed, found = parse(line)
+        faults += found
         if parsed is not None:
-            _sort_in(parsed, axes, fixed, faults)
+            faults += _sort_in(parsed, axes, fixed)
     for line in overrides:
         faults += composition.text_faults(line.partition("=")[0], line)
-        parsed = parse(line, faults)
+        parsed, found = parse(line)
+        faults += found
         if parsed is not None:
             if not parsed.is_sweep_override():
                 axes.pop(parsed.key_or_group, None)
-            _sort_in(parsed, axes, fixed, faults)
+            faults += _sort_in(parsed, axes, fixed)
     content["study"] = {"name": name} | (content.get("study") or {})
     unsafe = _content_faults(content)
     if unsafe:
@@ -108,23 +110,25 @@ def _content_faults(content: Mapping[str, Any]) -> list[Fault]:
     return faults
 
 
-def _sort_in(parsed: Override, axes: dict[str, Axis], fixed: list[str], faults: list[Fault]) -> None:
-    """Puts an override where it belongs: among the axes or the fixed values."""
+def _sort_in(parsed: Override, axes: dict[str, Axis], fixed: list[str]) -> list[Fault]:
+    """Puts an override where it belongs: among the axes or the fixed values. Returns its faults."""
     key, line = parsed.key_or_group, str(parsed.input_line)
     if parsed.type is OverrideType.DEL or parsed.package is not None:
-        faults.append(Fault(line, "deletions and packages are not read", None, "give the key a value"))
-    elif key.split(".")[0] == "hydra":
-        faults.append(Fault(key, "Hydra's own settings are not read"))
-    elif parsed.is_sweep_override():
-        axis = of_override(parsed, faults)
+        return [Fault(line, "deletions and packages are not read", None, "give the key a value")]
+    if key.split(".")[0] == "hydra":
+        return [Fault(key, "Hydra's own settings are not read")]
+    if parsed.is_sweep_override():
+        axis, faults = of_override(parsed)
         if axis is not None:
             axes[key] = axis
-    elif key in schema.GROUPS:
+        return faults
+    if key in schema.GROUPS:
         fixed.append(f"{key}={parsed.value()}")
     elif "." not in key:
-        faults.append(_unknown(key))
+        return [_unknown(key)]
     else:
         fixed.append("++" + line.lstrip("+"))
+    return []
 
 
 def _key_faults(key: str) -> list[Fault]:

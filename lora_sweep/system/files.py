@@ -73,6 +73,25 @@ def create(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
+def write_at(path: Path, content: bytes, offset: int, size: int) -> bool:
+    """Writes into a file in one call: a process that is killed leaves all of it or none.
+
+    False, and nothing is written, where no regular file of `size` bytes lies there. Raises OSError.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+            return False
+        os.pwrite(descriptor, content, offset)
+        return True
+    finally:
+        os.close(descriptor)
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all, by a temporary name and rename; a link that lies there is replaced.
 

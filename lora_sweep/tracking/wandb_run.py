@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sweep.records import UNDECIDED, Base, Cell
+from lora_sweep.records import UNDECIDED, Base, Cell, cell_name
 from lora_sweep.tracking.service import Service, end_service
 
 Row = dict[str, Any]
@@ -70,7 +70,7 @@ class Tracker:
     _away_until: float = field(default=-math.inf, init=False, repr=False)
 
     def wandb_id(self, cell: int) -> str | None:
-        return None if self.mode == "none" else f"{self.study_id}-{cell:04d}"
+        return None if self.mode == "none" else f"{self.study_id}-{cell_name(cell)}"
 
     def start(self, cell: Cell, config: Mapping[str, Any], base: Base) -> "Run | None":
         """The cell's run: new or, under the same id, resumed. None with mode `none`, and while the server is away."""
@@ -212,7 +212,7 @@ class Run:
             project=tracker.project,
             entity=tracker.entity,
             id=run_id,
-            name=" ".join([cell.folder, *(f"{key}={_short(value)}" for key, value in labels.items())])[:_NAME_LENGTH],
+            name=" ".join([cell.name, *(f"{key}={_short(value)}" for key, value in labels.items())])[:_NAME_LENGTH],
             group=tracker.study,
             job_type=tracker.job_type,
             tags=list(dict.fromkeys(tag[:_TAG_LENGTH] for tag in tracker.tags)),
