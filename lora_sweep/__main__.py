@@ -1,7 +1,7 @@
 import mmap
 import sys
 
-from lora_sweep.system.exhaustion import is_at_limit, is_exhausted
+from lora_sweep.system.out_of_memory import is_at_limit, is_out_of_memory
 from lora_sweep.system.process import run
 
 _OUT_OF_MEMORY = (
@@ -26,7 +26,7 @@ def verb() -> None:
         cli.main()
     except Exception as error:
         reserve.close()
-        if not (is_exhausted(error) or is_at_limit()):
+        if not (is_out_of_memory(error) or is_at_limit()):
             raise
         print(_OUT_OF_MEMORY, file=sys.stderr)
         sys.exit(1)

@@ -27,7 +27,7 @@ from lora_sweep.adapters import keys as adapter_keys
 from lora_sweep.adapters import reader as adapters
 from lora_sweep.base import quant
 from lora_sweep.errors import UserError
-from lora_sweep.health import AdaptedModule, Asked, Chart, Logged, Side, Snapshot, Stepped
+from lora_sweep.health import AdaptedModule, HealthHistory, Logged, Side, Stepped, TrainerSettings, WeightSamples
 from lora_sweep.records import Diagnosis, Finding
 from lora_sweep.sweep import compose as composition
 from lora_sweep.system.disk import write_whole
@@ -44,10 +44,10 @@ def _observing(called: Callable[..., Any]) -> Callable[..., Any]:
     """What watches a training must not end it: a mistake in here is logged with its traceback, once, and it stops."""
 
     @functools.wraps(called)
-    def guarded(self: "HealthCallback", *given: Any, **told: Any) -> Any:
+    def guarded(self: "HealthCallback", *given: Any, **event: Any) -> Any:
         if not self._has_failed:
             try:
-                return called(self, *given, **told)
+                return called(self, *given, **event)
             except Exception:
                 self._has_failed = True
                 _log.exception("HealthCallback: a mistake of its own in %s; it looks no more", called.__name__)
@@ -106,9 +106,9 @@ class HealthCallback(TrainerCallback, ExportableState):
         self._rules = composition.section("health", {"action": action, **rules})
         self._ratio = ratio
         self._modules: list[_Lora] = []
-        self._chart: Chart | None = None
-        self._asked = Asked(ratio)
-        self._before: Snapshot | None = None
+        self._history: HealthHistory | None = None
+        self._trainer_settings = TrainerSettings(ratio)
+        self._before: WeightSamples | None = None
         self._knows_way = True
         self._logged = Logged()
         self._lost: tuple[str, ...] = ()
@@ -118,86 +118,88 @@ class HealthCallback(TrainerCallback, ExportableState):
     # -- transformers' events ----------------------------------------------------------------------------------------
 
     @_observing
-    def on_train_begin(self, args: Any, state: Any, control: Any, **told: Any) -> None:
-        model, optimizer = told["model"], told["optimizer"]
+    def on_train_begin(self, args: Any, state: Any, control: Any, **event: Any) -> None:
+        model, optimizer = event["model"], event["optimizer"]
         self._modules = list(_loras(model))
         past = self._past(state)
         if not self._modules:
-            self._chart = None
+            self._history = None
             _log.warning("HealthCallback: the model has no LoRA of PEFT's in any linear, nothing is looked at")
             return
         self._forget(state)
         self._logged.warmup_steps = args.get_warmup_steps(state.max_steps)
-        self._chart = Chart(tuple(each.name for each in self._modules), state.max_steps, self._rules.look_every)
+        self._history = HealthHistory(
+            tuple(each.name for each in self._modules), state.max_steps, self._rules.check_every
+        )
         if past is not None:
-            self._chart.restore(past["chart"], _unpacked(past["looks"], past["chart"]["seen"], self._modules))
+            self._history.restore(past["chart"], _unpacked(past["looks"], past["chart"]["seen"], self._modules))
         self._knows_way = state.global_step == 0 or (past is not None and past["knows_way"])
-        self._asked = Asked(
-            ratio=self._asked_ratio(optimizer) if past is None or self._ratio is not None else past["ratio"],
+        self._trainer_settings = TrainerSettings(
+            ratio=self._requested_ratio(optimizer) if past is None or self._ratio is not None else past["ratio"],
             coupled_decay=max((_coupled(group) for group in self._groups(optimizer, "B")), default=0.0),
             is_low_precision=any(each.B.dtype.itemsize < 4 for each in self._modules),
             fp16_gradients=bool(args.fp16) or any(each.B.dtype == torch.float16 for each in self._modules),
         )
 
     @_observing
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **event: Any) -> None:
         step = state.global_step + 1
-        if self._chart is not None and self._chart.is_due(step, step == state.max_steps):
-            self._before = health.snapshot([(each.A, each.B.T) for each in self._modules])
+        if self._history is not None and self._history.is_due(step, step == state.max_steps):
+            self._before = health.sample_weights([(each.A, each.B.T) for each in self._modules])
 
     @_observing
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **told: Any) -> None:
-        if self._chart is None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **event: Any) -> None:
+        if self._history is None:
             return
-        optimizer = told["optimizer"]
+        optimizer = event["optimizer"]
         # Of several groups the one that moves the most speaks for its side.
         A, B = (max(self._groups(optimizer, side), key=_rate, default=None) for side in "AB")
         lr_A, lr_B = (_number(group or optimizer.param_groups[0], "lr") for group in (A, B))
         if lr_A is None or lr_B is None:
             # Steps are counted all the same.
             self._knows_way, lr_A, lr_B = False, 1.0, 1.0
-            self._asked = replace(self._asked, ratio=None)
-        self._chart.stepped(lr_A, lr_B, 1.0 if B is None else _shrink(B))
+            self._trainer_settings = replace(self._trainer_settings, ratio=None)
+        self._history.stepped(lr_A, lr_B, 1.0 if B is None else _shrink(B))
         if self._before is None:
             return
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-        looked_at = [AdaptedModule(*(_side(optimizer, groups, each, side) for side in "AB")) for each in self._modules]
-        self._chart.take(state.global_step + 1, health.look(looked_at, self._before))
+        modules = [AdaptedModule(*(_side(optimizer, groups, each, side) for side in "AB")) for each in self._modules]
+        self._history.take(state.global_step + 1, health.measure(modules, self._before))
         self._before = None
 
     @_observing
-    def on_step_end(self, args: Any, state: Any, control: Any, **told: Any) -> None:
-        chart = self._chart
-        if chart is None or not chart.ends_window or state.global_step == state.max_steps:
+    def on_step_end(self, args: Any, state: Any, control: Any, **event: Any) -> None:
+        history = self._history
+        if history is None or not history.ends_window or state.global_step == state.max_steps:
             return
         # The rate may still be warming up: only what more steps cannot mend is told now.
         broken = self._broken()
-        self._tell((broken,) if broken else health.certain(self._seen(), self._rules))
-        if self._rules.action == "stop" and health.cannot_learn(chart.reading(), self._asked):
+        self._warn((broken,) if broken else health.certain(self._rule_input(), self._rules))
+        if self._rules.action == "stop" and health.cannot_learn(history.snapshot(), self._trainer_settings):
             control.should_training_stop = True
 
     @_observing
-    def on_log(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **event: Any) -> None:
         # Of an evaluation too.
-        self._logged.take(told.get("logs") or {}, state.global_step)
+        self._logged.take(event.get("logs") or {}, state.global_step)
 
     @_observing
-    def on_save(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **event: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._modules and state.is_world_process_zero:
             names = dict.fromkeys(each.adapter for each in self._modules)
             self._lost = tuple(module for adapter in names for module in self._lost_in(folder, adapter))
 
     @_observing
-    def on_train_end(self, args: Any, state: Any, control: Any, **told: Any) -> None:
-        if self._chart is None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **event: Any) -> None:
+        if self._history is None:
             return
-        self._tell(self._concluded())
+        self._warn(self._concluded())
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            made = {"findings": [asdict(each) for each in self.findings], "diagnosis": asdict(self.diagnosis())}
-            write_whole(folder / HEALTH, json.dumps(plain(made), allow_nan=False, indent=2) + "\n")
+            record = {"findings": [asdict(each) for each in self.findings], "diagnosis": asdict(self.diagnosis())}
+            write_whole(folder / HEALTH, json.dumps(plain(record), allow_nan=False, indent=2) + "\n")
 
     # -- what a checkpoint keeps -------------------------------------------------------------------------------------
 
@@ -207,14 +209,14 @@ class HealthCallback(TrainerCallback, ExportableState):
 
     @_observing
     def _kept(self) -> dict[str, Any] | None:
-        if self._chart is None:
+        if self._history is None:
             return None
-        chart, looks = self._chart.state()
+        history, looks = self._history.state()
         return {
             "modules": [each.name for each in self._modules],
-            "ratio": self._asked.ratio,
+            "ratio": self._trainer_settings.ratio,
             "knows_way": self._knows_way,
-            "chart": chart,
+            "chart": history,
             "looks": _packed(looks),
         }
 
@@ -228,7 +230,7 @@ class HealthCallback(TrainerCallback, ExportableState):
 
     def _forget(self, state: Any) -> None:
         """A callback may see several trainings; a base that was evaluated before the first is still the base."""
-        known = self._logged.evaluations if self._chart is None else []
+        known = self._logged.evaluations if self._history is None else []
         self._logged = Logged(evaluations=known)
         for row in state.log_history:
             self._logged.take(row, row["step"])
@@ -240,8 +242,8 @@ class HealthCallback(TrainerCallback, ExportableState):
     def diagnosis(self) -> Diagnosis:
         """What was seen until now. Raises ValueError before a training has begun."""
         gain, noise = self._logged.gain(self._rules)
-        what = self._seen()
-        trapping, found = health.causes(what)
+        inputs = self._rule_input()
+        trapping, found = health.causes(inputs)
         if self._broken():
             gain, found = None, trapping
         elif any(finding.flag == "diverged" for finding in self._logged.findings(self._rules)):
@@ -253,9 +255,9 @@ class HealthCallback(TrainerCallback, ExportableState):
             trapping,
             found,
             error=self._logged.error(self._rules),
-            delta_rel=what.median_delta_rel,
+            delta_rel=inputs.median_delta_rel,
             fall=self._logged.fall(),
-            window_is_over=what.window_is_over,
+            window_is_over=inputs.window_is_over,
         )
 
     def _concluded(self) -> tuple[Finding, ...]:
@@ -263,31 +265,33 @@ class HealthCallback(TrainerCallback, ExportableState):
         if broken:
             own: tuple[Finding, ...] = (broken,)
         else:
-            own = (*self._logged.findings(self._rules), *health.own_findings(self._seen(), None, self._rules))
+            own = (*self._logged.findings(self._rules), *health.own_findings(self._rule_input(), None, self._rules))
         return (*health.compared(self.diagnosis(), own, self._rules), *own)
 
     def _broken(self) -> Finding | None:
-        reading = self._seen().reading
-        sizes = reading.values["rms_A"] + reading.values["absmax_B"]
+        snapshot = self._rule_input().snapshot
+        sizes = snapshot.values["rms_A"] + snapshot.values["absmax_B"]
         finite = [bool(np.isfinite(each).all()) for each in sizes]
-        return self._logged.not_finite([*zip(reading.steps, finite, strict=True)])
+        return self._logged.not_finite([*zip(snapshot.steps, finite, strict=True)])
 
-    def _tell(self, findings: tuple[Finding, ...]) -> None:
+    def _warn(self, findings: tuple[Finding, ...]) -> None:
         self.findings = findings
         for finding in findings:
             if finding.flag not in self._warned:
                 self._warned.add(finding.flag)
                 _log.warning("%s: %s", finding.flag, finding.sentence)
 
-    def _seen(self) -> health.Seen:
-        if self._chart is None:
+    def _rule_input(self) -> health.RuleInput:
+        if self._history is None:
             raise ValueError("no training of a LoRA has begun")
-        reading = self._chart.reading()
+        snapshot = self._history.snapshot()
         weights = np.array([each.base_norm / each.scaling if each.scaling else np.inf for each in self._modules])
-        last = reading.values["product"][-1] if len(reading.steps) else np.full(len(self._modules), np.nan)
+        last = snapshot.values["product"][-1] if len(snapshot.steps) else np.full(len(self._modules), np.nan)
         with np.errstate(divide="ignore", invalid="ignore"):
             delta_rel = last / weights
-        return health.Seen(reading, self._asked, delta_rel, self._rules.min_delta_rel, self._lost, self._knows_way)
+        return health.RuleInput(
+            snapshot, self._trainer_settings, delta_rel, self._rules.min_delta_rel, self._lost, self._knows_way
+        )
 
     def _lost_in(self, root: Path, adapter: str) -> Iterator[str]:
         """Modules of this adapter whose file under `root` does not hold what memory does."""
@@ -301,8 +305,8 @@ class HealthCallback(TrainerCallback, ExportableState):
         foreign = [field for field in adapters.FOREIGN if getattr(one.config, field, None)]
         pickled = (folder / adapters.PICKLE).is_file() and not (folder / adapters.WEIGHTS).is_file()
         if foreign or pickled:
-            what = f"{foreign[0]} is set" if foreign else "the weights are a pickle"
-            _log.warning("HealthCallback: %s: %s, so what was saved is not compared with memory", folder, what)
+            inputs = f"{foreign[0]} is set" if foreign else "the weights are a pickle"
+            _log.warning("HealthCallback: %s: %s, so what was saved is not compared with memory", folder, inputs)
             return
         try:
             lost = adapters.lost(folder, {path: (each.A, each.B) for path, each in modules.items()})
@@ -318,7 +322,7 @@ class HealthCallback(TrainerCallback, ExportableState):
         held = {id(getattr(each, side)) for each in self._modules}
         return (group for group in optimizer.param_groups if any(id(p) in held for p in group["params"]))
 
-    def _asked_ratio(self, optimizer: Any) -> float | None:
+    def _requested_ratio(self, optimizer: Any) -> float | None:
         if self._ratio is not None:
             return self._ratio
         A, B = (next(self._groups(optimizer, side), None) for side in "AB")

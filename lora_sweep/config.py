@@ -240,8 +240,8 @@ class HealthConfig:
     """... and one above this outweighs the weights: its rate is too high."""
     max_forgetting: NotNegative
     """Nats per token on the retention text, adapter on minus off."""
-    look_every: Count
-    """Optimizer steps between looks at the adapters, beside the first ones and each evaluation."""
+    check_every: Count
+    """Optimizer steps between health checks of the adapters, beside the first ones and each evaluation."""
     action: Literal["flag", "stop"]
     """stop: a trial whose adapter cannot learn any more (not in the graph, A = B = 0, not stepped, underflow) ends once
     that is sure and frees its slot."""
@@ -290,6 +290,9 @@ class Config:
     study: StudyConfig
     pick: PickConfig
 
+
+RENAMED = {"health": {"look_every": "check_every"}}
+"""Group -> {a key of older versions: its name now}; the old one is accepted, with a warning."""
 
 GROUPS: dict[str, Any] = {field.name: field.type for field in fields(Config)}
 

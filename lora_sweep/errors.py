@@ -4,8 +4,8 @@ LoraSweepError              never raised itself
 ├── UserError               exit code 2, one line each, no traceback
 │   ├── ConfigError         faults of a configuration, all at once (also a ValueError)
 │   └── StudyError          the study on disk does not allow what was asked
-├── NoSafeAnswer            exit code 3: nothing that could be shipped with a clear conscience
-└── OutOfRoom               the disk or the storage went away; what was recorded is safe, resume later
+├── NoEligibleTrial            exit code 3: nothing that could be shipped with a clear conscience
+└── StorageUnavailable               the disk or the storage went away; what was recorded is safe, resume later
 
 Anything else that escapes is a bug and keeps its traceback.
 """
@@ -54,9 +54,9 @@ class StudyError(UserError, RuntimeError):
     """The study on disk does not allow what was asked."""
 
 
-class NoSafeAnswer(LoraSweepError):
+class NoEligibleTrial(LoraSweepError):
     """No trial can be shipped; the message says why and what to try."""
 
 
-class OutOfRoom(LoraSweepError, OSError):
+class StorageUnavailable(LoraSweepError, OSError):
     """The disk is full or the storage is away."""

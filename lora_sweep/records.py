@@ -76,7 +76,7 @@ class Measurement:
 
 
 @dataclass(frozen=True)
-class Tally:
+class UpdateSums:
     """Sums over the optimizer steps that an adapter has taken."""
 
     stepped: int = 0
@@ -92,10 +92,10 @@ class Tally:
     """Of lr_B over lr_A as stepped."""
     largest_ratio: float = 0.0
 
-    def after(self, lr_A: float, lr_B: float, shrink_B: float) -> "Tally":
+    def after(self, lr_A: float, lr_B: float, shrink_B: float) -> "UpdateSums":
         """One step later; `shrink_B` = 1 - lr_B x weight decay."""
         ratio = lr_B / lr_A if lr_A else None
-        return Tally(
+        return UpdateSums(
             self.stepped + (lr_B > 0),
             self.lr_A + lr_A,
             self.lr_B + lr_B,
@@ -111,7 +111,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Reading:
+class HealthSnapshot:
     """All that was seen of one adapter until now, in plain numbers."""
 
     modules: tuple[str, ...]
@@ -119,11 +119,11 @@ class Reading:
     """Steps with a learning rate above 0 that the early rules are about."""
     steps: tuple[int, ...]
     """After which it was looked at: L of them."""
-    tallies: tuple[Tally, ...]
+    sums_by_check: tuple[UpdateSums, ...]
     """(L,) sums up to each."""
     values: Mapping[str, NDArray[np.float64]]
     """Metric (health.look.METRICS) -> (L, modules)."""
-    tally: Tally
+    sums: UpdateSums
     """Sums up to now."""
 
 
@@ -149,9 +149,9 @@ class Evaluation:
     grad_norm_B_over_s: float
     """|g_B| / s over all modules at the last step, before clipping."""
     measurements: tuple[Measurement, ...]
-    reading: Reading
+    snapshot: HealthSnapshot
     delta_rel: NDArray[np.float64]
-    """(modules,) s |BA|_F / |W|_F of each module of `reading`."""
+    """(modules,) s |BA|_F / |W|_F of each module of `snapshot`."""
     steps: tuple[Step, ...]
     """Every step since the last evaluation."""
     seconds: float

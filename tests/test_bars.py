@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import config_of
 
-from lora_sweep.bench import question, random_base, speed, upkeep
+from lora_sweep.bench import overhead, question, random_base, speed
 from lora_sweep.bench.question import Question
 from lora_sweep.bench.random_base import Dimensions
 from lora_sweep.cli.validate import validate_sweep
@@ -74,11 +74,11 @@ def test_a_pack_is_never_slower_than_one_by_one(drawn: str, words: str) -> None:
     assert row["ratio_low"] > 0.9
 
 
-def upkept(words: str, trials: int, stock_repetitions: int) -> dict[str, Any]:
+def measured_overhead(words: str, trials: int, trainer_repetitions: int) -> dict[str, Any]:
     sweep, faults = sweep_file.read(None, words.split())
     assert not faults
-    made = upkeep.measure(sweep, trials, stock_repetitions, print)
-    for line in upkeep.lines(made):
+    made = overhead.measure(sweep, trials, trainer_repetitions, print)
+    for line in overhead.lines(made):
         print(line)
     assert made["occupancy"] >= 0.9
     return made
@@ -87,7 +87,7 @@ def upkept(words: str, trials: int, stock_repetitions: int) -> dict[str, Any]:
 @pytest.mark.bar
 def test_a_trial_costs_little_beyond_its_steps_and_refills_hold_nobody_up() -> None:
     words = "model=tiny data=facts train.max_steps=50 train.eval_every=50 train.batch_size=4 train.slots=4"
-    made = upkept(words, 20, 3)
+    made = measured_overhead(words, 20, 3)
     assert made["share_of_startup"] <= 0.05
     assert made["pause_seconds_a_refill"]["median"] <= 0.1
 
@@ -97,7 +97,7 @@ def test_a_trial_costs_little_beyond_its_steps_and_refills_hold_nobody_up() -> N
 def test_a_refill_at_135m_holds_the_others_up_for_a_tenth_of_a_second_at_most() -> None:
     data = "data=real_facts data.pack_examples=true data.max_length=64 data.eval_size=8 data.probe_size=8"
     train = "train.batch_size=1 train.max_steps=4 train.eval_every=4 train.slots=2 method.rank=16"
-    made = upkept(f"model=smollm2_gguf model.dtype=bf16 {data} {train}", 20, 0)
+    made = measured_overhead(f"model=smollm2_gguf model.dtype=bf16 {data} {train}", 20, 0)
     assert made["pause_seconds_a_refill"]["median"] <= 0.1
 
 
@@ -107,7 +107,7 @@ def test_the_500th_trial_costs_what_the_20th_did() -> None:
         "model=tiny data=facts data.subjects=16 data.eval_size=8 data.probe_size=4 method.rank=4 "
         "train.max_steps=8 train.eval_every=4 train.batch_size=2 train.slots=4"
     )
-    made = upkept(words, 500, 0)
+    made = measured_overhead(words, 500, 0)
     assert made["growth_of_cost"] <= 0.10
     assert made["growth_mib"] <= 16.0
 

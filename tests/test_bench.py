@@ -16,11 +16,11 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_sweep.base.load import LoadedBase
-from lora_sweep.bench import gauge, random_base, sequential, speed, upkeep
+from lora_sweep.bench import gauge, overhead, random_base, sequential, speed
+from lora_sweep.bench.hf_trainer_process import TrainerProcess
 from lora_sweep.bench.question import Question, trials_of
 from lora_sweep.bench.random_base import Dimensions
-from lora_sweep.bench.reduction import Run, StockRun, Work, bounds, difference, reduce
-from lora_sweep.bench.stock_process import Stock
+from lora_sweep.bench.reduction import Run, TrainerRun, Work, bounds, difference, reduce
 from lora_sweep.cli import main as cli
 from lora_sweep.data import Data, order
 from lora_sweep.errors import ConfigError, UserError
@@ -89,15 +89,15 @@ def test_the_sequential_loop_is_lora_by_hand(base64: LoadedBase, style: Data, tr
     weights = {name: base64.model.get_submodule(name).weight for name in A}
     before = {name: weight.detach().clone() for name, weight in weights.items()}
 
-    def loss(part_ids: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    def loss(part_ids: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
         logits = base64.model(input_ids=part_ids).logits[:, :-1]
         nll = functional.cross_entropy(logits.flatten(0, 1), part_ids[:, 1:].flatten(), reduction="none")
-        return nll[counted[:, 1:].flatten()].mean()
+        return nll[loss_mask[:, 1:].flatten()].mean()
 
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
-        first = loss(batch.input_ids, batch.counted)
+        first = loss(batch.input_ids, batch.loss_mask)
         first.backward()
         with torch.no_grad():
             for name, weight in weights.items():
@@ -105,7 +105,7 @@ def test_the_sequential_loop_is_lora_by_hand(base64: LoadedBase, style: Data, tr
                 # Adam's first step: g / (|g| + eps).
                 weight += 2.0 * (-1e-3 * gradient / (gradient.abs() + one.optimizer.eps)) @ A[name]
             whole = style.evaluation.batch(torch.arange(len(style.evaluation)))
-            expected = float(loss(whole.input_ids, whole.counted))
+            expected = float(loss(whole.input_ids, whole.loss_mask))
     finally:
         with torch.no_grad():
             for name, weight in weights.items():
@@ -133,7 +133,7 @@ def test_its_batches_are_padded_no_further_than_their_longest_row(style: Data) -
     longest = int(style.train.lengths.min())
     assert longest <= inputs["input_ids"].shape[1] < longest + 8
     assert inputs["input_ids"].shape[1] < style.train.length
-    assert int((labels != sequential.UNCOUNTED).sum()) == int(style.train.counts[rows.item()])
+    assert int((labels != sequential.IGNORE_INDEX).sum()) == int(style.train.counts[rows.item()])
 
 
 def test_rows_of_several_examples_give_the_losses_of_the_pack(base: LoadedBase, style: Data, trial: MakeTrial) -> None:
@@ -172,7 +172,7 @@ def test_slots_that_do_not_fit_into_memory_are_refused_and_never_measured_narrow
             speed.choice(base, style, trials)
 
 
-def test_a_stock_process_gives_the_losses_of_the_sequential_loop(
+def test_a_trainer_process_gives_the_losses_of_the_sequential_loop(
     base: LoadedBase, style: Data, trial: MakeTrial, tmp_path: Path
 ) -> None:
     """Evaluated inside training and once more after it, accumulated, clipped, decayed, with a schedule."""
@@ -180,7 +180,7 @@ def test_a_stock_process_gives_the_losses_of_the_sequential_loop(
         max_steps=3, eval_every=2, batch_size=2, gradient_accumulation_steps=2, eval_batch_size=5, max_grad_norm=0.5,
         schedule="linear", warmup_steps=1, ratio=4.0, base_lr=1e-3, weight_decay=0.1, seed=5,
     )  # fmt: skip
-    run = Stock(config_of(), base, style, tmp_path).run(one)
+    run = TrainerProcess(config_of(), base, style, tmp_path).run(one)
     eval_loss, _ = sequential.train(base, style, one)
     assert run.eval_loss == pytest.approx(eval_loss, rel=1e-5)
     assert json.loads((tmp_path / "result.json").read_text())["evaluations"] == 2
@@ -190,9 +190,9 @@ def test_a_stock_process_gives_the_losses_of_the_sequential_loop(
 
 
 @pytest.mark.slow
-def test_a_stock_process_that_fails_says_why(base: LoadedBase, style: Data, trial: MakeTrial, tmp_path: Path) -> None:
-    process = Stock(config_of(), replace(base, name_or_path=str(tmp_path / "none")), style, tmp_path)
-    with pytest.raises(RuntimeError, match="stock process of trial 7 failed"):
+def test_a_trainer_process_that_fails_says_why(base: LoadedBase, style: Data, trial: MakeTrial, tmp_path: Path) -> None:
+    process = TrainerProcess(config_of(), replace(base, name_or_path=str(tmp_path / "none")), style, tmp_path)
+    with pytest.raises(RuntimeError, match="HF Trainer process of trial 7 failed"):
         process.run(trial(7))
 
 
@@ -247,11 +247,11 @@ def test_wrong_dimensions_are_told(text: str, told: str) -> None:
 def test_ratios_are_taken_within_a_repetition_and_factors_multiply() -> None:
     b = [Run(seconds, (1.0, 2.0), 2**20) for seconds in (4.0, 8.0, 6.0)]
     c = [Run(seconds, (1.0, 2.0 * (1 + 1e-4)), None) for seconds in (2.0, 2.0, 3.0)]
-    stock = [[StockRun(1.0, 5.0, 6.0, 12.0, 3 * 2**20), StockRun(4.0, 4.0, 6.0, 12.0, 2**20)]]
+    trainer_runs = [[TrainerRun(1.0, 5.0, 6.0, 12.0, 3 * 2**20), TrainerRun(4.0, 4.0, 6.0, 12.0, 2**20)]]
     work = Work(trained_tokens=600, evaluated_tokens=300, multiplied_parameters=10)
-    made = reduce({"sequential": b, "packed 4": c}, stock, work, peak=10_000.0, tolerance=1e-3)
+    made = reduce({"sequential": b, "packed 4": c}, trainer_runs, work, peak=10_000.0, tolerance=1e-3)
     first, alone, packed = made["rows"]
-    assert [row["way"] for row in made["rows"]] == ["stock", "sequential", "packed"]
+    assert [row["way"] for row in made["rows"]] == ["HF Trainer", "sequential", "packed"]
     assert packed["ratios"] == [2.0, 4.0, 2.0]
     assert (packed["ratio"], packed["ratio_low"], packed["ratio_high"]) == (2.0, 2.0, 4.0)
     assert packed["median_seconds"] == 2.0
@@ -266,11 +266,11 @@ def test_ratios_are_taken_within_a_repetition_and_factors_multiply() -> None:
     assert packed["largest_difference"] == pytest.approx(1e-4)
     assert first["largest_difference"] == 1.0
     assert not made["losses_agree"]
-    # stock: 24 s in all, 12 s of training; (b): 6 s
+    # trainer_runs: 24 s in all, 12 s of training; (b): 6 s
     assert made["factors"] == {"4": {"start_up": 2.0, "trainer": 2.0, "packing": 2.0, "total": 8.0}}
 
 
-def test_losses_that_agree_are_said_to_and_stock_may_be_left_out() -> None:
+def test_losses_that_agree_are_said_to_and_hf_trainer_may_be_left_out() -> None:
     runs = {"sequential": [Run(2.0, (1.0,), None)], "packed 1": [Run(1.0, (1.0 + 1e-6,), None)]}
     made = reduce(runs, [], Work(1, 1, 1), peak=1.0, tolerance=1e-3)
     assert made["losses_agree"]
@@ -316,64 +316,64 @@ def test_tokens_are_counted_without_padding(base: LoadedBase, style: Data) -> No
 
 
 def test_the_peak_is_above_what_was_held() -> None:
-    before = gauge.settle(CPU)
+    before = gauge.reset_peak(CPU)
     if before is None:
         assert not Path("/proc/self/clear_refs").exists()  # only where there is no such file
         return
     block = torch.ones(64 * 2**20 // 4)
     del block
     assert gauge.peak_bytes(CPU) - before > 60 * 2**20  # type: ignore[operator]
-    after = gauge.settle(CPU)
+    after = gauge.reset_peak(CPU)
     assert after is not None
     assert gauge.peak_bytes(CPU) - after < 32 * 2**20  # type: ignore[operator]
 
 
-# -- upkeep --------------------------------------------------------------------------------------------------------
+# -- overhead --------------------------------------------------------------------------------------------------------
 
 
-def test_upkeep_is_what_lies_between_the_passes() -> None:
+def test_overhead_is_what_lies_between_the_passes() -> None:
     """Two slots, four trials of one stretch of 10 s each; 2 s between, in which a look at the memory takes .5 s."""
-    clock = upkeep.Clock(4, CPU)
+    clock = overhead.Clock(4, CPU)
     for began in (0.0, 12.0):
-        clock.stretches.append(upkeep.Stretch(began, began + 10.0, slots=2, live=2, steps=5))
+        clock.stretches.append(overhead.Stretch(began, began + 10.0, slots=2, live=2, steps=5))
     clock.admissions, clock.ends = [-2.0, -1.0, 11.0, 11.5], [10.5, 10.6, 22.5, 24.0]
     clock.looking = [(10.1, 10.6)]
-    made = upkeep.reduce(clock, [4.0, 6.0, 5.0])
-    assert made["upkeep_seconds_a_trial"] == pytest.approx((24.0 - 0.5 - 20.0) / 4)
+    made = overhead.reduce(clock, [4.0, 6.0, 5.0])
+    assert made["overhead_seconds_a_trial"] == pytest.approx((24.0 - 0.5 - 20.0) / 4)
     assert made["share_of_startup"] == pytest.approx(3.5 / 4 / 5.0)
     assert (made["pauses"], made["pause_seconds_a_refill"]["median"]) == (1, pytest.approx(1.5 / 2))
     assert made["occupancy"] == 1.0
     assert made["busy"] == pytest.approx(20.0 / 23.5)
-    clock.stretches[0] = upkeep.Stretch(0.0, 10.0, slots=2, live=1, steps=5)
-    assert upkeep.reduce(clock, [])["occupancy"] == 0.5, "until the last trial is in"
+    clock.stretches[0] = overhead.Stretch(0.0, 10.0, slots=2, live=1, steps=5)
+    assert overhead.reduce(clock, [])["occupancy"] == 0.5, "until the last trial is in"
     told = {"model": "m", "trials": 4, "steps": 5, "tracker": "none", "device": "d", "reason": None}
-    assert "upkeep     875 ms a trial beyond its passes, 17.5% of the 5.00 s" in "\n".join(upkeep.lines(made | told))
+    assert "overhead   875 ms a trial beyond its passes, 17.5% of the 5.00 s" in "\n".join(overhead.lines(made | told))
 
 
 def test_growth_is_between_the_first_trials_that_are_warm_and_the_last() -> None:
-    clock, now = upkeep.Clock(40, CPU), 0.0
+    clock, now = overhead.Clock(40, CPU), 0.0
     for number in range(40):
-        clock.stretches.append(upkeep.Stretch(now, now + 1.0, slots=1, live=1, steps=1))
+        clock.stretches.append(overhead.Stretch(now, now + 1.0, slots=1, live=1, steps=1))
         now += 1.0 + (0.5 if number < 20 else 1.0)
         clock.admissions.append(now - 0.1)
         clock.ends.append(now - 0.2)
-    made = upkeep.reduce(clock, [])
-    assert made["windows"]["first"]["upkeep"] == pytest.approx(0.5)
+    made = overhead.reduce(clock, [])
+    assert made["windows"]["first"]["overhead"] == pytest.approx(0.5)
     assert made["windows"]["last"]["passes"] == pytest.approx(1.0)
     assert made["growth_of_cost"] == pytest.approx(2.0 / 1.5 - 1)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings(IGNORED)
-def test_a_study_is_run_and_its_upkeep_told(
+def test_a_study_is_run_and_its_overhead_reported(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     knobs = ("model=tiny", "data.subjects=16", "data.eval_size=4", "data.probe_size=4", "train.slots=2", "tracker=none")
-    words = ("--trials", "6", "--stock-repetitions", "0", "--json", "train.max_steps=4", "train.batch_size=1")
-    assert run(monkeypatch, "upkeep", *knobs, *words, "launcher.threads=1") == 0
+    words = ("--trials", "6", "--trainer-repetitions", "0", "--json", "train.max_steps=4", "train.batch_size=1")
+    assert run(monkeypatch, "overhead", *knobs, *words, "launcher.threads=1") == 0
     made = json.loads(capsys.readouterr().out)
     assert (made["trials"], made["pauses"], made["occupancy"]) == (6, 2, 1.0)
-    assert made["upkeep_seconds_a_trial"] > 0
+    assert made["overhead_seconds_a_trial"] > 0
     assert not list(in_folder.iterdir())
 
 
@@ -393,7 +393,7 @@ QUICK = ("--random", SMALL, "data.max_length=8", "data.subjects=8", "data.eval_s
 def test_the_verb_measures_a_random_base_and_says_json_alone(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--slots", "1,2", "--trials", "4", "--repetitions", "3", "--stock-repetitions", "0", "--json")
+    words = ("--slots", "1,2", "--trials", "4", "--repetitions", "3", "--trainer-repetitions", "0", "--json")
     assert run(monkeypatch, "speed", *QUICK, *words, "launcher.threads=1") == 0
     made = json.loads(capsys.readouterr().out)
     assert [(row["way"], row["slots"]) for row in made["rows"]] == [("sequential", None), ("packed", 1), ("packed", 2)]
@@ -407,21 +407,19 @@ def test_the_verb_measures_a_random_base_and_says_json_alone(
 
 
 @pytest.mark.slow
-def test_the_verb_shows_a_table_with_stock_and_its_factors(
+def test_the_verb_shows_a_table_with_hf_trainer_and_its_factors(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--slots", "1,2", "--repetitions", "1", "launcher.threads=1")
     assert run(monkeypatch, "speed", *QUICK, *words) == 0
     out = capsys.readouterr().out
-    assert all(word in out for word in ("stock", "sequential", "packed 2", "start-up", "agree within"))
+    assert all(word in out for word in ("HF Trainer", "sequential", "packed 2", "start-up", "agree within"))
     assert not list(in_folder.iterdir())
 
 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("sped",), "WHAT: must be `tasks`, `speed`, `upkeep` or `diagnosis`, got 'sped'"),
-        (("tasks", "model=tiny"), "bench tasks: takes no overrides, got 'model=tiny'"),
         (
             ("speed", "--slots", "1,zwei"),
             "--slots: must be whole numbers of at least 1, or auto, got '1,zwei' (--slots auto,1,4)",
@@ -437,8 +435,8 @@ def test_the_verb_shows_a_table_with_stock_and_its_factors(
         ),
         (("speed", "--repetitions", "0"), "--repetitions: must be at least 1, got 0"),
         (
-            ("speed", "--stock-repetitions", "-1"),
-            "--stock-repetitions: must be at least 0, got -1 (0 leaves stock out)",
+            ("speed", "--trainer-repetitions", "-1"),
+            "--trainer-repetitions: must be at least 0, got -1 (0 leaves HF Trainer out)",
         ),
         (("speed", "--random", "width=32"), "--random: needs layers, heads, vocab, got 'width=32' "),
         (("speed", "method.dropout=0.1"), "method.dropout: must be 0 here: PEFT draws other masks than a pack"),
@@ -473,7 +471,7 @@ def test_trials_are_as_few_as_fill_every_pack() -> None:
 def test_the_number_of_slots_that_pays_is_compared_too(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--slots", "auto,1", "--trials", "4", "--repetitions", "1", "--stock-repetitions", "0", "--json")
+    words = ("--slots", "auto,1", "--trials", "4", "--repetitions", "1", "--trainer-repetitions", "0", "--json")
     assert run(monkeypatch, "speed", *QUICK, *words, "launcher.threads=1") == 0
     made = json.loads(capsys.readouterr().out)
     chosen = made["chosen"]

@@ -22,7 +22,7 @@ from transformers import Adafactor, PrinterCallback, Trainer, TrainerCallback, T
 from lora_sweep import HealthCallback, health
 from lora_sweep.adapters.reader import WEIGHTS
 from lora_sweep.base.load import LoadedBase
-from lora_sweep.bench.stock import UNCOUNTED, collate
+from lora_sweep.bench.hf_trainer import IGNORE_INDEX, collate
 from lora_sweep.data import encode
 from lora_sweep.data.tasks import biographies as world
 from lora_sweep.errors import ConfigError
@@ -60,8 +60,8 @@ def fitted(
     }  # fmt: skip
     rows = []
     examples = world.style(seed=0).train
-    for ids, counted in encode([(each.prompt, each.completion) for each in examples], base.tokenizer):
-        labels = [token if counts else UNCOUNTED for token, counts in zip(ids, counted, strict=True)]
+    for ids, loss_mask in encode([(each.prompt, each.completion) for each in examples], base.tokenizer):
+        labels = [token if counts else IGNORE_INDEX for token, counts in zip(ids, loss_mask, strict=True)]
         rows.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)})
     try:
         with torch.random.fork_rng(devices=[]):
@@ -244,7 +244,7 @@ def test_losses_that_are_no_numbers_end_no_training_and_health_json_stays_json(
 def test_a_mistake_of_its_own_is_shown_once_and_ends_no_training(
     base: LoadedBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(health, "look", lambda *_: 1 / 0)
+    monkeypatch.setattr(health, "measure", lambda *_: 1 / 0)
     assert fitted(base, tmp_path, HealthCallback()).state.global_step == 25
     (record,) = (each for each in caplog.records if each.name.startswith("lora_sweep"))
     assert record.levelno == logging.ERROR
@@ -469,10 +469,10 @@ def test_a_resumed_training_is_judged_as_the_whole(
         (again,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, HealthCallback))
     assert (whole.findings, again.findings, heard) == ((), (), [])
     assert again.diagnosis().gain == whole.diagnosis().gain
-    assert again._seen().reading.tallies == whole._seen().reading.tallies
-    assert np.isfinite(whole._seen().reading.values["lr_B"]).all(), "AdamW's rates are measured from what moved"
-    for name, values in whole._seen().reading.values.items():
-        assert np.array_equal(again._seen().reading.values[name], values, equal_nan=True)
+    assert again._rule_input().snapshot.sums_by_check == whole._rule_input().snapshot.sums_by_check
+    assert np.isfinite(whole._rule_input().snapshot.values["lr_B"]).all(), "AdamW's rates are measured from what moved"
+    for name, values in whole._rule_input().snapshot.values.items():
+        assert np.array_equal(again._rule_input().snapshot.values[name], values, equal_nan=True)
 
 
 @pytest.mark.filterwarnings("ignore")

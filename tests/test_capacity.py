@@ -20,19 +20,21 @@ def decided(
 ) -> tuple[Capacity, list[int]]:
     """The capacity after a search over a device with these costs of a pass, and the widths it tried."""
     capacity, tried = Capacity(MOST_SLOTS["cpu"], **known), []  # type: ignore[arg-type]
-    while not capacity.is_settled:
-        width = capacity.next_width(live)
-        if capacity.is_settled:
+    while not capacity.is_chosen:
+        slots_per_pass = capacity.next_slots_per_pass(live)
+        if capacity.is_chosen:
             break
-        tried.append(width)
-        passes = -(-live // width)
-        capacity.took(width, live, passes * seconds(width), None if peak is None else peak(width))
+        tried.append(slots_per_pass)
+        passes = -(-live // slots_per_pass)
+        capacity.took(
+            slots_per_pass, live, passes * seconds(slots_per_pass), None if peak is None else peak(slots_per_pass)
+        )
     return capacity, tried
 
 
 def test_where_a_pass_has_a_fixed_cost_the_widest_pays() -> None:
     capacity, tried = decided(8, lambda k: 0.010 + 0.001 * k)
-    assert capacity.width == capacity.slots == 8
+    assert capacity.slots_per_pass == capacity.slots == 8
     assert set(tried) == {1, 2, 4, 8}
     assert capacity.fit == pytest.approx((0.010, 0.001))
     assert capacity.slot_seconds == pytest.approx((0.010 + 0.008) / 8)
@@ -40,12 +42,12 @@ def test_where_a_pass_has_a_fixed_cost_the_widest_pays() -> None:
 
 def test_where_one_trial_saturates_the_device_k_is_1() -> None:
     capacity, _ = decided(8, lambda k: 0.5 * k)
-    assert capacity.width == capacity.slots == 1
+    assert capacity.slots_per_pass == capacity.slots == 1
 
 
 def test_a_wider_pass_must_be_worth_it() -> None:
     capacity, _ = decided(16, lambda k: 0.004 + 0.1 * k)
-    assert capacity.width == 2, "a/k + b falls from .104 to .102, and then by less than 3 %"
+    assert capacity.slots_per_pass == 2, "a/k + b falls from .104 to .102, and then by less than 3 %"
 
 
 def uneven(seed: int) -> Callable[[], float]:
@@ -75,8 +77,8 @@ def test_on_an_uneven_machine_the_choice_is_close_to_the_best_width(cost: str) -
     for seed in range(100):
         factor = uneven(seed)
         capacity, tried = decided(8, lambda k, factor=factor: COSTS[cost](k) * factor())
-        costs = {width: COSTS[cost](width) / width for width in (1, 2, 4, 8)}
-        lost.append(costs[capacity.width] / min(costs.values()) - 1)
+        costs = {slots_per_pass: COSTS[cost](slots_per_pass) / slots_per_pass for slots_per_pass in (1, 2, 4, 8)}
+        lost.append(costs[capacity.slots_per_pass] / min(costs.values()) - 1)
         assert max(map(tried.count, costs)) <= MOST_ROUNDS
     assert sum(lost) / len(lost) <= 0.025
     assert sum(each > 0.1 for each in lost) <= 10
@@ -88,7 +90,7 @@ def test_what_looks_faster_by_chance_is_measured_again_and_seldom_wins() -> None
     for seed in range(100):
         noise = random.Random(seed)
         capacity, tried = decided(4, lambda k, noise=noise: 0.02 * k * noise.choice((1.0, 1.02, 1.05, 1.1)))
-        narrowest += capacity.width == 1
+        narrowest += capacity.slots_per_pass == 1
         counts.add(tried.count(1))
     assert narrowest >= 95
     assert min(counts) > ROUNDS
@@ -108,18 +110,23 @@ def test_a_gain_beyond_the_noise_is_taken() -> None:
     for seed in range(20):
         noise = random.Random(seed)
         capacity, _ = decided(4, lambda k, noise=noise: (0.1 + 0.1 * k) * noise.choice((1.0, 1.02, 1.05, 1.1)))
-        assert capacity.width == 4, f"seed {seed}: {capacity.reason}"
+        assert capacity.slots_per_pass == 4, f"seed {seed}: {capacity.reason}"
 
 
 def test_one_hasty_step_does_not_make_a_narrow_width_win() -> None:
     """In most steps of 2 something else holds the machine up; in one it comes close to 4."""
     times = {1: [0.023], 2: [0.015, 0.018, 0.0175, 0.0152, 0.0151], 4: [0.0127, 0.0128], 8: [0.0124, 0.0125]}
     capacity, steps = Capacity(8), dict.fromkeys(times, 0)
-    while not capacity.is_settled:
-        width = capacity.next_width(8)
-        capacity.took(width, 8, 8 * times[width][max(0, steps[width] - 1) % len(times[width])], None)
-        steps[width] += 1
-    assert capacity.width == 4
+    while not capacity.is_chosen:
+        slots_per_pass = capacity.next_slots_per_pass(8)
+        capacity.took(
+            slots_per_pass,
+            8,
+            8 * times[slots_per_pass][max(0, steps[slots_per_pass] - 1) % len(times[slots_per_pass])],
+            None,
+        )
+        steps[slots_per_pass] += 1
+    assert capacity.slots_per_pass == 4
     assert steps[1] <= ROUNDS < steps[2] <= MOST_ROUNDS
 
 
@@ -146,7 +153,7 @@ def test_a_machine_that_slows_down_for_good_changes_no_choice() -> None:
         return (0.05 + 0.1 * k) * (1.0 if steps < 6 else 1.4)
 
     capacity, _ = decided(8, seconds)
-    assert capacity.width == 8
+    assert capacity.slots_per_pass == 8
 
 
 def test_a_losing_width_is_not_tried_to_the_end() -> None:
@@ -157,7 +164,7 @@ def test_a_losing_width_is_not_tried_to_the_end() -> None:
 def test_a_number_of_slots_that_is_no_power_of_two_is_tried_too() -> None:
     capacity, tried = decided(6, lambda k: 0.010 + 0.001 * k)
     assert set(tried) == {1, 2, 4, 6}
-    assert capacity.width == 6
+    assert capacity.slots_per_pass == 6
 
 
 def test_slow_steps_are_measured_less_often() -> None:
@@ -170,54 +177,54 @@ def test_widths_that_would_not_fit_into_memory_are_never_tried() -> None:
     capacity, tried = decided(8, lambda k: 1.0 + 0.01 * k, lambda k: (1 + 2 * k) * GIB, free_bytes=free)
     assert max(tried) == 4
     assert (1 + 2 * 4) * GIB <= FULL * free < (1 + 2 * 8) * GIB
-    assert capacity.width == 4
+    assert capacity.slots_per_pass == 4
     assert capacity.peak_bytes == 9 * GIB
 
 
 def test_a_pass_that_ran_out_of_memory_is_halved_and_never_tried_again() -> None:
-    capacity = Capacity(8, is_settled=True)
-    assert capacity.next_width(8) == 8
+    capacity = Capacity(8, is_chosen=True)
+    assert capacity.next_slots_per_pass(8) == 8
     capacity.failed(8)
-    assert capacity.next_width(8) == 4
+    assert capacity.next_slots_per_pass(8) == 4
     assert capacity.slots == 4
     capacity.failed(4)
-    assert capacity.next_width(8) == 2
+    assert capacity.next_slots_per_pass(8) == 2
 
 
 def test_what_an_earlier_pack_found_is_not_tried_again_nor_anything_close_to_it() -> None:
     for known, widest in (((8, 0), 4), ((8, 3), 4), ((8, 6), 6), ((2, 1), 1)):
-        too_wide, fits = known
-        given = Capacity(8, is_settled=True, too_wide=too_wide, fits=fits)
-        assert max(given.next_width(live) for live in range(1, 9)) == widest
-        assert max(decided(8, lambda k: 0.010 + 0.001 * k, too_wide=too_wide, fits=fits)[1]) == widest
+        too_many, fits = known
+        given = Capacity(8, is_chosen=True, too_many=too_many, fits=fits)
+        assert max(given.next_slots_per_pass(live) for live in range(1, 9)) == widest
+        assert max(decided(8, lambda k: 0.010 + 0.001 * k, too_many=too_many, fits=fits)[1]) == widest
 
 
 def test_a_step_that_had_to_shrink_is_no_measurement_of_its_width_and_the_search_goes_on_below() -> None:
     """A device of five slots: what a step is asked for, and what the pack's halving makes of it."""
     capacity, asked = Capacity(16), []
-    while not capacity.is_settled:
-        width = capacity.next_width(16)
-        if capacity.is_settled:
+    while not capacity.is_chosen:
+        slots_per_pass = capacity.next_slots_per_pass(16)
+        if capacity.is_chosen:
             break
-        asked.append(width)
-        part = width
+        asked.append(slots_per_pass)
+        part = slots_per_pass
         while part > 5:
             capacity.failed(part)
             part = -(-part // 2)
         capacity.fitted(part)
-        assert capacity.known_width(16) <= 5, "evaluations are not tried at a width that has failed"
-        capacity.took(width, 16, 16 * (0.010 / part + 0.001), None)
-    assert (capacity.width, capacity.too_wide, capacity.fits) == (4, 8, 4)
+        assert capacity.known_slots_per_pass(16) <= 5, "evaluations are not tried at a width that has failed"
+        capacity.took(slots_per_pass, 16, 16 * (0.010 / part + 0.001), None)
+    assert (capacity.slots_per_pass, capacity.too_many, capacity.fits) == (4, 8, 4)
     assert asked.count(16) + asked.count(8) == 1, "one step paid for it"
     assert set(capacity.measured) == {1, 2, 4}
     assert "16" not in capacity.reason
 
 
 def test_a_width_at_which_only_an_evaluation_fails_is_not_known_to_fit() -> None:
-    capacity = Capacity(8, is_settled=True)
+    capacity = Capacity(8, is_chosen=True)
     capacity.fitted(8)
     capacity.failed(8)
-    assert (capacity.fits, capacity.next_width(8)) == (4, 4)
+    assert (capacity.fits, capacity.next_slots_per_pass(8)) == (4, 4)
     capacity.fitted(8)
     assert capacity.fits == 4
 
@@ -256,8 +263,8 @@ def test_a_limit_holds_for_devices_of_one_name_and_memory(monkeypatch: pytest.Mo
 
 
 def test_a_number_given_by_the_user_is_kept() -> None:
-    capacity = Capacity(5, is_settled=True)
-    assert [capacity.next_width(live) for live in (5, 3, 1)] == [5, 3, 1]
+    capacity = Capacity(5, is_chosen=True)
+    assert [capacity.next_slots_per_pass(live) for live in (5, 3, 1)] == [5, 3, 1]
 
 
 def test_the_reason_tells_the_choice_and_what_it_was_chosen_by() -> None:

@@ -94,10 +94,10 @@ def one(conversation: Conversation, name: str, text: str | None = None, tokenize
 def shown(result: Any, tokenizer: Any) -> str:
     """The text with «what counts»."""
     assert not isinstance(result, ChatFault), result
-    ids, counted = result
-    assert len(ids) == len(counted)
-    edges = [place for place in range(1, len(ids)) if counted[place] != counted[place - 1]]
-    runs = [(ids[a:b], counted[a]) for a, b in zip([0, *edges], [*edges, len(ids)], strict=True)]
+    ids, loss_mask = result
+    assert len(ids) == len(loss_mask)
+    edges = [place for place in range(1, len(ids)) if loss_mask[place] != loss_mask[place - 1]]
+    runs = [(ids[a:b], loss_mask[a]) for a, b in zip([0, *edges], [*edges, len(ids)], strict=True)]
     return "".join(f"«{tokenizer.decode(run)}»" if counts else tokenizer.decode(run) for run, counts in runs)
 
 
@@ -160,12 +160,12 @@ def model() -> Any:
 @pytest.mark.parametrize("name", SAID)
 def test_the_loss_over_what_counts_is_the_assistants_surprise_token_by_token(name: str, model: Any) -> None:
     tokenizer = tokenizer_of(name)
-    ids, counted = one(Conversation(TALK), name)
+    ids, loss_mask = one(Conversation(TALK), name)
     so_far: list[int] = []
     surprises = []
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0]
-        targets = torch.tensor(ids[1:]).masked_fill(~torch.tensor(counted[1:]), -100)
+        targets = torch.tensor(ids[1:]).masked_fill(~torch.tensor(loss_mask[1:]), -100)
         loss = torch.nn.functional.cross_entropy(logits[:-1], targets)
         # By hand: the text in pieces, each tokenised by itself, and a forward pass before each token that counts.
         for place, piece in enumerate(SAID[name].replace("»", "«").split("«")):
@@ -174,7 +174,7 @@ def test_the_loss_over_what_counts_is_the_assistants_surprise_token_by_token(nam
                     surprises.append(-model(torch.tensor([so_far])).logits[0, -1].log_softmax(-1)[token])
                 so_far.append(token)
     assert so_far == ids
-    assert len(surprises) == sum(counted) >= 4
+    assert len(surprises) == sum(loss_mask) >= 4
     assert float(loss) == pytest.approx(float(torch.stack(surprises).mean()), abs=1e-6)
 
 
@@ -191,10 +191,10 @@ def test_the_turns_of_a_conversational_prompt_do_not_count() -> None:
         first = SAID[name].index("«")
         only_last = SAID[name].replace("«", "", 1).replace("»", "", 1)
         assert only_last.index("«") > first
-        assert marked(TALK, name, counted_from=3) == only_last
+        assert marked(TALK, name, loss_from=3) == only_last
     for name in ("llama3_training", "gemma_training"):
         untagged = SAID[name.removesuffix("_training")]
-        assert marked(TALK, name, counted_from=3) == untagged.replace("«", "", 1).replace("»", "", 1)
+        assert marked(TALK, name, loss_from=3) == untagged.replace("«", "", 1).replace("»", "", 1)
 
 
 TOOL_TALK = [
@@ -385,8 +385,8 @@ def test_what_a_template_tags_in_several_blocks_counts_as_one() -> None:
 
 def test_the_very_first_token_has_nothing_to_be_predicted_from() -> None:
     text = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
-    ids, counted = one(Conversation([assistant("is is"), *TALK[:2]]), "mistral", text)
-    assert counted[:3] == [False, True, True]
+    ids, loss_mask = one(Conversation([assistant("is is"), *TALK[:2]]), "mistral", text)
+    assert loss_mask[:3] == [False, True, True]
     assert ids[2] == 2
 
 
@@ -400,10 +400,10 @@ def test_the_first_word_counts_with_its_space_and_the_header_never(trimmed: bool
     tokenizer = tokenizer_of()
     tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=trimmed)
     text = HEADED.replace("{{ space }}", " ") + f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
-    ids, counted = one(Conversation([user("x"), assistant("is is")]), "mistral", text, tokenizer)
+    ids, loss_mask = one(Conversation([user("x"), assistant("is is")]), "mistral", text, tokenizer)
     word = tokenizer(" is", add_special_tokens=False)["input_ids"]
     assert len(word) == 1
-    assert [token for token, counts in zip(ids, counted, strict=True) if counts] == [*word, *word, 2]
+    assert [token for token, counts in zip(ids, loss_mask, strict=True) if counts] == [*word, *word, 2]
     assert tokenizer.decode(ids) == "user: x</s>assistant: is is</s>"
 
 
@@ -512,7 +512,7 @@ def test_conversations_with_calls_alone_or_with_a_thing_to_say_are_sound() -> No
     check([user("Rain?"), call({"city": "Rome"})])
     check([user("Rain?"), assistant(None, tool_calls=[{"name": "weather"}])])
     with pytest.raises(ChatFault, match="no message of the assistant"):
-        check(TALK, counted_from=4)
+        check(TALK, loss_from=4)
     assert str(one(Conversation(TALK, None, 4), "zephyr")).startswith("no message of the assistant")
 
 

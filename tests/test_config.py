@@ -21,7 +21,7 @@ from lora_sweep.sweep import compose as composition
 REPOSITORY = Path(__file__).parents[1]
 OPTIONS = [f"{file.parent.name}={file.stem}" for file in sorted((REPOSITORY / "conf").glob("*/*.yaml"))]
 SWEEPS = sorted((REPOSITORY / "sweeps").glob("*.yaml"))
-BROUGHT = {
+USER_DATA = {
     "model=local": ["model.path=my/checkpoint"],
     "model=hub": ["model.path=someone/model"],
     "data=files": ["data.path=mine.jsonl"],
@@ -35,14 +35,14 @@ BROUGHT = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_of_every_group_composes_and_checks(option: str) -> None:
-    sweep, faults = sweep_file.read(None, [option, *BROUGHT.get(option, [])])
+    sweep, faults = sweep_file.read(None, [option, *USER_DATA.get(option, [])])
     variants, found = check.check(sweep)
     assert [*faults, *found] == []
     assert variants[0].keys() == schema.GROUPS.keys()
     sweep.base()
 
 
-@pytest.mark.parametrize("option", sorted(BROUGHT))
+@pytest.mark.parametrize("option", sorted(USER_DATA))
 def test_what_only_the_user_can_say_is_asked_for(option: str) -> None:
     sweep, _ = sweep_file.read(None, [option])
     (fault,) = check.check(sweep)[1]
@@ -165,7 +165,7 @@ KNOBS: dict[str, tuple[list[Any], list[Any]]] = {
     "health.max_trapped_delta_rel": NOT_NEGATIVE,
     "health.max_delta_rel": NOT_NEGATIVE,
     "health.max_forgetting": NOT_NEGATIVE,
-    "health.look_every": COUNT,
+    "health.check_every": COUNT,
     "health.action": (["flag", "stop"], ["prune", None]),
     "study.name": NAME,
     "study.root": (["outputs", "~/x", "../x"], [5, None]),

@@ -26,7 +26,7 @@ from lora_sweep import data as data_room
 from lora_sweep.base.load import LoadedBase
 from lora_sweep.config import DataConfig
 from lora_sweep.data import TokenSet
-from lora_sweep.errors import ConfigError, OutOfRoom, UserError
+from lora_sweep.errors import ConfigError, StorageUnavailable, UserError
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefgh"]
 BOS, EOS, A, B, C, D, E = 1, 2, 4, 5, 6, 7, 8
@@ -131,7 +131,7 @@ def test_a_tokenizer_without_a_padding_token_gives_the_same_batches(mine: Write)
     bare.pad_token = None
     one, other = (all_of(data_room.load(config, each).train) for each in (bare, words("<s> $A")))
     assert torch.equal(one.input_ids, other.input_ids)
-    assert torch.equal(one.counted, other.counted)
+    assert torch.equal(one.loss_mask, other.loss_mask)
 
 
 def with_space_before() -> Any:
@@ -161,10 +161,10 @@ def with_space_before() -> Any:
 )
 def test_a_completion_has_the_spaces_that_are_in_it_and_no_other(prompt: str, completion: str, told: list[str]) -> None:
     tokenizer = with_space_before()
-    ((ids, counted),) = data_room.encode([(prompt, completion)], tokenizer)
+    ((ids, loss_mask),) = data_room.encode([(prompt, completion)], tokenizer)
     assert tokenizer.convert_ids_to_tokens(ids.tolist()) == told
     before = len(tokenizer(prompt)["input_ids"]) if prompt else 1
-    assert counted.tolist() == [False] * before + [True] * (len(ids) - before)
+    assert loss_mask.tolist() == [False] * before + [True] * (len(ids) - before)
 
 
 def test_the_embedded_tokenizer_puts_each_special_token_once(base: LoadedBase) -> None:
@@ -174,8 +174,8 @@ def test_the_embedded_tokenizer_puts_each_special_token_once(base: LoadedBase) -
         assert [ids.count(tokenizer.bos_token_id), ids.count(tokenizer.eos_token_id)] == [1, 1]
         assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
         assert tokenizer.decode(ids, skip_special_tokens=True) == "Ada Berg was born in Oslo."
-    counted = [token for token, counts in zip(*lists(encoded[0]), strict=True) if counts]
-    assert tokenizer.decode(counted) == " was born in Oslo." + tokenizer.eos_token
+    loss_mask = [token for token, counts in zip(*lists(encoded[0]), strict=True) if counts]
+    assert tokenizer.decode(loss_mask) == " was born in Oslo." + tokenizer.eos_token
 
 
 RECORDS: dict[str, list[dict[str, Any]]] = {
@@ -227,20 +227,20 @@ def test_the_loss_is_the_cross_entropy_of_the_completion_alone_by_hand(
     expected = []
     for record in RECORDS[kind]:
         ids: list[int] = []
-        counted: list[bool] = []
+        loss_mask: list[bool] = []
         for text, counts in by_hand(kind, record, base64.tokenizer):
             stretch = base64.tokenizer(text, add_special_tokens=False)["input_ids"]
             ids += stretch
-            counted += [counts] * len(stretch)
+            loss_mask += [counts] * len(stretch)
         with torch.no_grad():
             logits = base64.model(input_ids=torch.tensor([ids])).logits[0]
-        picked = [-float(logits[t - 1].log_softmax(0)[ids[t]]) for t in range(1, len(ids)) if counted[t]]
+        picked = [-float(logits[t - 1].log_softmax(0)[ids[t]]) for t in range(1, len(ids)) if loss_mask[t]]
         expected.append(sum(picked) / len(picked))
     batch = all_of(data.train)
     with torch.no_grad():
         logits = base64.model(input_ids=batch.input_ids).logits[:, :-1]
     nll = functional.cross_entropy(logits.flatten(0, 1), batch.input_ids[:, 1:].flatten(), reduction="none")
-    counted_tokens = batch.counted[:, 1:]
+    counted_tokens = batch.loss_mask[:, 1:]
     means = (nll.view(counted_tokens.shape) * counted_tokens).sum(1) / counted_tokens.sum(1)
     assert means.tolist() == pytest.approx(expected, rel=1e-6)
 
@@ -278,8 +278,8 @@ def test_an_example_is_the_same_whoever_shares_its_set() -> None:
     alone = all_of(TokenSet.of(pair))
     among = all_of(TokenSet.of([*data_room.encode([("", "a " * 30)], words("<s> $A")), *pair]))
     assert torch.equal(among.input_ids[1, :8], alone.input_ids[0])
-    assert torch.equal(among.counted[1, :8], alone.counted[0])
-    assert not among.counted[1, 8:].any()
+    assert torch.equal(among.loss_mask[1, :8], alone.loss_mask[0])
+    assert not among.loss_mask[1, 8:].any()
 
 
 # -- several examples a row ---------------------------------------------------------------------------------------
@@ -298,12 +298,12 @@ def test_packing_keeps_every_example_whole_and_once() -> None:
     packed = alone.packed(64)
     batch = all_of(packed)
     found = []
-    for ids, examples, positions, counted in zip(
-        batch.input_ids, batch.examples, batch.position_ids, batch.counted, strict=True
+    for ids, examples, positions, loss_mask in zip(
+        batch.input_ids, batch.examples, batch.position_ids, batch.loss_mask, strict=True
     ):
         starts = [place for place in range(len(ids)) if positions[place] == 0] + [len(ids)]
         for begin, end in itertools.pairwise(starts):
-            if counted[begin:end].any():
+            if loss_mask[begin:end].any():
                 assert positions[begin:end].tolist() == list(range(end - begin))
                 assert len(set(examples[begin:end].tolist())) == 1
                 found.append(tuple(ids[begin:end].tolist()))
@@ -458,7 +458,7 @@ def test_the_conversation_of_prompt_and_completion_counts_the_completion_only(
     config = whole(mine([{"prompt": turns[:3], "completion": turns[3:]}], chat_template=str(tmp_path / "chat.jinja")))
     data = data_room.load(config, base.tokenizer)
     batch = all_of(data.train)
-    assert base.tokenizer.decode(batch.input_ids[batch.counted]) == "Oslo." + base.tokenizer.eos_token
+    assert base.tokenizer.decode(batch.input_ids[batch.loss_mask]) == "Oslo." + base.tokenizer.eos_token
     # A study that is gone on with under another template would mix two data sets.
     before = data.report.sources[str(config.chat_template)]
     (tmp_path / "chat.jinja").write_text(CHAT.replace("assistant", "Assistant"))
@@ -783,7 +783,7 @@ def test_a_cache_that_cannot_be_written_or_is_full_is_told_in_a_line(
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("lora_sweep.data.store.Writer.add", full)
-    with pytest.raises(OutOfRoom, match="No space left on device"):
+    with pytest.raises(StorageUnavailable, match="No space left on device"):
         data_room.load(mine(texts(300)), words(None))
     assert list((tmp_path / "cache/lora_sweep").iterdir()) == []
 

@@ -499,7 +499,7 @@ def finish_all(study: Study) -> list[int]:
 
 
 def who_runs(folder: Path) -> dict[int, int]:
-    return {number: runs for number, (_, runs) in StudyView.read(folder).folded().items()}
+    return {number: runs for number, (_, runs) in StudyView.read(folder).duplicates().items()}
 
 
 def test_one_cell_of_a_class_runs_and_the_others_point_to_it(tmp_path: Path) -> None:
@@ -507,7 +507,7 @@ def test_one_cell_of_a_class_runs_and_the_others_point_to_it(tmp_path: Path) -> 
         assert finish_all(study) == [0, 1, 2]
         assert (study.size, study.counts()["COMPLETE"]) == (6, 3)
     assert who_runs(tmp_path) == {3: 0, 5: 0, 4: 2}
-    assert StudyView.read(tmp_path).folded()[5][0] == cells(6)[5]
+    assert StudyView.read(tmp_path).duplicates()[5][0] == cells(6)[5]
 
 
 def test_a_new_cell_equal_to_an_old_one_points_to_it_and_does_not_run(tmp_path: Path) -> None:

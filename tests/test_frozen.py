@@ -53,7 +53,7 @@ def test_every_linear_gives_the_rounded_product_and_passes_the_rounded_gradient_
 ) -> None:
     monkeypatch.setattr(frozen, "_has_bf16", lambda: False)
     base = model(kind)
-    frozen.settle(base, CPU)
+    frozen.patch_linears(base, CPU)
     linears = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     assert len(linears) >= 5
     assert frozen.multiplied_dtype(base) == torch.float32
@@ -68,7 +68,7 @@ def test_every_linear_gives_the_rounded_product_and_passes_the_rounded_gradient_
 def test_with_bf16_instructions_the_products_are_rounded_once_too(kind: str) -> None:
     """So a base gives the same numbers on either processor, but for the order of its sums."""
     base = model(kind)
-    frozen.settle(base, CPU)
+    frozen.patch_linears(base, CPU)
     linears = [module for module in base.modules() if isinstance(module, nn.Linear | Conv1D)]
     assert frozen.multiplied_dtype(base) == torch.bfloat16
     for linear in linears:
@@ -90,7 +90,7 @@ def test_instructions_that_onednn_is_told_to_leave_alone_are_as_good_as_absent(
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setenv(variable, isa)
     base = model("llama")
-    frozen.settle(base, CPU)
+    frozen.patch_linears(base, CPU)
     assert (frozen.multiplied_dtype(base) == torch.bfloat16) == has_bf16
 
 
@@ -100,7 +100,7 @@ def test_where_there_is_nothing_to_widen_all_stays_as_it_is(
 ) -> None:
     monkeypatch.setattr(frozen, "_has_bf16", lambda: has_bf16)
     base = model("llama").to(dtype)
-    frozen.settle(base, CPU)
+    frozen.patch_linears(base, CPU)
     linear = next(module for module in base.modules() if isinstance(module, nn.Linear))
     x = torch.randn(2, 3, 32, dtype=dtype)
     assert "forward" not in vars(linear)
@@ -112,7 +112,7 @@ def test_where_there_is_nothing_to_widen_all_stays_as_it_is(
 def test_a_gpu_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frozen, "_has_bf16", lambda: False)
     base = model("llama")
-    frozen.settle(base, torch.device("cuda"))
+    frozen.patch_linears(base, torch.device("cuda"))
     assert not any("forward" in vars(module) for module in base.modules() if isinstance(module, nn.Linear))
 
 
@@ -141,7 +141,7 @@ def attended(base: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor, list
 def test_a_widened_base_attends_in_fp32_and_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frozen, "_has_bf16", lambda: False)
     base = model("llama")
-    frozen.settle(base, CPU)
+    frozen.patch_linears(base, CPU)
     for y, exact, gradients in attended(base):
         assert torch.allclose(y, exact, rtol=2.0**-8, atol=1e-6)
         for mine, wanted in gradients:
@@ -152,7 +152,7 @@ def test_a_widened_base_attends_in_fp32_and_is_rounded_once(monkeypatch: pytest.
 def test_with_bf16_instructions_attention_is_torchs_own() -> None:
     """Its probabilities are rounded to bf16 as well."""
     base = model("llama")
-    frozen.settle(base, CPU)
+    frozen.patch_linears(base, CPU)
     assert base.config._attn_implementation == "sdpa"
     for y, exact, gradients in attended(base):
         assert torch.allclose(y, exact, rtol=2.0**-8, atol=2.0**-8 * float(exact.abs().max()))
@@ -164,5 +164,5 @@ def test_a_base_whose_attention_somebody_chose_keeps_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(frozen, "_has_bf16", lambda: False)
     base = model("llama")
     base.set_attn_implementation("eager")
-    frozen.settle(base, CPU)
+    frozen.patch_linears(base, CPU)
     assert base.config._attn_implementation == "eager"

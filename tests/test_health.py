@@ -12,11 +12,32 @@ from conftest import config_of
 from torch import Tensor
 
 from lora_sweep import health
-from lora_sweep.health import BIN_EDGES, AdaptedModule, Asked, Chart, Cooler, Course, Logged, Peer, Side, Stepped
-from lora_sweep.health.chart import window
-from lora_sweep.health.look import METRICS
+from lora_sweep.health import (
+    BIN_EDGES,
+    AdaptedModule,
+    Cooler,
+    HealthHistory,
+    Logged,
+    LossHistory,
+    Peer,
+    Side,
+    Stepped,
+    TrainerSettings,
+)
+from lora_sweep.health.history import window
+from lora_sweep.health.measure import METRICS
 from lora_sweep.health.rules import CAUSES
-from lora_sweep.records import Base, Cause, Diagnosis, Estimate, Evaluation, Finding, Measurement, Reading, Tally
+from lora_sweep.records import (
+    Base,
+    Cause,
+    Diagnosis,
+    Estimate,
+    Evaluation,
+    Finding,
+    HealthSnapshot,
+    Measurement,
+    UpdateSums,
+)
 
 RULES = config_of().health
 AT_REST = Stepped(1.0, 1e-8, (0.9, 0.999), 1)
@@ -32,7 +53,7 @@ def still(A: Tensor, B: Tensor) -> AdaptedModule:
 
 
 def looked(modules: Sequence[AdaptedModule]) -> dict[str, Tensor]:
-    rows = health.look(modules, health.snapshot([(each.A.value, each.B.value) for each in modules]))
+    rows = health.measure(modules, health.sample_weights([(each.A.value, each.B.value) for each in modules]))
     return dict(zip(METRICS, rows.T, strict=True))
 
 
@@ -76,7 +97,7 @@ def test_transposed_views_are_read_like_copies() -> None:
     A, B = drawn(0, 4, 600), drawn(1, 2000, 4)
     view, copy = still(A, B.T), still(A, B.T.contiguous())
     assert looked([view])["product"].tolist() == pytest.approx(looked([copy])["product"].tolist())
-    assert health.snapshot([(A, B.T)])[0][1].shape == health.snapshot([(A, B)])[0][1].shape
+    assert health.sample_weights([(A, B.T)])[0][1].shape == health.sample_weights([(A, B)])[0][1].shape
 
 
 REAL = [(16, 2048), (64, 4096), (8, 11008), (128, 14336), (6, 4608)]
@@ -89,11 +110,11 @@ def test_a_sample_holds_every_rank_and_many_places_of_the_width_however_the_memo
     # PEFT's B is (width, rank) in memory and comes transposed; A, and both in a pack, are (rank, width).
     peft, packed = ranks.T, ranks.T.contiguous()
     for held in (peft, packed):
-        ((_, sample),) = health.snapshot([(packed, held)])
+        ((_, sample),) = health.sample_weights([(packed, held)])
         assert sample.numel() < 2 * 1024
         counts = torch.bincount(sample, minlength=rank)
         assert counts.min() >= 0.5 * sample.numel() / rank, "each rank has its share"
-    ((places, _),) = health.snapshot([(columns, packed)])
+    ((places, _),) = health.sample_weights([(columns, packed)])
     assert len(places.unique()) >= 0.5 * min(width, len(places)), "and not the same few places of each"
 
 
@@ -109,14 +130,14 @@ def test_a_dead_rank_among_living_ones_is_no_dead_module(transposed: bool) -> No
     for _ in range(3):
         optimizer.zero_grad()
         (x @ A.T @ B - y).square().mean().backward()
-        before, was = health.snapshot([(A, B)]), B.detach().clone()
+        before, was = health.sample_weights([(A, B)]), B.detach().clone()
         optimizer.step()
     sides = []
     for parameter in (A, B):
         state = optimizer.state[parameter]
         stepped = Stepped(1.0, 1e-8, (0.9, 0.999), 3)
         sides.append(Side(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], stepped))
-    found = dict(zip(METRICS, health.look([AdaptedModule(*sides)], before)[0].tolist(), strict=True))
+    found = dict(zip(METRICS, health.measure([AdaptedModule(*sides)], before)[0].tolist(), strict=True))
     assert found["moved_B"] == pytest.approx(float((was != B).float().mean()), abs=0.03)
     assert found["moved_B"] == pytest.approx(15 / 16, abs=0.03)
     assert found["gradmax_B"] > 0.5 * float(B.grad.abs().max())
@@ -135,14 +156,14 @@ def trained(lr: tuple[float, float], steps: int, dtype: Any = torch.float32, **k
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         (x @ A.T @ B - y).square().mean().backward()
-        before = health.snapshot([(A, B)])
+        before = health.sample_weights([(A, B)])
         optimizer.step()
         sides = []
         for parameter, rate in zip((A, B), lr, strict=True):
             state = optimizer.state[parameter]
             stepped = Stepped(1 - rate * settings["weight_decay"], settings["eps"], settings["betas"], step)
             sides.append(Side(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], stepped))
-        rows = health.look([AdaptedModule(*sides)], before)
+        rows = health.measure([AdaptedModule(*sides)], before)
         found.append(dict(zip(METRICS, rows.T, strict=True)))
     return found
 
@@ -175,10 +196,10 @@ def test_elements_that_low_precision_does_not_move_are_counted() -> None:
 # -- groups --------------------------------------------------------------------------------------------------------
 
 
-def reading(factors: Sequence[tuple[Tensor, Tensor]] = FACTORS, lr_B_squared: float = 1.0) -> Reading:
+def reading(factors: Sequence[tuple[Tensor, Tensor]] = FACTORS, lr_B_squared: float = 1.0) -> HealthSnapshot:
     found = {name: column.numpy()[None] for name, column in looked([still(A, B) for A, B in factors]).items()}
-    tally = Tally(stepped=1, lr_B=1.0, lr_A=1.0, lr_B_squared=lr_B_squared)
-    return Reading(NAMES[: len(factors)], 20, (1,), (tally,), found, tally)
+    sums = UpdateSums(stepped=1, lr_B=1.0, lr_A=1.0, lr_B_squared=lr_B_squared)
+    return HealthSnapshot(NAMES[: len(factors)], 20, (1,), (sums,), found, sums)
 
 
 def one(B: Tensor, lr_B_squared: float = 1.0) -> Measurement:
@@ -273,7 +294,7 @@ def test_before_the_first_step_all_of_b_is_in_the_middle() -> None:
 
 
 def test_looks_come_after_the_first_steps_at_the_end_of_the_window_at_the_cadence_and_at_evaluations() -> None:
-    chart, due = Chart(("a",), max_steps=1000, every=300), []
+    chart, due = HealthHistory(("a",), max_steps=1000, every=300), []
     assert window(1000) == 50
     for step in range(1, 1001):
         if chart.is_due(step, at_evaluation=step == 444):
@@ -284,55 +305,55 @@ def test_looks_come_after_the_first_steps_at_the_end_of_the_window_at_the_cadenc
 
 
 def test_the_window_of_a_short_run_ends_with_it_though_a_warm_up_began_at_0() -> None:
-    chart = Chart(("a",), max_steps=20, every=100)
+    chart = HealthHistory(("a",), max_steps=20, every=100)
     ends = []
     for step in range(1, 21):
         chart.stepped(1e-3 * (step > 1), 1e-3 * (step > 1), 1.0)
         chart.take(step, torch.zeros(1, len(METRICS), dtype=torch.float64))
         ends += [step] * chart.ends_window
-    assert (ends, chart.window_is_over, chart.reading().window) == ([20], True, 19)
-    again = Chart(("a",), max_steps=20, every=100)
+    assert (ends, chart.window_is_over, chart.snapshot().window) == ([20], True, 19)
+    again = HealthHistory(("a",), max_steps=20, every=100)
     again.restore(*chart.state())
-    assert again.reading().window == 19
+    assert again.snapshot().window == 19
 
 
 def test_the_sums_are_those_of_the_steps() -> None:
-    tally, decay, rates = Tally(), 0.1, [(0.0, 0.0), (0.01, 0.16), (0.02, 0.16), (0.01, 0.16)]
+    sums, decay, rates = UpdateSums(), 0.1, [(0.0, 0.0), (0.01, 0.16), (0.02, 0.16), (0.01, 0.16)]
     for lr_A, lr_B in rates:
-        tally = tally.after(lr_A, lr_B, 1 - lr_B * decay)
-    assert tally.stepped == 3
-    assert tally.kappa_B == pytest.approx(decay * 0.48)
-    assert tally.lr_B_squared == pytest.approx(3 * 0.16**2)
-    assert (tally.least_ratio, tally.largest_ratio) == pytest.approx((8.0, 16.0))
+        sums = sums.after(lr_A, lr_B, 1 - lr_B * decay)
+    assert sums.stepped == 3
+    assert sums.kappa_B == pytest.approx(decay * 0.48)
+    assert sums.lr_B_squared == pytest.approx(3 * 0.16**2)
+    assert (sums.least_ratio, sums.largest_ratio) == pytest.approx((8.0, 16.0))
     # What is left of a constant push at these rates under this decay.
     weight = 0.0
     for _, lr_B in rates:
         weight = weight * (1 - lr_B * decay) + lr_B
-    assert tally.kept_B == pytest.approx(weight)
+    assert sums.kept_B == pytest.approx(weight)
 
 
 def test_a_chart_goes_on_from_its_checkpoint() -> None:
-    chart = Chart(("a", "b"), 100, 50)
+    chart = HealthHistory(("a", "b"), 100, 50)
     for step in (1, 2):
         chart.stepped(1e-3, 1e-2, 0.999)
         chart.take(step, torch.full((2, len(METRICS)), float(step), dtype=torch.float64))
-    again = Chart(("a", "b"), 100, 50)
+    again = HealthHistory(("a", "b"), 100, 50)
     again.restore(*chart.state())
-    one, other = chart.reading(), again.reading()
-    assert (one.steps, one.tallies, one.tally) == (other.steps, other.tallies, other.tally)
+    one, other = chart.snapshot(), again.snapshot()
+    assert (one.steps, one.sums_by_check, one.sums) == (other.steps, other.sums_by_check, other.sums)
     assert all(np.array_equal(one.values[name], other.values[name]) for name in METRICS)
 
 
 @pytest.mark.gpu
 def test_a_chart_that_was_read_or_restored_goes_on_on_the_device() -> None:
-    chart, again = Chart(("a",), 100, 50), Chart(("a",), 100, 50)
+    chart, again = HealthHistory(("a",), 100, 50), HealthHistory(("a",), 100, 50)
     for step in (1, 2, 3):
         chart.stepped(1e-3, 1e-2, 0.999)
         chart.take(step, torch.full((1, len(METRICS)), float(step), dtype=torch.float64, device="cuda"))
-        assert chart.reading().values["rms_A"][:, 0].tolist() == [1.0, 2.0, 3.0][:step]
+        assert chart.snapshot().values["rms_A"][:, 0].tolist() == [1.0, 2.0, 3.0][:step]
     again.restore(*chart.state())
     again.take(4, torch.full((1, len(METRICS)), 4.0, dtype=torch.float64, device="cuda"))
-    assert again.reading().values["rms_A"][:, 0].tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert again.snapshot().values["rms_A"][:, 0].tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
 # -- the rules -----------------------------------------------------------------------------------------------------
@@ -345,26 +366,30 @@ HEALTHY: dict[str, float] = {
 
 
 def seen(
-    asked: Asked | None = None, delta_rel: float = 0.1, tally: Tally | None = None, hit: int = 8, **columns: Any
-) -> health.Seen:
+    asked: TrainerSettings | None = None,
+    delta_rel: float = 0.1,
+    sums: UpdateSums | None = None,
+    hit: int = 8,
+    **columns: Any,
+) -> health.RuleInput:
     """Four looks at eight modules, healthy but for `columns` in the first `hit` of them."""
     steps = (1, 2, 20, 100)
     values = {name: np.full((4, 8), value) for name, value in HEALTHY.items()}
     values["rms_B"] = values["rms_B"] * np.array([[0.1], [0.2], [1.0], [3.0]])
     for name, value in columns.items():
         values[name][:, :hit] = value
-    tallies = tuple(Tally(n, n * 1e-3, n * 1e-3, n * 1e-6, 0.0, n * 1e-3, 1.0, 1.0) for n in steps)
+    sums_by_check = tuple(UpdateSums(n, n * 1e-3, n * 1e-3, n * 1e-6, 0.0, n * 1e-3, 1.0, 1.0) for n in steps)
     names = tuple(f"layers.{layer}.proj" for layer in range(8))
-    made = Reading(names, 20, steps, tallies, values, tally or tallies[-1])
-    return health.Seen(made, asked or Asked(1.0), np.full(8, delta_rel), 1e-3)
+    made = HealthSnapshot(names, 20, steps, sums_by_check, values, sums or sums_by_check[-1])
+    return health.RuleInput(made, asked or TrainerSettings(1.0), np.full(8, delta_rel), 1e-3)
 
 
-def named(what: health.Seen) -> str | None:
+def named(what: health.RuleInput) -> str | None:
     _, found = health.causes(what)
     return found[0].name if found else None
 
 
-DECAYED = Tally(100, 0.1, 10.0, 1.0, 8.0, 1.2, 100.0, 100.0)
+DECAYED = UpdateSums(100, 0.1, 10.0, 1.0, 8.0, 1.2, 100.0, 100.0)
 
 
 @pytest.mark.parametrize(
@@ -375,14 +400,17 @@ DECAYED = Tally(100, 0.1, 10.0, 1.0, 8.0, 1.2, 100.0, 100.0)
         ("not_in_graph", lambda: seen(gradmax_A=-1.0, gradmax_B=-1.0, rms_B=0.0)),
         ("not_in_graph", lambda: seen(gradmax_A=0.0, gradmax_B=0.0, rms_B=0.0)),
         ("not_stepped", lambda: seen(rms_B=0.0, zero_B=1.0, moved_B=0.0)),
-        ("underflow", lambda: seen(Asked(1.0, fp16_gradients=True), zero_B=0.6)),
-        ("underflow", lambda: seen(Asked(1.0, fp16_gradients=True), gradmax_A=0.0, gradmax_B=0.0, zero_B=1.0)),
+        ("underflow", lambda: seen(TrainerSettings(1.0, fp16_gradients=True), zero_B=0.6)),
+        (
+            "underflow",
+            lambda: seen(TrainerSettings(1.0, fp16_gradients=True), gradmax_A=0.0, gradmax_B=0.0, zero_B=1.0),
+        ),
         ("underflow", lambda: seen(gradzero_B=0.9, zero_B=0.6)),
         ("eps_limited", lambda: seen(v_over_eps_B=0.05)),
-        ("decay_trapped", lambda: seen(tally=DECAYED)),
-        ("decay_trapped", lambda: seen(Asked(1.0, coupled_decay=10.0), gradrms_B=0.1)),
-        ("ratio_lost", lambda: seen(Asked(16.0))),
-        ("precision_stalled", lambda: seen(Asked(1.0, is_low_precision=True), moved_B=0.5)),
+        ("decay_trapped", lambda: seen(sums=DECAYED)),
+        ("decay_trapped", lambda: seen(TrainerSettings(1.0, coupled_decay=10.0), gradrms_B=0.1)),
+        ("ratio_lost", lambda: seen(TrainerSettings(16.0))),
+        ("precision_stalled", lambda: seen(TrainerSettings(1.0, is_low_precision=True), moved_B=0.5)),
         (None, lambda: seen(moved_B=0.5)),
         ("lr_too_small", lambda: seen(delta_rel=1e-4)),
         ("no_signal", lambda: seen(rms_B=1e-3 * math.sqrt(20))),
@@ -392,7 +420,7 @@ DECAYED = Tally(100, 0.1, 10.0, 1.0, 8.0, 1.2, 100.0, 100.0)
         ("generic", lambda: seen(rms_B=0.1 * 1e-3 * math.sqrt(20))),
     ],
 )
-def test_each_trouble_has_its_name(cause: str | None, made: Callable[[], health.Seen]) -> None:
+def test_each_trouble_has_its_name(cause: str | None, made: Callable[[], health.RuleInput]) -> None:
     assert named(made()) == cause
 
 
@@ -409,32 +437,32 @@ def test_the_first_rule_a_module_meets_names_it_and_shares_are_by_module() -> No
 
 
 def test_ordinary_decay_and_a_ratio_that_was_kept_are_not_blamed() -> None:
-    assert named(seen(tally=Tally(1000, 1.0, 16.0, 1.0, 0.8, 11.0, 16.0, 16.0))) is None
+    assert named(seen(sums=UpdateSums(1000, 1.0, 16.0, 1.0, 0.8, 11.0, 16.0, 16.0))) is None
     # 15.999 for 16, as measured from what moved.
-    assert named(seen(Asked(16.0), lr_B=15.999e-3)) is None
-    assert named(seen(Asked(16.0), lr_B=14.9e-3)) == "ratio_lost"
+    assert named(seen(TrainerSettings(16.0), lr_B=15.999e-3)) is None
+    assert named(seen(TrainerSettings(16.0), lr_B=14.9e-3)) == "ratio_lost"
 
 
 def test_where_nothing_can_be_measured_the_ratio_is_what_the_groups_had() -> None:
-    groups = replace(seen().reading.tally, least_ratio=1.0, largest_ratio=1.0)
-    assert named(seen(Asked(16.0), lr_A=math.nan, tally=groups)) == "ratio_lost"
-    assert named(seen(Asked(1.0), lr_A=math.nan, tally=groups)) is None
+    groups = replace(seen().snapshot.sums, least_ratio=1.0, largest_ratio=1.0)
+    assert named(seen(TrainerSettings(16.0), lr_A=math.nan, sums=groups)) == "ratio_lost"
+    assert named(seen(TrainerSettings(1.0), lr_A=math.nan, sums=groups)) is None
 
 
 def test_nothing_is_said_of_an_adapter_that_was_never_stepped() -> None:
-    empty = replace(seen().reading, steps=(), tallies=(), values={name: np.empty((0, 8)) for name in METRICS})
-    assert health.causes(replace(seen(), reading=empty)) == ((), ())
-    assert not health.cannot_learn(empty, Asked(1.0))
+    empty = replace(seen().snapshot, steps=(), sums_by_check=(), values={name: np.empty((0, 8)) for name in METRICS})
+    assert health.causes(replace(seen(), snapshot=empty)) == ((), ())
+    assert not health.cannot_learn(empty, TrainerSettings(1.0))
 
 
 @pytest.mark.parametrize("lr_A", [0.0, 1e-3])
 def test_a_rate_of_b_that_was_0_at_every_step_is_named_with_the_rate_as_evidence(lr_A: float) -> None:
     """rho is 0 / 0 then, and no look was after a step."""
-    tally = Tally()
+    sums = UpdateSums()
     for _ in range(100):
-        tally = tally.after(lr_A, 0.0, 1.0)
-    what = seen(Asked(16.0), rms_B=0.0, zero_B=1.0, moved_B=0.0, lr_B=0.0, tally=tally)
-    what = replace(what, reading=replace(what.reading, tallies=(Tally(),) * 4))
+        sums = sums.after(lr_A, 0.0, 1.0)
+    what = seen(TrainerSettings(16.0), rms_B=0.0, zero_B=1.0, moved_B=0.0, lr_B=0.0, sums=sums)
+    what = replace(what, snapshot=replace(what.snapshot, sums_by_check=(UpdateSums(),) * 4))
     trapping, found = health.causes(what)
     assert trapping == found
     assert [(each.name, each.share) for each in found] == [("not_stepped", 1.0)]
@@ -445,13 +473,13 @@ def test_a_rate_of_b_that_was_0_at_every_step_is_named_with_the_rate_as_evidence
     (verdict,) = health.verdict(made, None, RULES)
     assert (verdict.flag, verdict.cause) == ("zero_trapped", "not_stepped")
     assert "the learning rate of B was 0 at every step" in verdict.sentence
-    assert not health.cannot_learn(what.reading, Asked(16.0)), "while it trains, the rate may still rise"
-    values = what.reading.values
-    held = replace(what, reading=replace(what.reading, values=values | {"rms_B": values["rms_B"] + 0.01}))
+    assert not health.cannot_learn(what.snapshot, TrainerSettings(16.0)), "while it trains, the rate may still rise"
+    values = what.snapshot.values
+    held = replace(what, snapshot=replace(what.snapshot, values=values | {"rms_B": values["rms_B"] + 0.01}))
     assert health.causes(held) == ((), ()), "a B that does not start at 0 may be held as it is on purpose"
-    moved = replace(what, reading=replace(what.reading, values=values | {"moved_B": values["moved_B"] + 0.5}))
+    moved = replace(what, snapshot=replace(what.snapshot, values=values | {"moved_B": values["moved_B"] + 0.5}))
     assert health.causes(moved) == ((), ())
-    soon = replace(what, reading=replace(what.reading, steps=(1, 2, 2, 2)))
+    soon = replace(what, snapshot=replace(what.snapshot, steps=(1, 2, 2, 2)))
     assert health.causes(soon) == ((), ()), "two steps of a warm-up may have none"
 
 
@@ -467,7 +495,7 @@ def test_a_rate_of_b_that_was_0_at_every_step_is_named_with_the_rate_as_evidence
 def test_the_advice_for_an_a_that_does_not_move_fits_what_was_measured(
     ratio: float, moved_A: float, advice: str
 ) -> None:
-    what = seen(Asked(ratio), rms_A=6.0, moved_A=moved_A, lr_B=1e-3 * ratio)
+    what = seen(TrainerSettings(ratio), rms_A=6.0, moved_A=moved_A, lr_B=1e-3 * ratio)
     finding = next(each for each in health.own_findings(what, None, RULES) if each.flag == "A_frozen")
     assert advice in finding.remedy
     assert finding.remedy in finding.sentence
@@ -475,8 +503,10 @@ def test_the_advice_for_an_a_that_does_not_move_fits_what_was_measured(
 
 @pytest.mark.parametrize(("hit", "hopeless"), [(8, True), (4, True), (3, False)])
 def test_half_of_the_modules_without_a_gradient_cannot_mend_themselves(hit: int, hopeless: bool) -> None:
-    assert health.cannot_learn(seen(gradmax_A=0.0, gradmax_B=0.0, hit=hit).reading, Asked(1.0)) is hopeless
-    assert not health.cannot_learn(seen(v_over_eps_B=0.01, hit=hit).reading, Asked(1.0)), "eps may be outgrown"
+    assert health.cannot_learn(seen(gradmax_A=0.0, gradmax_B=0.0, hit=hit).snapshot, TrainerSettings(1.0)) is hopeless
+    assert not health.cannot_learn(seen(v_over_eps_B=0.01, hit=hit).snapshot, TrainerSettings(1.0)), (
+        "eps may be outgrown"
+    )
 
 
 # -- verdicts ------------------------------------------------------------------------------------------------------
@@ -696,7 +726,7 @@ def evaluation(gain: float = 0.0, spread: float = 0.0, **more: Any) -> Evaluatio
         grad_norm_A=1.0,
         grad_norm_B_over_s=1.0,
         measurements=(),
-        reading=reading(),
+        snapshot=reading(),
         delta_rel=np.ones(4),
         steps=(),
         seconds=1.0,
@@ -707,8 +737,8 @@ def evaluation(gain: float = 0.0, spread: float = 0.0, **more: Any) -> Evaluatio
 
 def course(losses: Sequence[float], best: Evaluation | None = None, last: Evaluation | None = None) -> list[Finding]:
     end = last or evaluation(gain=1.0, step=100)
-    how = Course(BASE, losses, 0, best or end, end)
-    what = health.seen(end, Asked(None), RULES)
+    how = LossHistory(BASE, losses, 0, best or end, end)
+    what = health.rule_input(end, TrainerSettings(None), RULES)
     return [
         each for each in health.own_findings(what, how, RULES) if each.flag not in ("A_frozen", "edge_of_precision")
     ]
@@ -750,7 +780,9 @@ def test_training_data_that_is_harder_than_the_train_probe_is_no_divergence() ->
     end = evaluation(gain=0.1, step=100)
     for spread, flags in ((0.0, ["diverged"]), (0.3, [])):
         base = replace(BASE, probe_losses=2.0 + spread * np.array([1.0, -1.0, 1.0, -1.0]))
-        own = health.own_findings(health.seen(end, Asked(None), RULES), Course(base, steps, 0, end, end), RULES)
+        own = health.own_findings(
+            health.rule_input(end, TrainerSettings(None), RULES), LossHistory(base, steps, 0, end, end), RULES
+        )
         assert [each.flag for each in own if each.flag == "diverged"] == flags
 
 
@@ -764,24 +796,24 @@ def test_a_hot_trial_that_ends_above_its_base_is_not_said_to_lack_a_signal() -> 
         ([2.0, 2.1] * 50, (), ["rate_too_high"]),
         (FALLING, (Finding("diverged", {}, "hot"),), ["diverged"]),
     ):
-        made = health.diagnose(Course(BASE, losses, 0, last, last), hot, own, RULES)
+        made = health.diagnose(LossHistory(BASE, losses, 0, last, last), hot, own, RULES)
         assert [each.flag for each in (*health.compared(made, own, RULES), *own)] == flags
 
 
 def test_a_fall_of_the_training_loss_is_told_with_its_error() -> None:
-    falling = health.course.trend(range(100), [2.0 - 0.01 * step + 0.1 * (-1) ** step for step in range(100)])
+    falling = health.loss_history.trend(range(100), [2.0 - 0.01 * step + 0.1 * (-1) ** step for step in range(100)])
     assert falling is not None
     assert falling.value == pytest.approx(0.99, abs=0.01)
     # The slope's error, sigma / sqrt(sum of (x - mean)^2), times the steps between.
     assert falling.error == pytest.approx(0.1 / math.sqrt(100 * (100**2 - 1) / 12) * 99, rel=0.02)
-    assert health.course.trend([1, 2, 3], [3.0, 2.0, 1.0]) is None
+    assert health.loss_history.trend([1, 2, 3], [3.0, 2.0, 1.0]) is None
     base = replace(BASE, probe_losses=BASE.eval_losses)
-    flat = health.course.training_fall(base, [1.5, 1.6] * 10)
+    flat = health.loss_history.training_fall(base, [1.5, 1.6] * 10)
     assert flat is not None
     assert flat.value == pytest.approx(0.45, abs=0.01), (
         "a loss that fell at once has no trend, but lies below the base's"
     )
-    paired = health.course.paired_fall(base, evaluation(probe_loss=1.7, probe_losses=BASE.eval_losses - 0.3))
+    paired = health.loss_history.paired_fall(base, evaluation(probe_loss=1.7, probe_losses=BASE.eval_losses - 0.3))
     assert paired == (pytest.approx(0.3), pytest.approx(0.0, abs=1e-9))
 
 

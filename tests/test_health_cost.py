@@ -14,7 +14,7 @@ from lora_sweep import health
 from lora_sweep.base import load as model_room
 from lora_sweep.base.load import LoadedBase
 from lora_sweep.data import Data
-from lora_sweep.health import Chart, Course
+from lora_sweep.health import HealthHistory, LossHistory
 from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.records import Cell
 from lora_sweep.tracking import heat_map
@@ -50,7 +50,7 @@ def spent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     for name in ("snapshot", "measurements", "delta_rel"):
         timed(health, name)
     timed(Pack, "_look")
-    timed(Chart, "reading")
+    timed(HealthHistory, "reading")
     yield found
     torch.set_num_threads(threads)
 
@@ -71,11 +71,11 @@ def share(base: LoadedBase, data: Data, trials: list[Trial], spent: list[float])
     rules = config_of().health
     for trial, last in zip(trials, evaluations, strict=True):
         before = time.process_time()
-        what = health.seen(last, trial.asked, rules)
-        how = Course(alone, [1.0] * trial.train.max_steps, 0, last, last)
+        what = health.rule_input(last, trial.trainer_settings, rules)
+        how = LossHistory(alone, [1.0] * trial.train.max_steps, 0, last, last)
         own = health.own_findings(what, how, rules)
         health.compared(health.diagnose(how, what, own, rules), own, rules)
-        heat_map.draw(dict(zip(last.reading.modules, last.delta_rel.tolist(), strict=True)), {})
+        heat_map.draw(dict(zip(last.snapshot.modules, last.delta_rel.tolist(), strict=True)), {})
         after.append(time.process_time() - before)
     return (sum(spent) + sum(after)) / (ended - began + sum(after))
 

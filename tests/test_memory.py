@@ -11,8 +11,8 @@ import torch
 from conftest import Run
 from test_cli import small
 
-from lora_sweep.pack import Exhausted, Pack
-from lora_sweep.system.exhaustion import is_exhausted
+from lora_sweep.pack import Pack, PackOutOfMemory
+from lora_sweep.system.out_of_memory import is_out_of_memory
 
 LIMITED = """
 import resource, sys
@@ -76,7 +76,7 @@ def test_at_any_limit_the_imports_end_in_a_line(in_folder: Path) -> None:
 def test_a_process_at_its_limit_of_address_space_knows_it() -> None:
     at_limit = """
 import resource
-from lora_sweep.system.exhaustion import is_at_limit
+from lora_sweep.system.out_of_memory import is_at_limit
 assert not is_at_limit()
 resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
 assert not is_at_limit()
@@ -96,7 +96,7 @@ def test_a_study_none_of_whose_cells_fits_is_no_success_and_is_tried_again(
     with monkeypatch.context() as patched:
 
         def exhausted(pack: Pack, *_: object) -> None:
-            raise Exhausted(next(slot.index for slot in pack._live()), 1)
+            raise PackOutOfMemory(next(slot.index for slot in pack._live()), 1)
 
         patched.setattr(Pack, "advance", exhausted)
         said = run("launch", sweep)
@@ -135,7 +135,7 @@ def test_memory_that_runs_out_anywhere_is_one_line(run: Run, monkeypatch: pytest
     ],
 )
 def test_what_says_that_memory_ran_out_is_told_from_what_does_not(error: Exception, expected: bool) -> None:
-    assert is_exhausted(error) is expected
+    assert is_out_of_memory(error) is expected
     wrapped = KeyError("x")
     wrapped.__cause__ = error
-    assert is_exhausted(wrapped) is expected
+    assert is_out_of_memory(wrapped) is expected

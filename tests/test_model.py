@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config
 
 from lora_sweep.adapters import reader as adapters
-from lora_sweep.adapters.peft_template import Blueprint, peft_config
+from lora_sweep.adapters.peft_template import PeftTemplate, peft_config
 from lora_sweep.base import load as model_room
 from lora_sweep.base.load import LoadedBase
 from lora_sweep.config import ModelConfig
@@ -426,7 +426,7 @@ def test_target_modules_that_fit_no_linear_layer_are_faults(targets: Any, told: 
 )
 def test_peft_says_which_modules_a_target_means(base: LoadedBase, targets: Any, count: int) -> None:
     assert faults_of(targets) == []
-    blueprint = Blueprint(base.skeleton(), base.name_or_path)
+    blueprint = PeftTemplate(base.skeleton(), base.name_or_path)
     shapes = blueprint.shapes(targets)
     assert len(shapes) == count
     for name, (d_in, d_out) in shapes.items():
@@ -450,7 +450,7 @@ def test_the_skeleton_has_the_bases_shapes_and_no_memory(base: LoadedBase) -> No
 def test_initial_As_are_drawn_beforehand_as_many_as_can_be_kept(
     base: LoadedBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blueprint = Blueprint(base.skeleton(), base.name_or_path)
+    blueprint = PeftTemplate(base.skeleton(), base.name_or_path)
     each = 4 * 2 * sum(d_in for d_in, _ in blueprint.shapes(["q_proj"]).values())  # fp32, rank 2
     monkeypatch.setattr("lora_sweep.adapters.peft_template.KEPT_BYTES", 3 * each)
     settings = peft_config(2, 4, False, 0.0, ["q_proj"])
@@ -475,7 +475,7 @@ def test_initial_As_are_drawn_beforehand_as_many_as_can_be_kept(
 @pytest.mark.parametrize("targets", ["all-linear", ["v_proj", "down_proj"]])
 def test_peft_draws_the_same_initial_A_on_the_skeleton_as_on_the_base(dtype: str, targets: Any) -> None:
     loaded = model_room.load(model_config(dtype=dtype), CPU)
-    blueprint = Blueprint(loaded.skeleton(), loaded.name_or_path)
+    blueprint = PeftTemplate(loaded.skeleton(), loaded.name_or_path)
     state = torch.random.get_rng_state()
     settings = peft_config(5, 16, True, 0.1, targets)
     drawn = [blueprint.initial(settings, seed) for seed in (7, 7, 8)]
@@ -575,7 +575,7 @@ def test_a_base_that_could_not_be_kept_leaves_nothing_half_made(
 @pytest.fixture
 def written(base: LoadedBase, tmp_path: Path) -> tuple[Path, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
     """(an adapter of rank 3 on disk, its random weights)."""
-    blueprint = Blueprint(base.skeleton(), "the/base", "a-commit")
+    blueprint = PeftTemplate(base.skeleton(), "the/base", "a-commit")
     generator = torch.Generator().manual_seed(0)
     weights = {
         name: (torch.randn(3, d_in, generator=generator), torch.randn(d_out, 3, generator=generator))
@@ -610,7 +610,7 @@ def test_an_adapter_on_disk_is_what_peft_writes_and_names_its_base(written: Any)
 
 
 def test_writing_leaves_the_blueprint_as_it_was(base: LoadedBase, tmp_path: Path) -> None:
-    blueprint = Blueprint(base.skeleton(), "b")
+    blueprint = PeftTemplate(base.skeleton(), "b")
     settings = peft_config(2, 4, False, 0.0, ["q_proj"])
     before = blueprint.initial(settings, 1)
     weights = {name: (A, torch.zeros(128, 2)) for name, A in before.items()}

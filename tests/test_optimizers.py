@@ -52,7 +52,7 @@ def theirs(base: LoadedBase, data: Data, trial: Trial) -> torch.Tensor:
         batch = data.train.batch(rows(step * trial.train.batch_size, trial.train.batch_size))
         logits = adapted(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1)
         nll = functional.cross_entropy(logits, batch.input_ids[:, 1:].flatten(), reduction="none")
-        loss = nll[batch.counted[:, 1:].flatten()].mean()
+        loss = nll[batch.loss_mask[:, 1:].flatten()].mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

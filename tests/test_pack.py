@@ -22,7 +22,7 @@ from lora_sweep.base.load import LoadedBase
 from lora_sweep.config import ModelConfig
 from lora_sweep.data import Data, TokenSet, order
 from lora_sweep.errors import UserError
-from lora_sweep.pack import DamagedCheckpoint, Exhausted, Pack, Settings, Trial
+from lora_sweep.pack import DamagedCheckpoint, Pack, PackOutOfMemory, Settings, Trial
 from lora_sweep.pack.capacity import MOST_ROUNDS
 from lora_sweep.pack.dropout import keep_mask, slot_key
 from lora_sweep.pack.linear import Pass
@@ -91,13 +91,13 @@ def peft_losses(model: Any, data: Data, trial: Trial) -> torch.Tensor:
     for step in range(train.max_steps):
         chosen = rows(step * each, each)
         batch = data.train.batch(chosen)
-        counted = batch.counted[:, 1:]
+        loss_mask = batch.loss_mask[:, 1:]
         total = 0.0
         for first in range(0, each, b):
             ids = batch.input_ids[first : first + b]
             logits = adapted(input_ids=ids).logits[:, :-1].flatten(0, 1)
             nll = functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none").view(b, -1)
-            loss = (nll * counted[first : first + b]).sum() / counted.sum()
+            loss = (nll * loss_mask[first : first + b]).sum() / loss_mask.sum()
             loss.backward()
             total += loss.item()
         adam.step()
@@ -347,8 +347,8 @@ def mean_loss(model: Any, part: TokenSet) -> float:
     with torch.no_grad():
         logits = model(input_ids=batch.input_ids).logits[:, :-1]
     nll = functional.cross_entropy(logits.flatten(0, 1).float(), batch.input_ids[:, 1:].flatten(), reduction="none")
-    counted = batch.counted[:, 1:].flatten()
-    return float(nll[counted].mean())
+    loss_mask = batch.loss_mask[:, 1:].flatten()
+    return float(nll[loss_mask].mean())
 
 
 def test_the_base_losses_are_those_of_the_untouched_base(base: LoadedBase, style: Data, trial: MakeTrial) -> None:
@@ -391,9 +391,9 @@ def test_positions_that_do_not_count_get_no_logits_and_lose_nothing(base64: Load
     embedded = model.get_input_embeddings().weight.requires_grad_()
     try:
         gradients = []
-        for counted in (None, places):
-            found = output.backward(ids, counts / 3, counted=counted)
-            gradients.append((found * counts, embedded.grad, output.losses(ids, counted=counted) * counts))
+        for loss_mask in (None, places):
+            found = output.backward(ids, counts / 3, loss_mask=loss_mask)
+            gradients.append((found * counts, embedded.grad, output.losses(ids, loss_mask=loss_mask) * counts))
             embedded.grad = None
     finally:
         hook.remove()
@@ -403,7 +403,7 @@ def test_positions_that_do_not_count_get_no_logits_and_lose_nothing(base64: Load
         assert torch.allclose(whole, part, rtol=1e-12, atol=1e-14)
 
 
-class Asked(TorchDispatchMode):
+class TrainerSettings(TorchDispatchMode):
     """Which operations hand a number to the host: on a GPU it waits there for all that is under way."""
 
     def __init__(self) -> None:
@@ -421,7 +421,7 @@ def test_a_pass_asks_nothing_of_the_device(base: LoadedBase, is_packed: bool) ->
     output = OutputLayer(base.model, Pass())
     ids = torch.randint(0, 1000, (4, 12), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(6).repeat(2).expand(4, 12) if is_packed else None
-    with Asked() as asked:
+    with TrainerSettings() as asked:
         losses = output.losses(ids, positions)
     assert asked.found == []
     halves = torch.cat([output.losses(half) for half in ids.split(6, dim=1)], dim=1)
@@ -473,9 +473,9 @@ def test_other_architectures_train_like_peft_alone(kind: str, trial: MakeTrial, 
     stranger = LoadedBase(loaded, None, at.name_or_path, None, torch.float32)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 300, (12, 16), generator=generator)
-    counted = torch.ones_like(ids, dtype=torch.bool)
-    counted[:, :3] = False
-    part = TokenSet.of(list(zip(ids.tolist(), counted.tolist(), strict=True)))
+    loss_mask = torch.ones_like(ids, dtype=torch.bool)
+    loss_mask[:, :3] = False
+    part = TokenSet.of(list(zip(ids.tolist(), loss_mask.tolist(), strict=True)))
     data = Data(part, part, part)
     one = trial(0, rank=4, base_lr=1e-3, max_steps=10, eval_every=10, batch_size=2, ratio=4.0)
     with_others = packed(
@@ -639,7 +639,7 @@ def test_out_of_memory_shrinks_the_pass_and_costs_no_step(
     pack.close()
     assert max(asked[-3:]) <= 2, "it is not tried again"
     assert asked.count(5) == 1
-    assert (pack.capacity.too_wide, pack.capacity.fits) == (3, 2)
+    assert (pack.capacity.too_many, pack.capacity.fits) == (3, 2)
     for one, evaluation in zip(trials, measured, strict=True):
         assert evaluation.step == 4
         assert largest_difference(losses(evaluation), losses(packed(base, style, [one])[0])) < 1e-5
@@ -658,7 +658,7 @@ def test_while_widths_are_tried_one_that_does_not_fit_costs_one_step(
     pack.close()
     assert [width for width in asked if width > 2] == [4]
     assert set(capacity.measured) == {1, 2}
-    assert (capacity.too_wide, capacity.fits) == (4, 2)
+    assert (capacity.too_many, capacity.fits) == (4, 2)
 
 
 def test_a_trial_that_does_not_fit_by_itself_is_named(
@@ -668,7 +668,7 @@ def test_a_trial_that_does_not_fit_by_itself_is_named(
     limited(pack, 0, monkeypatch)
     pack.admit(trial(0, rank=4, slots=2))
     second = pack.admit(trial(1, rank=2, slots=2))
-    with pytest.raises(Exhausted) as caught:
+    with pytest.raises(PackOutOfMemory) as caught:
         pack.advance()
     assert caught.value.slot == second, "rank 2 lies before rank 4"
     pack.close()
@@ -690,10 +690,10 @@ def test_a_trial_whose_evaluation_does_not_fit_takes_no_evaluation_from_the_othe
         return real(slots)
 
     monkeypatch.setattr(pack._passes, "evaluated", evaluated)
-    pack.capacity.width = 1
+    pack.capacity.slots_per_pass = 1
     pack.admit(small)
     slot = pack.admit(large)
-    with pytest.raises(Exhausted) as caught:
+    with pytest.raises(PackOutOfMemory) as caught:
         pack.advance()
     assert caught.value.slot == slot
     assert asked == [[0], [1]]
@@ -715,9 +715,9 @@ def test_slots_are_chosen_in_the_first_steps_and_no_loss_shows_it(
         pack.admit(each)
     measured = pack.advance()
     pack.close()
-    assert pack.capacity.is_settled
+    assert pack.capacity.is_chosen
     assert set(pack.capacity.measured) == {1, 2, 3}
-    assert pack.capacity.width in (1, 2, 3)
+    assert pack.capacity.slots_per_pass in (1, 2, 3)
     for one, evaluation in zip(trials, measured, strict=True):
         assert largest_difference(losses(evaluation), losses(packed(base, style, [one])[0])) < 1e-5
 

@@ -13,7 +13,7 @@ from conftest import config_of
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lora_sweep.adapters.peft_template import Blueprint
+from lora_sweep.adapters.peft_template import PeftTemplate
 from lora_sweep.base import load as model_room
 from lora_sweep.base import quant
 from lora_sweep.config import ModelConfig
@@ -210,7 +210,7 @@ ARCHITECTURES = [name for name in NAMED if name not in ("smollm2_gguf", "llama31
 def test_target_modules_resolve_on_the_full_dimensions(name: str) -> None:
     shape = whole(name)
     layers = public(name).config["num_hidden_layers"]
-    blueprint = Blueprint(shape, name)
+    blueprint = PeftTemplate(shape, name)
     first_two = r".*layers\.[01]\.mlp\.(up|down)_proj"
     for targets, number in (("all-linear", 7 * layers), (["q_proj", "v_proj"], 2 * layers), (first_two, 4)):
         assert model_room.target_faults(shape, targets) == []

@@ -24,7 +24,7 @@ import json, sys
 import torch
 from lora_sweep import data
 from lora_sweep.base import load
-from lora_sweep.sweep import sweep_file
+from lora_sweep.sweep.sweep_file import read
 from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.records import Cell
 
@@ -33,7 +33,7 @@ small = ["data=style", "data.subjects=16", "data.eval_size=4", "data.probe_size=
          "train.max_steps=5", "train.eval_every=5", "train.batch_size=2", "optimizer.base_lr=2e-4"]
 found = {"vectors": torch.backends.cpu.get_cpu_capability()}
 for dtype in ("fp32", "bf16"):
-    configs = [sweep_file.read(None, [*small, f"model.dtype={dtype}", f"method.rank={rank}"])[0].base() for rank in (4, 8)]
+    configs = [read(None, [*small, f"model.dtype={dtype}", f"method.rank={rank}"])[0].base() for rank in (4, 8)]
     base = load.load(configs[0].model, torch.device("cpu"))
     trials = [Trial.of(Cell(number), config) for number, config in enumerate(configs)]
     pack = Pack(base, data.load(configs[0].data, base.tokenizer), Settings.of(trials[0]), 8)

@@ -8,12 +8,12 @@ import pytest
 from rich.console import Console
 
 from lora_sweep.cli import live as progress
-from lora_sweep.records import Base, Cell, Evaluation, Reading, Tally
+from lora_sweep.records import Base, Cell, Evaluation, HealthSnapshot, UpdateSums
 from lora_sweep.report import plan_table, tables
 
 BASE = Base(4.0, 4.0, np.array([4.0, 4.0]))
 
-READING = Reading((), 20, (), (), {}, Tally())
+READING = HealthSnapshot((), 20, (), (), {}, UpdateSums())
 NO_SIZES = np.empty(0)
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from test_pack import IGNORED, MakeTrial, largest_difference, losses, mean_loss, packed, peft_losses
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from lora_sweep.adapters.peft_template import Blueprint, peft_config
+from lora_sweep.adapters.peft_template import PeftTemplate, peft_config
 from lora_sweep.base import cpu_bf16 as frozen
 from lora_sweep.base import load as model_room
 from lora_sweep.base import quant
@@ -272,7 +272,7 @@ def test_peft_draws_the_same_initial_A_on_the_skeleton_as_on_the_quantised_base(
 ) -> None:
     base = bases(kind, dtype)
     settings = peft_config(4, 8, False, 0.0, "all-linear")
-    mine = Blueprint(base.skeleton(), base.name_or_path).initial(settings, 7)
+    mine = PeftTemplate(base.skeleton(), base.name_or_path).initial(settings, 7)
     torch.manual_seed(7)
     real = get_peft_model(theirs(kind, dtype), settings).base_model.model
     other = {

@@ -17,7 +17,7 @@ from test_data import faults_of, of_file, rows, whole, words
 
 from lora_sweep import data as data_room
 from lora_sweep.data import example, source
-from lora_sweep.data.reading import Row, Unreadable, of_files
+from lora_sweep.data.file_rows import Row, Unreadable, of_files
 from lora_sweep.system.bounds import bounded
 
 
@@ -190,7 +190,7 @@ def make(file: Path, content: bytes = b"") -> Path:
 def test_a_file_that_floods_or_never_ends_is_refused_in_one_line_within_bounds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr("lora_sweep.data.reading.ENDLESS_BYTES", 2**27)
+    monkeypatch.setattr("lora_sweep.data.file_rows.ENDLESS_BYTES", 2**27)
     BOMBS[name](tmp_path / name)
     # Read until it is refused; in a FIFO's place nothing may be waited for.
     began = time.monotonic()

@@ -47,8 +47,8 @@ def token_losses(model: Any, part: TokenSet) -> tuple[torch.Tensor, torch.Tensor
         logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[:, :-1]
     labels = batch.input_ids[:, 1:]
     nll = functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none").view(labels.shape)
-    counted = batch.counted[:, 1:]
-    return nll[counted], (labels == model.config.eos_token_id)[counted]
+    loss_mask = batch.loss_mask[:, 1:]
+    return nll[loss_mask], (labels == model.config.eos_token_id)[loss_mask]
 
 
 def accuracy(model: Any, tokenizer: Any, examples: Sequence[Example]) -> float:

@@ -122,7 +122,7 @@ def test_paged_moments_stay_paged_and_their_memory_is_used_again(
     with second_device() as device:
         mine, places = trained(there(base), few, paged, tmp_path / "there")
     assert "paged" in places
-    modules = len(mine[0].reading.modules)
+    modules = len(mine[0].snapshot.modules)
     assert len(device.paged) == 2 * modules * 2 * 2, "two moments of A and B of each module, in two slots"
     here, _ = trained(base, few, plain, tmp_path / "here")
     for one, other in zip(mine, here, strict=True):

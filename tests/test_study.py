@@ -30,7 +30,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 import lora_sweep.study.journal as journal_module
 import lora_sweep.study.study as study_module
-from lora_sweep.errors import ConfigError, OutOfRoom, StudyError
+from lora_sweep.errors import ConfigError, StorageUnavailable, StudyError
 from lora_sweep.records import Cell
 from lora_sweep.study.asha import Asha
 from lora_sweep.study.search import Search
@@ -623,7 +623,7 @@ def test_a_drawn_cell_that_is_the_same_run_waits_for_the_end_of_the_first_and_is
         study.report_rung({again: 2.0}, 10)
         study.tell(again, state, value, why)
         assert study.ask(anything) is None
-        assert [runs for _, runs in study.folded().values()] == [0] * 5
+        assert [runs for _, runs in study.duplicates().values()] == [0] * 5
         assert [(each.cell, each.state) for each in study.statuses()] == [(lease.cell, state)]
     ended = [trial for trial in attempts_on_disk(tmp_path) if trial.user_attrs.get("reason") != "lost"]
     assert len(ended) == 6
@@ -644,7 +644,7 @@ def test_each_run_is_leased_once_whoever_shares_the_pack(tmp_path: Path) -> None
                 break
             study.tell(slots.pop(0), "COMPLETE", float(len(leased)))
         assert sorted(leased) == list("abcd")
-        assert (study.size, len(study.statuses()), len(study.folded())) == (40, 4, 36)
+        assert (study.size, len(study.statuses()), len(study.duplicates())) == (40, 4, 36)
         values = {status.cell.params["letter"].lower(): status.value for status in study.statuses()}
     for trial in attempts_on_disk(tmp_path):
         assert trial.state is TrialState.COMPLETE and trial.value == values[trial.params["letter"].lower()]
@@ -658,10 +658,10 @@ def test_what_a_cell_was_told_stays_when_folding_is_turned_off_and_what_still_wa
         study.tell(lease, "COMPLETE", 1.0)
     with Study.open(tmp_path, name="s", search=letters(4, "a", same_run=None)) as study:
         study.tell(ask(study), "COMPLETE", 1.0)
-        assert study.folded() == {}
+        assert study.duplicates() == {}
     with Study.open(tmp_path, name="s", search=letters(4, "a")) as study:
         assert study.ask(anything) is None
-        assert {number: runs for number, (_, runs) in study.folded().items()} == {2: 0, 3: 0}
+        assert {number: runs for number, (_, runs) in study.duplicates().items()} == {2: 0, 3: 0}
     with Study.open(tmp_path, name="s", search=letters(4, "a", same_run=None)) as study:
         assert study.ask(anything) is None
         assert study.counts()["COMPLETE"] == 2
@@ -834,8 +834,8 @@ def test_a_kill_at_any_write_loses_no_cell_and_finishes_none_twice(
         if kind == "same runs":
             view = StudyView.read(folder)
             (ran,) = view.statuses()
-            assert {runs for _, runs in view.folded().values()} == {ran.cell.number}
-            assert numbers == {ran.cell.number, *view.folded()}
+            assert {runs for _, runs in view.duplicates().values()} == {ran.cell.number}
+            assert numbers == {ran.cell.number, *view.duplicates()}
     assert 15 < n < 99
 
 
@@ -987,7 +987,7 @@ def test_a_full_disk_is_out_of_room_leaves_no_half_record_and_work_goes_on_later
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 30, limits[1]))
         try:
-            with pytest.raises(OutOfRoom, match=r"study\.journal.*to resume"):
+            with pytest.raises(StorageUnavailable, match=r"study\.journal.*to resume"):
                 study.report_rung({lease: 1.0}, 10)
             halfway = journal.read_bytes()
         finally:
@@ -1002,7 +1002,7 @@ def test_a_storage_that_went_away_is_out_of_room_and_not_begun_anew(tmp_path: Pa
     with Study.open(tmp_path / "s", name="s", cells=grid(2)) as study:
         lease = ask(study)
         (tmp_path / "s").rename(tmp_path / "away")
-        with pytest.raises(OutOfRoom):
+        with pytest.raises(StorageUnavailable):
             study.tell(lease, "COMPLETE", 1.0)
         assert not (tmp_path / "s").exists()
 

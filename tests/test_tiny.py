@@ -28,15 +28,15 @@ def base() -> Any:
 @torch.no_grad()
 def completion_loss(model: Any, tokenizer: Any, examples: tuple[Example, ...]) -> float:
     """Nats per token of the completions and the `</s>` after them."""
-    total, counted = 0.0, 0
+    total, loss_mask = 0.0, 0
     for example in examples:
         prompt = tokenizer(example.prompt)["input_ids"]
         completion = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
         ids = torch.tensor([[*prompt, *completion, tokenizer.eos_token_id]])
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
         total += cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
-        counted += len(logits)
-    return total / counted
+        loss_mask += len(logits)
+    return total / loss_mask
 
 
 def told(crowd: tuple[world.Person, ...]) -> tuple[Example, ...]:

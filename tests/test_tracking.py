@@ -25,8 +25,8 @@ import numpy as np
 import pytest
 from wandb_server import API_KEY, ServerRun, WandbServer
 
-from lora_sweep.errors import OutOfRoom
-from lora_sweep.records import Base, Cell, Evaluation, Finding, Histogram, Measurement, Reading, Step, Tally
+from lora_sweep.errors import StorageUnavailable
+from lora_sweep.records import Base, Cell, Evaluation, Finding, HealthSnapshot, Histogram, Measurement, Step, UpdateSums
 from lora_sweep.tracking import (
     RESULT,
     Record,
@@ -87,7 +87,7 @@ def an_evaluation(cell: int, step: int) -> Evaluation:
     )
     modules = tuple(f"layers.{layer}.{group}" for layer in range(2) for group in GROUPS)
     looked = {name: random.uniform(0, 1, (1, len(modules))) for name in ("rms_A", "rms_B", "moved_B")}
-    reading = Reading(modules, 20, (step,), (Tally(),), looked, Tally())
+    reading = HealthSnapshot(modules, 20, (step,), (UpdateSums(),), looked, UpdateSums())
     steps = tuple(
         Step(s, math.nan if s == NAN_STEP else 3 / (s + cell + 1), 1e-4 / s, 1e-3 / s)
         for s in range(max(step - EVERY, 0) + 1, step + 1)
@@ -352,7 +352,7 @@ def test_the_result_appears_whole_at_the_end_and_never_before(tmp_path: Path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", no_room)
-        with pytest.raises(OutOfRoom, match="No space left on device"):
+        with pytest.raises(StorageUnavailable, match="No space left on device"):
             finish(record)
     assert read_result(record.folder) is None
 
@@ -383,7 +383,7 @@ def test_a_full_disk_is_told_as_such_and_what_was_recorded_before_is_resumed(tmp
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, ((record.folder / "metrics.jsonl").stat().st_size + 100, hard))
     try:
-        with pytest.raises(OutOfRoom, match=r"trials/0000: cannot be written .*make room"):
+        with pytest.raises(StorageUnavailable, match=r"trials/0000: cannot be written .*make room"):
             record.log(an_evaluation(0, 30))
         record.abandon()
     finally:

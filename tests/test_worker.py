@@ -24,10 +24,10 @@ from rich.console import Console
 from test_pack import IGNORED, mean_loss
 
 from lora_sweep import data as data_room
-from lora_sweep.adapters.peft_template import Blueprint
+from lora_sweep.adapters.peft_template import PeftTemplate
 from lora_sweep.base.load import LoadedBase
 from lora_sweep.cli.live import Show
-from lora_sweep.errors import NoSafeAnswer, OutOfRoom, StudyError
+from lora_sweep.errors import NoEligibleTrial, StorageUnavailable, StudyError
 from lora_sweep.pack import Capacity, Pack
 from lora_sweep.pack.passes import Passes
 from lora_sweep.production.pick import pick
@@ -183,7 +183,7 @@ def test_an_adapter_that_learned_nothing_is_flagged_and_never_picked(in_folder: 
     assert result["flags"] == [], "what compares with the study is no finding of the trial's own"
     (cause,) = result["diagnosis"]["causes_without_gain"]
     assert cause["evidence"]["delta_rel"] < cause["evidence"]["delta_rel_needed"]
-    with pytest.raises(NoSafeAnswer, match="zero_trapped"):
+    with pytest.raises(NoEligibleTrial, match="zero_trapped"):
         pick(Path("outputs/ask"))
 
 
@@ -237,7 +237,7 @@ def test_a_disk_slower_than_the_training_holds_it_up_and_fills_no_memory(
         time.sleep(0.3)
         finish(self, *given, **named)
 
-    def counted(self: Passes, slots: Any) -> Any:
+    def loss_mask(self: Passes, slots: Any) -> Any:
         folders = Path("outputs/ask/trials").glob("*/result.json")
         known = max(slot.trial.cell.number for slot in slots if slot is not None)
         untold.append(known - len(list(folders)))
@@ -245,7 +245,7 @@ def test_a_disk_slower_than_the_training_holds_it_up_and_fills_no_memory(
 
     train = Passes.train
     monkeypatch.setattr(Record, "finish", slow)
-    monkeypatch.setattr(Passes, "train", counted)
+    monkeypatch.setattr(Passes, "train", loss_mask)
     path = write_sweep(in_folder, {"train.seed": "range(0, 12)"}, train={"slots": 2, "max_steps": 2, "eval_every": 1})
     watcher, finished, _ = run(path)
     assert finished
@@ -278,7 +278,7 @@ FILLS_UP = """
     from pathlib import Path
     from lora_sweep.runner import launch
     from lora_sweep.sweep import sweep_file
-    from lora_sweep.errors import OutOfRoom
+    from lora_sweep.errors import StorageUnavailable
     class Watcher:
         def __getattr__(self, name):
             return lambda *_: None
@@ -287,7 +287,7 @@ FILLS_UP = """
     sweep, _ = sweep_file.read("ask.yaml", [])
     try:
         launch.launch(sweep, Watcher(), lambda: False)
-    except OutOfRoom as error:
+    except StorageUnavailable as error:
         print(error)
 """
 
@@ -322,13 +322,13 @@ def test_a_disk_that_fills_up_ends_the_study_and_costs_no_cell(
     def full(self: Record, *given: Any, **named: Any) -> None:
         calls.append(given)
         if len(calls) == 3:
-            raise OutOfRoom("no space left")
+            raise StorageUnavailable("no space left")
         if len(calls) < 3:
             whole(self, *given, **named)
 
     path = write_sweep(in_folder, GRID)
     monkeypatch.setattr(Record, verb, full)
-    with pytest.raises(OutOfRoom, match="no space left"):
+    with pytest.raises(StorageUnavailable, match="no space left"):
         run(path)
     monkeypatch.setattr(Record, verb, whole)
     counts = StudyView.read(Path("outputs/ask")).counts()
@@ -345,12 +345,12 @@ def test_a_disk_that_fills_up_ends_the_study_and_costs_no_cell(
 def test_an_adapter_that_cannot_learn_is_stopped_and_its_slot_refilled_when_asked(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = Blueprint.initial
+    whole = PeftTemplate.initial
 
-    def without_A(self: Blueprint, config: Any, seed: int) -> dict[str, torch.Tensor]:
+    def without_A(self: PeftTemplate, config: Any, seed: int) -> dict[str, torch.Tensor]:
         return {name: A * (config.r != 2) for name, A in whole(self, config, seed).items()}
 
-    monkeypatch.setattr(Blueprint, "initial", without_A)
+    monkeypatch.setattr(PeftTemplate, "initial", without_A)
     train = {"max_steps": 40, "eval_every": 40, "slots": 1}
     path = write_sweep(in_folder, {"method.rank": "choice(2, 4)", "optimizer.base_lr": "choice(1e-3)"}, train=train)
     _, finished, (dead, alive) = run(path, "health.action=stop")
@@ -635,13 +635,13 @@ def test_what_did_not_fit_is_remembered_for_the_same_kind_of_device(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of("data.subjects=8", "data.eval_size=2", "data.probe_size=2", "train.slots=8")
-    bench = workbench.Workbench(torch.device("cpu"), in_folder)
+    bench = workbench.LoadedDevice(torch.device("cpu"), in_folder)
 
     def begun(kind: str) -> tuple[int | None, int]:
         """What a pack on such a device knows when it begins; then passes of 4 fit and those of 6 do not."""
         monkeypatch.setattr(workbench, "device_kind", lambda _: kind)
         with bench.pack(config, 2) as (pack, _):
-            known = pack.capacity.too_wide, pack.capacity.fits
+            known = pack.capacity.too_many, pack.capacity.fits
             pack.capacity.fitted(4)
             pack.capacity.failed(6)
         return known
@@ -653,11 +653,11 @@ def test_what_did_not_fit_is_remembered_for_the_same_kind_of_device(
     "content", ["", "{", "[]", "1", '{"x": 1}', "[" * 10**5, '{"KEY": {"too_wide": "x", "fits": -1}}', '{"KEY": []}']
 )
 def test_a_damaged_record_of_the_devices_memory_is_made_anew(tmp_path: Path, content: str) -> None:
-    known = workbench.Known(tmp_path / "capacity.json", "kind")
+    known = workbench.CapacityCache(tmp_path / "capacity.json", "kind")
     known.file.write_text(content.replace("KEY", known._key))
-    assert (known.too_wide, known.fits) == (None, 0)
-    known.keep(Capacity(slots=2, too_wide=8, fits=4, width=2))
-    assert (known.too_wide, known.fits) == (8, 4)
+    assert (known.too_many, known.fits) == (None, 0)
+    known.keep(Capacity(slots=2, too_many=8, fits=4, slots_per_pass=2))
+    assert (known.too_many, known.fits) == (8, 4)
 
 
 def test_the_interpreter_collects_as_before_once_the_training_is_over() -> None:

@@ -49,7 +49,7 @@ def peft_chatter_off() -> Iterator[None]:
         yield
 
 
-class Blueprint:
+class PeftTemplate:
     """PEFT on the base's skeleton (model.skeleton): the authority on targets, initial A and saved format.
 
     PEFT is asked once a question: what it says of one rank's format holds for all, and equal draws are drawn once, in a

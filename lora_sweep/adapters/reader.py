@@ -24,7 +24,7 @@ from lora_sweep.adapters.peft_template import peft_chatter_off
 from lora_sweep.errors import UserError
 from lora_sweep.system import files
 from lora_sweep.system.bounds import PATTERN_BYTES, PATTERN_SECONDS, BoundExceeded, bounded
-from lora_sweep.system.exhaustion import is_exhausted
+from lora_sweep.system.out_of_memory import is_out_of_memory
 
 MAX_CONFIG_BYTES, MAX_PATTERNS = 2**22, 10_000
 """Of an adapter_config.json, and of the entries of its rank_pattern and alpha_pattern."""
@@ -239,7 +239,7 @@ def _tensors(folder: Path) -> tuple[dict[str, Tensor], int]:
                 warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
                 tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (*UNREADABLE, MemoryError) as error:
-        if is_exhausted(error):
+        if is_out_of_memory(error):
             raise UserError(f"{file}: there is not enough memory to read it; free some") from error
         by = "" if file.name == WEIGHTS else "by torch.load(weights_only=True) "
         raise UserError(f"{file}: cannot be read {by}(truncated or damaged?): {_one_line(error)}") from error

@@ -24,7 +24,7 @@ _ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512
 """Values of theirs under which bf16 products are slower than widened ones."""
 
 
-def settle(model: Any, device: torch.device) -> None:
+def patch_linears(model: Any, device: torch.device) -> None:
     """Makes a bf16 base multiply in fp32 where the processor has no bf16, linears and attention; in place."""
     if device.type != "cpu" or model.dtype != torch.bfloat16 or _has_bf16():
         return

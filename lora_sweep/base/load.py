@@ -341,10 +341,10 @@ def load(model: ModelConfig, device: torch.device, keep_in: Path | None = None) 
             placed["device_map"] = {"": str(device)}
         loaded = _read(model, at, config, **placed)
     if placed:
-        quant.settle(loaded, config.dtype)
+        quant.patch_linears(loaded, config.dtype)
     else:
         loaded = loaded.to(device)
-    frozen.settle(loaded, device)
+    frozen.patch_linears(loaded, device)
     return LoadedBase(loaded, tokens, name, revision, config.dtype)
 
 
@@ -424,7 +424,7 @@ def _kept(model: ModelConfig, at: Source, root: Path) -> Source:
     """The base as safetensors under root/base; a further one of the same study lies in a folder beside it.
 
     Written when first asked for, and anew where its files are not what was written; a folder appears whole or not at
-    all. Raises StudyError or OutOfRoom where it cannot be written.
+    all. Raises StudyError or StorageUnavailable where it cannot be written.
     """
     origin = {"path": model.path, "dtype": model.dtype}
     mark = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:8]

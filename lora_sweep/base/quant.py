@@ -36,7 +36,7 @@ def settings(kind: str, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_8bit=True)
 
 
-def settle(model: Any, dtype: torch.dtype) -> None:
+def patch_linears(model: Any, dtype: torch.dtype) -> None:
     """Makes the quantised linears of a base compute in `dtype`, each row by itself; in place.
 
     8-bit: bitsandbytes rounds the activations too, and takes those columns out in which ANY row has an outlier: rows

@@ -14,8 +14,8 @@ from lora_sweep.config import ModelConfig
 from lora_sweep.errors import Fault
 from lora_sweep.hub import hub_fault, refusal
 from lora_sweep.system import files
-from lora_sweep.system.exhaustion import is_exhausted
 from lora_sweep.system.files import Unsafe
+from lora_sweep.system.out_of_memory import is_out_of_memory
 
 EMBEDDED = "embedded:"
 """Prefix of bases that lie in the package."""
@@ -185,7 +185,7 @@ def _package_fault(asked: str) -> Fault:
 def unreadable(error: BaseException, model: ModelConfig, rule: str) -> Fault:
     """One line for what transformers told in many; `rule` says what failed where no better is known."""
     key, path = "model.path", model.path
-    if is_exhausted(error):
+    if is_out_of_memory(error):
         return Fault(key, "there is not enough memory to load it", path, "free some, or take model.dtype=bf16")
     if "does not support an attention implementation" in str(error):
         asked = model.attn_implementation

@@ -1,4 +1,4 @@
 """Measurements of the project itself, made where it runs.
 
-Nothing is imported here: the process of a stock trial, whose start-up is timed, comes through this file.
+Nothing is imported here: the process of an HF Trainer trial, whose start-up is timed, comes through this file.
 """

@@ -76,7 +76,7 @@ def flop(multiplied: int, trained_tokens: int, evaluated_tokens: int) -> int:
     return multiplied * (4 * trained_tokens + 2 * evaluated_tokens)
 
 
-def settle(device: torch.device) -> int | None:
+def reset_peak(device: torch.device) -> int | None:
     """Gives freed memory back and sets the peak to what is held now; returns that, in bytes.
 
     None where the peak cannot be reset (no /proc, or it may not be written to).
@@ -97,7 +97,7 @@ def settle(device: torch.device) -> int | None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most held since `settle`: allocated by tensors on CUDA, resident in the process on a CPU."""
+    """The most held since `reset_peak`: allocated by tensors on CUDA, resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,7 +1,7 @@
 """What a trial costs a worker beyond its passes, and whether that stays so over hundreds of trials.
 
 A real study in a folder of its own: ledger, records, W&B runs, checkpoints and exports as configured. Whatever passes
-between two calls of `Pack.advance` is upkeep; a pause is such a stretch in which a slot was freed and filled again.
+between two calls of `Pack.advance` is overhead; a pause is such a stretch in which a slot was freed and filled again.
 What a thread writes aside is neither: it slows the passes, and shows in the seconds a trial.
 """
 
@@ -20,7 +20,7 @@ import torch
 from lora_sweep import data as data_room
 from lora_sweep.base import load as model_room
 from lora_sweep.bench import gauge
-from lora_sweep.bench.stock_process import Stock
+from lora_sweep.bench.hf_trainer_process import TrainerProcess
 from lora_sweep.pack import Pack, Trial
 from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.runner import launch, worker
@@ -80,7 +80,7 @@ class Clock:
         self.ends.append(time.perf_counter())
         if len(self.ends) % max(1, self.trials // LOOKS) == 0:
             began = time.perf_counter()
-            held = gauge.settle(self.device)
+            held = gauge.reset_peak(self.device)
             if held is not None:
                 self.held_bytes.append((len(self.ends), held))
             self.looking.append((began, time.perf_counter()))
@@ -115,24 +115,24 @@ def _timed(clock: Clock) -> Iterator[None]:
         Pack.advance = real  # type: ignore[method-assign]
 
 
-def measure(sweep: Sweep, trials: int, stock_repetitions: int, say: Say) -> dict[str, Any]:
+def measure(sweep: Sweep, trials: int, trainer_repetitions: int, say: Say) -> dict[str, Any]:
     """One study of `trials` seeds; seconds, bytes and shares, ready for JSON. Raises UserError."""
     config = sweep.base()
     device = worker.device(config.launcher)
     clock = Clock(trials, device)
     with tempfile.TemporaryDirectory(prefix="lora-sweep-bench-") as aside:
         seeds = Axis("train.seed", "range", tuple(range(trials)))
-        own = (*sweep.overrides, f"++study.root={aside}", "++study.name=upkeep")
+        own = (*sweep.overrides, f"++study.root={aside}", "++study.name=overhead")
         study = replace(sweep, overrides=own, axes=(seeds,))
         say(f"a study of {trials} trials")
         with _timed(clock):
             launch.launch(study, clock, lambda: False)
         startup: list[float] = []
-        if stock_repetitions:
+        if trainer_repetitions:
             base = model_room.load(config.model, device, Path(aside))
-            process = Stock(config, base, data_room.load(config.data, base.tokenizer), Path(aside))
-            for repetition in range(stock_repetitions):
-                say(f"stock {repetition + 1} of {stock_repetitions}")
+            process = TrainerProcess(config, base, data_room.load(config.data, base.tokenizer), Path(aside))
+            for repetition in range(trainer_repetitions):
+                say(f"HF Trainer {repetition + 1} of {trainer_repetitions}")
                 startup.append(process.run(Trial.of(Cell(0), config)).startup_seconds)
     return {
         "device": gauge.device_name(device),
@@ -149,7 +149,7 @@ def reduce(clock: Clock, startup_seconds: Sequence[float]) -> dict[str, Any]:
     stretches, trials = clock.stretches, clock.trials
     first, last = stretches[0].began, clock.ends[-1]
     passes = clock.passes(first, last)
-    upkeep = (clock.between(first, last) - passes) / trials
+    overhead = (clock.between(first, last) - passes) / trials
     pauses, each_refill = [], []
     for before, after in pairwise(stretches):
         refills = sum(before.ended <= at <= after.began for at in clock.admissions)
@@ -163,9 +163,9 @@ def reduce(clock: Clock, startup_seconds: Sequence[float]) -> dict[str, Any]:
     windows = _windows(clock)
     held = [held for _, held in clock.held_bytes]
     return {
-        "upkeep_seconds_a_trial": upkeep,
-        "startup_seconds_of_stock": startup,
-        "share_of_startup": None if startup is None else upkeep / startup,
+        "overhead_seconds_a_trial": overhead,
+        "startup_seconds_of_trainer": startup,
+        "share_of_startup": None if startup is None else overhead / startup,
         "pauses": len(pauses),
         "pause_seconds_a_refill": {"median": _median(each_refill), "max": max(each_refill, default=None)},
         "occupancy": min(1.0, sum(each.live * each.steps for each in full) / offered) if offered else None,
@@ -178,7 +178,7 @@ def reduce(clock: Clock, startup_seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def _windows(clock: Clock) -> dict[str, Any] | None:
-    """Median seconds of a trial, passes and upkeep, early and late; the first trials, which warm up, aside."""
+    """Median seconds of a trial, passes and overhead, early and late; the first trials, which warm up, aside."""
     size = clock.trials // WINDOW
     if size < 4:
         return None
@@ -191,7 +191,7 @@ def _of_window(clock: Clock, ends: Sequence[float]) -> dict[str, float]:
     passes = clock.passes(begin, end)
     whole = clock.between(begin, end)
     count = len(ends) - 1
-    return {"seconds": whole / count, "upkeep": (whole - passes) / count, "passes": passes / count}
+    return {"seconds": whole / count, "overhead": (whole - passes) / count, "passes": passes / count}
 
 
 def _median(values: Sequence[float]) -> float | None:
@@ -204,9 +204,13 @@ def lines(made: dict[str, Any]) -> Iterator[str]:
     yield f"{made['model']}, {trials}, tracker {made['tracker']}: {made['device']}"
     if made["reason"]:
         yield made["reason"]
-    startup = made["startup_seconds_of_stock"]
-    share = f", {made['share_of_startup']:.1%} of the {startup:.2f} s in which a stock trial starts" if startup else ""
-    yield f"upkeep     {1e3 * made['upkeep_seconds_a_trial']:.0f} ms a trial beyond its passes{share}"
+    startup = made["startup_seconds_of_trainer"]
+    share = (
+        f", {made['share_of_startup']:.1%} of the {startup:.2f} s in which an HF Trainer trial starts"
+        if startup
+        else ""
+    )
+    yield f"overhead   {1e3 * made['overhead_seconds_a_trial']:.0f} ms a trial beyond its passes{share}"
     pause = made["pause_seconds_a_refill"]
     if made["pauses"]:
         told = f"median {1e3 * pause['median']:.0f} ms, longest {1e3 * pause['max']:.0f} ms"
@@ -218,7 +222,8 @@ def lines(made: dict[str, Any]) -> Iterator[str]:
         early, late = made["windows"]["first"], made["windows"]["last"]
         yield (
             f"scale      {early['seconds']:.3f} s a trial early, {late['seconds']:.3f} s late "
-            f"({made['growth_of_cost']:+.1%}); upkeep {1e3 * early['upkeep']:.0f} and {1e3 * late['upkeep']:.0f} ms"
+            f"({made['growth_of_cost']:+.1%}); "
+            f"overhead {1e3 * early['overhead']:.0f} and {1e3 * late['overhead']:.0f} ms"
         )
     if made["growth_mib"] is not None:
         (_, _), (early, _), *_, (late, _) = made["held_mib"]

@@ -31,14 +31,14 @@ class Question:
     trials: int
     """A multiple of every number of slots: no pack runs half empty."""
     repetitions: int
-    stock_repetitions: int
+    trainer_repetitions: int
     """Each runs every trial in a process of its own; 0: none."""
     dimensions: Dimensions | None
     """Of a random-weight base; None: the configuration's."""
 
     @classmethod
     def of(
-        cls, slots: str, trials: int | None, repetitions: int, stock_repetitions: int, drawn: str | None
+        cls, slots: str, trials: int | None, repetitions: int, trainer_repetitions: int, drawn: str | None
     ) -> "Question":
         """From the command line; without `trials` as few as will do. Raises ConfigError with all faults."""
         faults = []
@@ -57,8 +57,10 @@ class Question:
             faults.append(Fault("--trials", f"must be a multiple of {multiple}, to fill every pack", trials, remedy))
         if repetitions < 1:
             faults.append(Fault("--repetitions", "must be at least 1", repetitions))
-        if stock_repetitions < 0:
-            faults.append(Fault("--stock-repetitions", "must be at least 0", stock_repetitions, "0 leaves stock out"))
+        if trainer_repetitions < 0:
+            faults.append(
+                Fault("--trainer-repetitions", "must be at least 0", trainer_repetitions, "0 leaves HF Trainer out")
+            )
         dimensions = None
         try:
             dimensions = None if drawn is None else Dimensions.parse(drawn)
@@ -68,7 +70,7 @@ class Question:
             raise ConfigError(faults)
         if trials is None:
             trials = math.lcm(multiple, MOST_SLOTS["cpu"]) if chooses else multiple
-        return cls(numbers, chooses, trials, repetitions, stock_repetitions, dimensions)
+        return cls(numbers, chooses, trials, repetitions, trainer_repetitions, dimensions)
 
 
 def check(config: Config, question: Question) -> list[Fault]:

@@ -25,7 +25,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class StockRun:
+class TrainerRun:
     """One trial in its own process."""
 
     eval_loss: float
@@ -71,19 +71,19 @@ def difference(losses: Sequence[float], reference: Sequence[float]) -> float:
 
 
 def reduce(
-    runs: dict[str, list[Run]], stock: list[list[StockRun]], work: Work, peak: float, tolerance: float
+    runs: dict[str, list[Run]], trainer_runs: list[list[TrainerRun]], work: Work, peak: float, tolerance: float
 ) -> dict[str, Any]:
     """Rows of the table and the factors.
 
     `runs`: `sequential` and `packed K` -> one Run a repetition, in the order of the repetitions. A packed row's ratio
-    is that of the seconds of (b) to its own, repetition by repetition. Factors, where stock was run: `total` =
+    is that of the seconds of (b) to its own, repetition by repetition. Factors, where HF Trainer was run: `total` =
     `start_up` (the processes' whole time over their training time) x `trainer` (that over (b)) x `packing` (the ratio).
     """
     reference = runs["sequential"]
     b_seconds = statistics.median(run.seconds for run in reference)
     rows, factors = [], {}
-    if stock:
-        rows.append(_stock_row(stock, reference[0], work, peak, b_seconds))
+    if trainer_runs:
+        rows.append(_trainer_row(trainer_runs, reference[0], work, peak, b_seconds))
     for name, made in runs.items():
         K = None if name == "sequential" else int(name.partition(" ")[2])
         ratios = [b.seconds / c.seconds for b, c in zip(reference, made, strict=True)]
@@ -108,7 +108,7 @@ def reduce(
                 ),
             }
         )
-        if stock and K is not None:
+        if trainer_runs and K is not None:
             whole, training = rows[0]["median_seconds"], rows[0]["median_training_seconds"]
             factors[str(K)] = {
                 "start_up": whole / training,
@@ -128,20 +128,20 @@ def reduce(
     }
 
 
-def _stock_row(
-    stock: list[list[StockRun]], reference: Run, work: Work, peak: float, b_seconds: float
+def _trainer_row(
+    trainer_runs: list[list[TrainerRun]], reference: Run, work: Work, peak: float, b_seconds: float
 ) -> dict[str, Any]:
     """Sums over the trials, medians over the repetitions."""
-    whole = [sum(each.seconds for each in repetition) for repetition in stock]
-    training = [sum(each.training_seconds for each in repetition) for repetition in stock]
+    whole = [sum(each.seconds for each in repetition) for repetition in trainer_runs]
+    training = [sum(each.training_seconds for each in repetition) for repetition in trainer_runs]
     seconds = statistics.median(whole)
     ratios = [b_seconds / each for each in whole]
     low, high = bounds(ratios)
-    processes = [each for repetition in stock for each in repetition]
+    processes = [each for repetition in trainer_runs for each in repetition]
     peaks = [each.peak_bytes for each in processes if each.peak_bytes is not None]
-    losses = [tuple(each.eval_loss for each in repetition) for repetition in stock]
+    losses = [tuple(each.eval_loss for each in repetition) for repetition in trainer_runs]
     return {
-        "way": "stock",
+        "way": "HF Trainer",
         "slots": None,
         "seconds": whole,
         "median_seconds": seconds,

@@ -22,7 +22,7 @@ from lora_sweep.data import Data, TokenSet, order
 from lora_sweep.data.tokens import LENGTH_BUCKET
 from lora_sweep.pack import Trial
 
-UNCOUNTED = -100
+IGNORE_INDEX = -100
 """transformers' label of a token whose loss does not count."""
 
 
@@ -44,18 +44,18 @@ class Feed:
     def __len__(self) -> int:
         return len(self._part)
 
-    def counted(self, rows: Tensor) -> int:
+    def loss_tokens(self, rows: Tensor) -> int:
         """Tokens of these rows whose loss counts."""
         return int(self._counts[rows.numpy()].sum())
 
     def batch(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """(what the model is called with, labels (rows, T): the token that each position predicts, or UNCOUNTED)."""
+        """(what the model is called with, labels (rows, T): the token that each position predicts, or IGNORE_INDEX)."""
         batch = self._part.batch(rows)
         longest = int(self._lengths[rows.numpy()].max())
         T = min(-(-longest // LENGTH_BUCKET) * LENGTH_BUCKET, batch.input_ids.shape[1])
-        ids, counted = batch.input_ids[:, :T], batch.counted[:, :T]
-        labels = torch.full_like(ids, UNCOUNTED)
-        labels[:, :-1] = ids[:, 1:].masked_fill(~counted[:, 1:], UNCOUNTED)
+        ids, loss_mask = batch.input_ids[:, :T], batch.loss_mask[:, :T]
+        labels = torch.full_like(ids, IGNORE_INDEX)
+        labels[:, :-1] = ids[:, 1:].masked_fill(~loss_mask[:, 1:], IGNORE_INDEX)
         inputs = {"input_ids": ids.to(self._device)}
         if batch.position_ids is not None:
             inputs["position_ids"] = batch.position_ids[:, :T].to(self._device)
@@ -103,7 +103,7 @@ def _run(model: torch.nn.Module, data: Data, trial: Trial) -> tuple[float, Tenso
     eval_loss = float("nan")
     for step in range(1, settings.max_steps + 1):
         chosen = rows((step - 1) * each, each)
-        total = feed.counted(chosen)
+        total = feed.loss_tokens(chosen)
         mean = torch.zeros((), device=device)
         for first in range(0, each, b):
             inputs, labels = feed.batch(chosen[first : first + b])
@@ -139,7 +139,7 @@ def _optimizer(model: torch.nn.Module, trial: Trial) -> torch.optim.AdamW:
 def _summed(model: torch.nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
     logits = model(**inputs, use_cache=False).logits
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return functional.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=UNCOUNTED, reduction="sum")
+    return functional.cross_entropy(wide.flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _mean_loss(model: torch.nn.Module, feed: Feed, batch_size: int) -> float:
@@ -147,4 +147,4 @@ def _mean_loss(model: torch.nn.Module, feed: Feed, batch_size: int) -> float:
     with torch.no_grad():
         batches = [torch.arange(len(feed))[first : first + batch_size] for first in range(0, len(feed), batch_size)]
         sums = [_summed(model, *feed.batch(rows)).double() for rows in batches]
-    return float(torch.stack(sums).sum()) / feed.counted(torch.arange(len(feed)))
+    return float(torch.stack(sums).sum()) / feed.loss_tokens(torch.arange(len(feed)))

@@ -1,7 +1,7 @@
 """How much faster packed trials are, against the same trials run in the two usual ways.
 
 The same trials (same samples, same steps, same evaluations) run
-  (a) stock: a process per trial, transformers' Trainer and PEFT, start-up included        stock.py
+  (a) HF Trainer: a process per trial, its Trainer and PEFT, start-up included          hf_trainer.py
   (b) sequential: one after another in one process, PEFT and a plain loop                  sequential.py
   (c) packed, at each number of slots, admission and eviction included                     pack/
 Repetitions alternate (b) and every (c), each repetition beginning with another of them, and a ratio is taken within a
@@ -26,13 +26,13 @@ from lora_sweep.base import cpu_bf16 as frozen
 from lora_sweep.base import load as model_room
 from lora_sweep.base.load import LoadedBase
 from lora_sweep.bench import gauge, packed, random_base, sequential
+from lora_sweep.bench.hf_trainer_process import TrainerProcess, chosen, parts
 from lora_sweep.bench.question import Question, trials_of
-from lora_sweep.bench.reduction import Run, StockRun, Work, reduce
-from lora_sweep.bench.stock_process import Stock, chosen, parts
+from lora_sweep.bench.reduction import Run, TrainerRun, Work, reduce
 from lora_sweep.config import Config
 from lora_sweep.data import Data
 from lora_sweep.errors import ConfigError, UserError
-from lora_sweep.pack import Exhausted, Pack, Settings, Trial
+from lora_sweep.pack import Pack, PackOutOfMemory, Settings, Trial
 from lora_sweep.runner import worker
 
 Say = Callable[[str], None]
@@ -51,11 +51,11 @@ def run_packed(base: LoadedBase, data: Data, trials: Sequence[Trial], slots: int
     pack = Pack(base, data, Settings.of(together[0]), max(trial.method.rank for trial in trials))
     try:
         losses = {evaluation.cell: evaluation.eval_loss for evaluation in packed.run(pack, together)}
-    except Exhausted as error:
+    except PackOutOfMemory as error:
         raise _too_many(slots) from error
     finally:
         pack.close()
-    if pack.capacity.too_wide is not None:
+    if pack.capacity.too_many is not None:
         # The pack went on with narrower passes, whose time is not what this row is about.
         raise _too_many(slots)
     return tuple(losses[trial.cell.number] for trial in trials)
@@ -76,16 +76,16 @@ def choice(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> dict[str, A
         for trial in free[: pack.capacity.slots]:
             pack.admit(trial)
         capacity = pack.measure()
-    except Exhausted as error:
+    except PackOutOfMemory as error:
         raise _too_many(error.slots) from error
     finally:
         pack.close()
-    return {"slots": capacity.width, "reason": capacity.reason}
+    return {"slots": capacity.slots_per_pass, "reason": capacity.reason}
 
 
 def timed(device: torch.device, resident: int | None, work: Callable[[], tuple[float, ...]]) -> Run:
     """`resident`: bytes held by the base alone; None where memory cannot be told."""
-    gauge.settle(device)
+    gauge.reset_peak(device)
     gauge.wait(device)
     began = time.perf_counter()
     losses = work()
@@ -116,7 +116,7 @@ def measure(config: Config, question: Question, say: Say) -> dict[str, Any]:
         for K in sorted(numbers):
             ways[f"packed {K}"] = partial(run_packed, base, data, trials, K)
             run_packed(base, data, brief[:K], K)
-        resident = gauge.settle(device)
+        resident = gauge.reset_peak(device)
         runs: dict[str, list[Run]] = {name: [] for name in ways}
         names = list(ways)
         for repetition in range(question.repetitions):
@@ -125,15 +125,15 @@ def measure(config: Config, question: Question, say: Say) -> dict[str, Any]:
                 runs[name].append(timed(device, resident, ways[name]))
             took = ", ".join(f"{name} {runs[name][-1].seconds:.2f} s" for name in names)
             say(f"repetition {repetition + 1} of {question.repetitions}: {took}")
-        stock: list[list[StockRun]] = []
-        if question.stock_repetitions:
-            process = Stock(config, base, data, folder)
-            for repetition in range(question.stock_repetitions):
-                say(f"stock {repetition + 1} of {question.stock_repetitions}: {len(trials)} processes")
-                stock.append([process.run(trial) for trial in trials])
+        trainer_runs: list[list[TrainerRun]] = []
+        if question.trainer_repetitions:
+            process = TrainerProcess(config, base, data, folder)
+            for repetition in range(question.trainer_repetitions):
+                say(f"HF Trainer {repetition + 1} of {question.trainer_repetitions}: {len(trials)} processes")
+                trainer_runs.append([process.run(trial) for trial in trials])
         peak = gauge.peak_flops(device, frozen.multiplied_dtype(base.model))
         described = _described(config, question, base, data, trials, peak) | {"chosen": chosen_slots}
-        return described | reduce(runs, stock, _work(base, data, trials), peak, TOLERANCE[base.dtype])
+        return described | reduce(runs, trainer_runs, _work(base, data, trials), peak, TOLERANCE[base.dtype])
 
 
 def _loaded(config: Config, question: Question, device: torch.device, folder: Path) -> tuple[LoadedBase, Data]:

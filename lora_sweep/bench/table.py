@@ -46,13 +46,13 @@ def heading(made: dict[str, Any]) -> Iterator[str]:
 
 def verdict(made: dict[str, Any]) -> Iterator[str]:
     """What stands below it."""
-    yield "stock: a process a trial, Trainer and PEFT; sequential: one process, PEFT; packed K: K slots at once"
+    yield "HF Trainer: a process a trial, Trainer and PEFT; sequential: one process, PEFT; packed K: K slots at once"
     yield "ratio: sequential's seconds over these; MiB: peak above the base; loss: evaluation, against sequential's"
     if made["chosen"]:
         yield f"* {made['chosen']['reason']}"
     for slots, factors in made["factors"].items():
         yield (
-            f"stock over packed {slots}: {factors['total']:.1f} = start-up {factors['start_up']:.2f} x "
+            f"HF Trainer over packed {slots}: {factors['total']:.1f} = start-up {factors['start_up']:.2f} x "
             f"Trainer's loop {factors['trainer']:.2f} x packing {factors['packing']:.2f}"
         )
     if made["losses_agree"]:

@@ -42,7 +42,7 @@ def main() -> NoReturn:
 
     Exit codes: 0 done, 2 the user's mistake, 3 no safe answer, 128 + n stopped by signal n, 1 anything else.
     """
-    from lora_sweep.errors import NoSafeAnswer, OutOfRoom, UserError
+    from lora_sweep.errors import NoEligibleTrial, StorageUnavailable, UserError
 
     # Read when torch is imported: how long its threads spin for one another before they sleep. By default so long that
     # on a machine with other work small operations took 10 to 40 times as long; none at all costs a third when idle.
@@ -54,10 +54,10 @@ def main() -> NoReturn:
     except UserError as error:
         complain(error)
         code = 2
-    except NoSafeAnswer as error:
+    except NoEligibleTrial as error:
         complain(error)
         code = 3
-    except OutOfRoom as error:
+    except StorageUnavailable as error:
         complain(f"{error}; what was recorded is safe")
         code = 1
     sys.exit(code)

@@ -11,9 +11,10 @@ from lora_sweep.cli.live import Preparing
 from lora_sweep.data import provenance
 from lora_sweep.errors import ConfigError, Fault
 from lora_sweep.runner import launch, worker
-from lora_sweep.sweep import check, sweep_file
+from lora_sweep.sweep import check, compose, sweep_file
 from lora_sweep.sweep.sweep import Sweep
 from lora_sweep.system.console import Console, say
+from lora_sweep.system.terminal import complain
 
 
 def validate_sweep(
@@ -48,6 +49,8 @@ def validate_sweep(
         faults += _prepared(variants, launch.study_folder(sweep.base().study) if resumes else None)
     if faults:
         raise ConfigError(list({str(fault): fault for fault in faults}.values()))
+    for old, new in compose.old_keys(compose.plain(sweep.composed())).items():
+        complain(f"warning: {old} is now {new}; the old name is still read")
     return sweep
 
 
@@ -66,7 +69,7 @@ def _prepared(variants: list[dict[str, Any]], folder: Path | None) -> list[Fault
         pairs.append(pair)
         if pair[0].trust_remote_code:
             say(console, f"model.trust_remote_code is on: code that lies beside {pair[0].path} runs with your rights")
-        if pair[1].name in data.BROUGHT:
+        if pair[1].name in data.USER_DATA:
             tokenizer = model.tokenizer(pair[0])
             try:
                 with Preparing(console) as show:

@@ -96,7 +96,7 @@ def encode(
 ) -> list[tuple[list[int], list[bool]] | ChatFault]:
     """(ids, counted) of each, or what is wrong with it, in order.
 
-    counted: the tokens of the assistant's turns from `counted_from` on, with the token that ends a turn; not the role
+    counted: the tokens of the assistant's turns from `loss_from` on, with the token that ends a turn; not the role
     headers, the other roles, nor white space after the end of a turn. With `{% generation %}` in the template, the
     template says what counts. Raises ChatFault as `template` does, TooCostly where one conversation takes more than
     RENDER_SECONDS or RENDER_BYTES.
@@ -114,8 +114,8 @@ def encode(
         return_token_type_ids=False,
         verbose=False,  # the length is cut later
     )
-    counted = map(_counted, whole, tokens["offset_mapping"])
-    encoded = iter(zip(tokens["input_ids"], counted, strict=True))
+    loss_mask = map(_loss_mask, whole, tokens["offset_mapping"])
+    encoded = iter(zip(tokens["input_ids"], loss_mask, strict=True))
     results: list[tuple[list[int], list[bool]] | ChatFault] = []
     for mark in marked:
         if isinstance(mark, ChatFault):
@@ -156,7 +156,7 @@ class _Writer:
     def mark(self, conversation: Conversation) -> tuple[str, list[Span]] | ChatFault:
         """(the rendered text, what counts in it)."""
         try:
-            check(conversation.messages, conversation.counted_from)
+            check(conversation.messages, conversation.loss_from)
             tools = schemas(conversation.tools)
             for place, message in enumerate(conversation.messages):
                 if found := self.control.search(everything(message)):
@@ -164,22 +164,22 @@ class _Writer:
             faults = []
             for messages in forms(conversation.messages):
                 try:
-                    return self._marked(messages, tools, conversation.counted_from)
+                    return self._marked(messages, tools, conversation.loss_from)
                 except ChatFault as fault:
                     faults.append(fault)
             return faults[0]
         except ChatFault as fault:
             return fault
 
-    def _marked(self, messages: list[dict[str, Any]], tools: Any, counted_from: int) -> tuple[str, list[Span]]:
+    def _marked(self, messages: list[dict[str, Any]], tools: Any, loss_from: int) -> tuple[str, list[Span]]:
         if _GENERATION.search(self._used(tools)):
-            text, spans = self._tagged(messages, tools, counted_from)
+            text, spans = self._tagged(messages, tools, loss_from)
         else:
             text = self._render(messages, tools)
-            turns = [i for i in range(counted_from, len(messages)) if messages[i]["role"] == "assistant"]
+            turns = [i for i in range(loss_from, len(messages)) if messages[i]["role"] == "assistant"]
             spans = [self._turn(messages, tools, i, text) for i in turns]
         spans = [(begin, self._closed(text, begin, end)) for begin, end in spans]
-        _compare(messages, counted_from, text, spans)
+        _compare(messages, loss_from, text, spans)
         return text, spans
 
     def _used(self, tools: Any) -> str:
@@ -209,10 +209,10 @@ class _Writer:
             raise ChatFault(f"the chat template refuses it: {_first_line(error)}") from None
         return rendered[0], blocks[0] if tracked else []
 
-    def _tagged(self, messages: list[dict[str, Any]], tools: Any, counted_from: int) -> tuple[str, list[Span]]:
+    def _tagged(self, messages: list[dict[str, Any]], tools: Any, loss_from: int) -> tuple[str, list[Span]]:
         text, blocks = self._tracked(messages, tools)
-        if counted_from:
-            asked = self._begun(messages[:counted_from], tools, text)
+        if loss_from:
+            asked = self._begun(messages[:loss_from], tools, text)
             if asked is None:
                 raise ChatFault("the chat template writes the prompt in another way once its completion follows")
             blocks = [(begin, end) for begin, end in blocks if end > asked]
@@ -315,33 +315,33 @@ class _Writer:
         return stripped if self._token_ends(text, stripped) else end
 
 
-def _compare(messages: list[dict[str, Any]], counted_from: int, text: str, spans: list[Span]) -> None:
+def _compare(messages: list[dict[str, Any]], loss_from: int, text: str, spans: list[Span]) -> None:
     """Raises ChatFault where a message's words are not in the text, or those of a counted turn not in what counts.
 
     A template that passes over a system message or over calls would teach something else than the data say.
     """
     if any(isinstance(message.get("content"), list) for message in messages) and _PART.search(text):
         raise ChatFault("the chat template writes parts of text as objects")
-    counted, behind = "\0".join(text[begin:end] for begin, end in spans), 0
+    loss_mask, behind = "\0".join(text[begin:end] for begin, end in spans), 0
     for place, message in enumerate(messages):
         words = [part.strip() for part in texts(message)]
-        if message["role"] == "assistant" and place >= counted_from:
+        if message["role"] == "assistant" and place >= loss_from:
             for part in words:
                 part = part.rpartition("</think>")[2].strip()  # templates may strip the thoughts
-                at = counted.find(part, behind)
+                at = loss_mask.find(part, behind)
                 if at < 0:
                     raise ChatFault(f"messages[{place}] is not written by the chat template as the assistant's words")
                 behind = at + len(part)
-            if place == len(messages) - 1 and not all(thought in counted for thought in thoughts(message)):
+            if place == len(messages) - 1 and not all(thought in loss_mask for thought in thoughts(message)):
                 raise ChatFault(f"messages[{place}] has thoughts which are not written by the chat template")
             for name in map(called, message.get("tool_calls", ())):
-                if name not in counted:
+                if name not in loss_mask:
                     raise ChatFault(f"messages[{place}] calls `{name}`, which is not written by the chat template")
         elif message["role"] in ("system", "user") and not all(part in text for part in words):
             raise ChatFault(f"messages[{place}] (role `{message['role']}`) is not written by the chat template")
 
 
-def _counted(marked: tuple[str, list[Span]], offsets: list[Span]) -> list[bool]:
+def _loss_mask(marked: tuple[str, list[Span]], offsets: list[Span]) -> list[bool]:
     """Of each token, whether it counts: whether its first character that is no white space lies in a span.
 
     Byte-level tokenizers give a word's token with or without the space before it, so that space cannot decide.
@@ -349,7 +349,7 @@ def _counted(marked: tuple[str, list[Span]], offsets: list[Span]) -> list[bool]:
     """
     text, spans = marked
     begins = [begin for begin, _ in offsets]
-    counted = [False] * len(offsets)
+    loss_mask = [False] * len(offsets)
 
     def first(at: int) -> int:
         """The first token that lies at or behind this character."""
@@ -364,10 +364,10 @@ def _counted(marked: tuple[str, list[Span]], offsets: list[Span]) -> list[bool]:
 
     for begin, end in spans:
         for token in range(first(begin), first(end)):
-            counted[token] = True
-    if counted:
-        counted[0] = False  # nothing before it to be predicted from
-    return counted
+            loss_mask[token] = True
+    if loss_mask:
+        loss_mask[0] = False  # nothing before it to be predicted from
+    return loss_mask
 
 
 def _stand_in(message: dict[str, Any]) -> dict[str, Any]:

@@ -22,12 +22,12 @@ class Conversation:
     """As `check` wants them."""
     tools: Any = None
     """JSON schemas of the functions that may be called: a list, JSON of one, or None."""
-    counted_from: int = 0
+    loss_from: int = 0
     """Place of the first message whose turns count: 0, or the length of a conversational prompt."""
 
 
-def check(messages: Any, counted_from: int = 0) -> None:
-    """Raises ChatFault unless these are messages with something of the assistant at `counted_from` or later."""
+def check(messages: Any, loss_from: int = 0) -> None:
+    """Raises ChatFault unless these are messages with something of the assistant at `loss_from` or later."""
     if not isinstance(messages, list) or not messages:
         raise ChatFault("`messages` is no list with something in it")
     for place, message in enumerate(messages):
@@ -35,7 +35,7 @@ def check(messages: Any, counted_from: int = 0) -> None:
             raise ChatFault(f"messages[{place}] is no object with a `role` and a `content`")
         if wrong := _wrong(message):
             raise ChatFault(f"messages[{place}] {wrong}")
-    if not any(_says(message) for message in messages[counted_from:]):
+    if not any(_says(message) for message in messages[loss_from:]):
         raise ChatFault("no message of the assistant has something in it to learn from")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from lora_sweep.data import chat, tokens
 from lora_sweep.data.chat import ChatFault, Conversation, TooCostly
 from lora_sweep.data.example import Parsed
-from lora_sweep.data.report import Part, Tally
+from lora_sweep.data.report import Part, RowCounts
 from lora_sweep.data.tokens import Encoded
 from lora_sweep.errors import ConfigError, Fault
 from lora_sweep.records import Example
@@ -18,7 +18,7 @@ Placed = tuple[str, Parsed]
 
 
 def encoded(
-    batch: Sequence[Placed], tokenizer: Any, template: str | None, max_length: int | None, part: Part, broken: Tally
+    batch: Sequence[Placed], tokenizer: Any, template: str | None, max_length: int | None, part: Part, broken: RowCounts
 ) -> Iterator[Encoded]:
     """The batch tokenised and cut (None: whole), in its order; each example's fate is entered in `part` and `broken`.
 
@@ -33,19 +33,19 @@ def encoded(
         if isinstance(found, ChatFault):
             broken.add(f"{place}: {found}")
             continue
-        ids, counted = found
+        ids, loss_mask = found
         if max_length is not None and len(ids) > max_length:
             part.cut.add(place)
             part.cut_tokens += len(ids) - max_length
-            ids, counted = ids[:max_length], counted[:max_length]
-        if not counted.any():
+            ids, loss_mask = ids[:max_length], loss_mask[:max_length]
+        if not loss_mask.any():
             part.emptied.add(place)
             continue
         part.examples += 1
         part.tokens += len(ids)
-        part.counted += int(counted.sum())
+        part.loss_tokens += int(loss_mask.sum())
         part.largest_id = max(part.largest_id, int(ids.max()))
-        yield ids, counted
+        yield ids, loss_mask
 
 
 def _turns(talks: Sequence[Conversation], tokenizer: Any, template: str | None) -> Sequence[Encoded | ChatFault]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_sweep.data import chat
 from lora_sweep.data.chat import ChatFault, Conversation
-from lora_sweep.data.reading import without_nulls
+from lora_sweep.data.file_rows import without_nulls
 from lora_sweep.records import Example
 
 COLUMNS = ("text", "prompt", "completion", "messages", "tools")
@@ -64,7 +64,7 @@ def _pair(prompt: Any, completion: Any) -> Parsed | str:
     return Example(completion, prompt) if completion.strip() else "has an empty `completion`"
 
 
-def _conversation(messages: Any, tools: Any, counted_from: int) -> Parsed | str:
+def _conversation(messages: Any, tools: Any, loss_from: int) -> Parsed | str:
     if isinstance(messages, str):
         # CSV and text columns hold a conversation as JSON.
         try:
@@ -72,12 +72,12 @@ def _conversation(messages: Any, tools: Any, counted_from: int) -> Parsed | str:
         except (ValueError, RecursionError):
             return "has `messages` that are neither a list nor JSON of one"
     try:
-        chat.check(messages, counted_from)
+        chat.check(messages, loss_from)
     except ChatFault as fault:
         return str(fault)
     if broken := _whole(json.dumps(messages, ensure_ascii=False, default=str)):
         return broken
-    return Conversation(messages, tools, counted_from)
+    return Conversation(messages, tools, loss_from)
 
 
 def _kind(value: Any) -> str:
@@ -95,6 +95,6 @@ def digest(example: Parsed) -> int:
         content = f"{example.prompt}\0{example.completion}"
     else:
         # The same conversation is the same one in a columnar file, whose objects have keys without value.
-        known = without_nulls([example.messages, example.tools, example.counted_from])
+        known = without_nulls([example.messages, example.tools, example.loss_from])
         content = json.dumps(known, sort_keys=True, default=str)
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8])

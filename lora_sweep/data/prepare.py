@@ -14,7 +14,7 @@ from lora_sweep.data import encoding, example, retention, source, store, tokens
 from lora_sweep.data.chat import MAX_TEMPLATE_BYTES
 from lora_sweep.data.encoding import Placed
 from lora_sweep.data.example import Parsed
-from lora_sweep.data.reading import Row, Unreadable
+from lora_sweep.data.file_rows import Row, Unreadable
 from lora_sweep.data.report import Report
 from lora_sweep.data.source import Source
 from lora_sweep.data.tasks import biographies as world
@@ -24,7 +24,7 @@ from lora_sweep.errors import ConfigError, Fault
 from lora_sweep.records import Example
 from lora_sweep.system import files
 
-BROUGHT = ("files", "hub")
+USER_DATA = ("files", "hub")
 """Of data.name: what the user brings, tokenised once and kept."""
 ONLY_BROUGHT = ("path", "eval_path", "columns", "chat_template")
 ONLY_HUB = ("subset", "split", "revision", "eval_split")
@@ -80,7 +80,7 @@ def check(data: DataConfig) -> list[Fault]:
     faults += _unread(data)
     if faults:
         return faults
-    if data.name not in BROUGHT:
+    if data.name not in USER_DATA:
         try:
             _task(data)
         except ConfigError as error:
@@ -106,7 +106,7 @@ def check(data: DataConfig) -> list[Fault]:
 
 def _unread(data: DataConfig) -> list[Fault]:
     """Fields that are given and would not be read."""
-    is_own, is_hub = data.name in BROUGHT, data.name == "hub"
+    is_own, is_hub = data.name in USER_DATA, data.name == "hub"
     given = [key for key in (*ONLY_BROUGHT, *ONLY_HUB) if getattr(data, key) not in (None, {})]
     faults = []
     for key in given:
@@ -148,7 +148,7 @@ def _head(path: str) -> Iterator[Row]:
 
 def load(data: DataConfig, tokenizer: Any, progress: Progress = silent) -> Data:
     """Reads, splits and tokenises, or maps what was prepared before. Raises ConfigError with all faults of the data."""
-    if data.name in BROUGHT:
+    if data.name in USER_DATA:
         train, evaluation, report = _brought(data, tokenizer, progress)
         bits = 0.0
     else:

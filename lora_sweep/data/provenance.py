@@ -23,7 +23,7 @@ def refuse_changed(folder: Path, sources: Mapping[str, str]) -> None:
 
 
 def keep(folder: Path, report: Report) -> None:
-    """Writes the digest of each source, and what became of the rows. Raises StudyError or OutOfRoom."""
+    """Writes the digest of each source, and what became of the rows. Raises StudyError or StorageUnavailable."""
     for name, digest in report.sources.items():
         file = _file(folder, name)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ SHOWN = 5
 
 
 @dataclass
-class Tally:
+class RowCounts:
     """Rows that share a fate: how many, and the first few by name."""
 
     count: int = 0
@@ -31,15 +31,15 @@ class Part:
 
     examples: int = 0
     tokens: int = 0
-    counted: int = 0
+    loss_tokens: int = 0
     """Tokens whose loss counts."""
     largest_id: int = 0
     """Of its tokens."""
-    cut: Tally = field(default_factory=Tally)
+    cut: RowCounts = field(default_factory=RowCounts)
     """Examples longer than data.max_length."""
     cut_tokens: int = 0
     """Tokens that the cuts cost."""
-    emptied: Tally = field(default_factory=Tally)
+    emptied: RowCounts = field(default_factory=RowCounts)
     """Examples with nothing left to count after the cut, left out."""
 
 
@@ -52,11 +52,11 @@ class Report:
     rows: int = 0
     train: Part = field(default_factory=Part)
     evaluation: Part = field(default_factory=Part)
-    broken: Tally = field(default_factory=Tally)
+    broken: RowCounts = field(default_factory=RowCounts)
     """Rows that are no example, skipped."""
-    duplicates: Tally = field(default_factory=Tally)
+    duplicates: RowCounts = field(default_factory=RowCounts)
     """Training examples that stand in the evaluation set too, removed from training."""
-    unretained: Tally = field(default_factory=Tally)
+    unretained: RowCounts = field(default_factory=RowCounts)
     """Rows of the retention text that could not be read."""
     unseen: list[str] = field(default_factory=list)
     """Columns that data.columns names and no row has."""
@@ -70,7 +70,7 @@ class Report:
     def of(cls, plain: Mapping[str, Any]) -> "Report":
         """The inverse of `plain`."""
         parts = {name: _part(plain[name]) for name in ("train", "evaluation")}
-        tallies = {name: Tally(**plain[name]) for name in ("broken", "duplicates", "unretained")}
+        tallies = {name: RowCounts(**plain[name]) for name in ("broken", "duplicates", "unretained")}
         return cls(**{**plain, **parts, **tallies})
 
     def warnings(self) -> list[str]:
@@ -105,4 +105,6 @@ class Report:
 
 
 def _part(plain: Mapping[str, Any]) -> Part:
-    return Part(**{**plain, "cut": Tally(**plain["cut"]), "emptied": Tally(**plain["emptied"])})
+    # Older versions called the tokens with a loss `counted`.
+    plain = {"loss_tokens" if key == "counted" else key: value for key, value in plain.items()}
+    return Part(**{**plain, "cut": RowCounts(**plain["cut"]), "emptied": RowCounts(**plain["emptied"])})

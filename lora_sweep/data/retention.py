@@ -14,8 +14,8 @@ from lora_sweep.config import DataConfig
 from lora_sweep.data import encoding, example, source
 from lora_sweep.data.encoding import Placed
 from lora_sweep.data.example import Parsed
-from lora_sweep.data.reading import Unreadable
-from lora_sweep.data.report import Part, Tally
+from lora_sweep.data.file_rows import Unreadable
+from lora_sweep.data.report import Part, RowCounts
 from lora_sweep.data.source import Source
 from lora_sweep.data.tasks import biographies as world
 from lora_sweep.data.tokens import Encoded, TokenSet
@@ -37,7 +37,7 @@ class Retention:
     largest_id: int
     source: Source | None
     """None: in the package."""
-    broken: Tally
+    broken: RowCounts
     """Rows of it that could not be read, as far as it was read."""
 
 
@@ -51,7 +51,7 @@ def load(data: DataConfig, tokenizer: Any, template: str | None) -> Retention:
     """The first `retention_size` stretches, each at most max_length tokens long. Raises ConfigError."""
     size, limit = data.retention_size, data.max_length
     stretches: list[Encoded] = []
-    part, broken = Part(), Tally()
+    part, broken = Part(), RowCounts()
     try:
         read = None if data.retention == EMBEDDED else source.of_path(str(data.retention))
         texts = _embedded() if read is None else _texts(read, data.columns, broken)
@@ -71,7 +71,7 @@ def _embedded() -> Iterator[Placed]:
     return ((EMBEDDED, Example(text)) for text in world.plain())
 
 
-def _texts(read: Source, columns: Mapping[str, str], broken: Tally) -> Iterator[Placed]:
+def _texts(read: Source, columns: Mapping[str, str], broken: RowCounts) -> Iterator[Placed]:
     rows = _parsed(read, columns, broken)
     if read.is_lines:
         while chunk := list(itertools.islice(rows, JOINED_LINES)):
@@ -81,7 +81,7 @@ def _texts(read: Source, columns: Mapping[str, str], broken: Tally) -> Iterator[
     yield from rows
 
 
-def _parsed(read: Source, columns: Mapping[str, str], broken: Tally) -> Iterator[Placed]:
+def _parsed(read: Source, columns: Mapping[str, str], broken: RowCounts) -> Iterator[Placed]:
     for row in read.rows():
         parsed = row.broken or parse(row.record, columns)
         if isinstance(parsed, str):

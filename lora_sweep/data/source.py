@@ -12,7 +12,7 @@ import datasets
 from datasets.packaged_modules.cache.cache import Cache
 
 from lora_sweep.config import DataConfig
-from lora_sweep.data.reading import READERS, Row, Unreadable, kind, of_dataset, of_files, one_line
+from lora_sweep.data.file_rows import READERS, Row, Unreadable, kind, of_dataset, of_files, one_line
 from lora_sweep.errors import ConfigError, Fault
 from lora_sweep.hub import Refusal, cached_commit, hub_fault, refusal
 from lora_sweep.system.files import read_json

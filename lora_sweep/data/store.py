@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 
 from lora_sweep.data.tokens import Encoded, TokenSet
-from lora_sweep.errors import OutOfRoom, UserError
+from lora_sweep.errors import StorageUnavailable, UserError
 
 VERSION = 3
 """Of everything that decides which tokens come out: raised when the code makes others."""
@@ -47,9 +47,9 @@ class Writer:
         self._ends_so_far = array("q", [0])
 
     def add(self, example: Encoded) -> None:
-        ids, counted = example
+        ids, loss_mask = example
         self._files[0].write(ids.tobytes())
-        self._files[1].write(counted.tobytes())
+        self._files[1].write(loss_mask.tobytes())
         self._ends_so_far.append(self._ends_so_far[-1] + len(ids))
 
     def __enter__(self) -> Self:
@@ -66,7 +66,7 @@ class Writer:
 def write(folder: Path, names: Sequence[str], make: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """Lets `make` fill a folder with the sets of these names and returns its report; it appears whole or not at all.
 
-    Raises UserError where the cache cannot be written, OutOfRoom where it is full.
+    Raises UserError where the cache cannot be written, StorageUnavailable where it is full.
     """
     with _cache_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def _cache_errors(cache: Path) -> Iterator[None]:
     except OSError as error:
         told = f"{cache}: prepared data cannot be kept there ({error.strerror or error})"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutOfRoom(told) from error
+            raise StorageUnavailable(told) from error
         raise UserError(f"{told}; HF_DATASETS_CACHE names another folder") from error
 
 
@@ -139,7 +139,7 @@ def read(folder: Path, name: str) -> TokenSet:
         if offsets[-1] == 0:
             return TokenSet.of([])
         tokens = np.memmap(folder / f"{name}.tokens", dtype=np.int32, mode="r")
-        counted = np.memmap(folder / f"{name}.counted", dtype=np.bool_, mode="r")
+        loss_mask = np.memmap(folder / f"{name}.counted", dtype=np.bool_, mode="r")
     with suppress(OSError):  # it may be another's
         os.utime(folder)  # whoever clears the cache by age sees what is in use
-    return TokenSet(tokens, counted, offsets, np.arange(len(offsets) - 1))
+    return TokenSet(tokens, loss_mask, offsets, np.arange(len(offsets) - 1))

@@ -27,7 +27,7 @@ class Batch:
 
     input_ids: Tensor
     """(rows, T) int64; padding is 0 and never counted."""
-    counted: Tensor
+    loss_mask: Tensor
     """(rows, T) bool: the loss of predicting this token counts."""
     position_ids: Tensor | None
     """(rows, T) int64, from 0 in each example, where rows hold several examples; else None."""
@@ -41,7 +41,7 @@ class TokenSet:
 
     tokens: NDArray[np.int32]
     """(all tokens,): the examples one after another."""
-    counted: NDArray[np.bool_]
+    loss_mask: NDArray[np.bool_]
     """(all tokens,)."""
     offsets: NDArray[np.int64]
     """(stored examples + 1,): where each begins in `tokens`."""
@@ -56,9 +56,9 @@ class TokenSet:
     def of(cls, examples: Sequence[tuple[ArrayLike, ArrayLike]]) -> "TokenSet":
         """From (ids, counted) of each example."""
         ids = [np.zeros(0, np.int32), *(np.asarray(ids, dtype=np.int32) for ids, _ in examples)]
-        counted = [np.zeros(0, np.bool_), *(np.asarray(counted, dtype=np.bool_) for _, counted in examples)]
+        loss_mask = [np.zeros(0, np.bool_), *(np.asarray(loss_mask, dtype=np.bool_) for _, loss_mask in examples)]
         ends = np.cumsum([len(each) for each in ids], dtype=np.int64)
-        return cls(np.concatenate(ids), np.concatenate(counted), ends, np.arange(len(examples)))
+        return cls(np.concatenate(ids), np.concatenate(loss_mask), ends, np.arange(len(examples)))
 
     def __len__(self) -> int:
         """Rows: what a batch is counted in."""
@@ -95,7 +95,7 @@ class TokenSet:
     def counts(self) -> NDArray[np.int64]:
         """(examples,) counted tokens of each."""
         pairs = zip(self.offsets[self.members], self.offsets[self.members + 1], strict=True)
-        return np.array([self.counted[begin:end].sum() for begin, end in pairs], dtype=np.int64)
+        return np.array([self.loss_mask[begin:end].sum() for begin, end in pairs], dtype=np.int64)
 
     def take(self, members: NDArray[np.int64]) -> "TokenSet":
         """The set of these examples, by their places in this one, one a row."""
@@ -121,25 +121,25 @@ class TokenSet:
         inside = places < self.offsets[chosen + 1][:, None]
         places = np.where(inside, places, starts)
         ids = np.where(inside, self.tokens[places], 0).astype(np.int64)
-        return Batch(torch.from_numpy(ids), torch.from_numpy(self.counted[places] & inside), None, None)
+        return Batch(torch.from_numpy(ids), torch.from_numpy(self.loss_mask[places] & inside), None, None)
 
     def _several_each(self, rows: Sequence[int]) -> Batch:
         assert self.starts is not None
         shape = (len(rows), self.length)
         ids, examples = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        counted, positions = np.zeros(shape, np.bool_), np.zeros(shape, np.int64)
+        loss_mask, positions = np.zeros(shape, np.bool_), np.zeros(shape, np.int64)
         for place, row in enumerate(rows):
             end = 0
             for member in range(self.starts[row], self.starts[row + 1]):
                 a, b = self.offsets[self.members[member]], self.offsets[self.members[member] + 1]
                 begin, end = end, end + int(b - a)
                 ids[place, begin:end] = self.tokens[a:b]
-                counted[place, begin:end] = self.counted[a:b]
+                loss_mask[place, begin:end] = self.loss_mask[a:b]
                 positions[place, begin:end] = np.arange(end - begin)
                 examples[place, begin:end] = member
             # Padding is one more example, which nobody sees and whose loss is not counted.
             positions[place, end:] = np.arange(self.length - end)
-        arrays = (ids, counted, positions, examples)
+        arrays = (ids, loss_mask, positions, examples)
         return Batch(*(torch.from_numpy(array) for array in arrays))
 
 

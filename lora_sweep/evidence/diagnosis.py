@@ -235,4 +235,4 @@ def _told(base: LoadedBase, cells: Sequence[Sequence[str]], *shared: str) -> lis
 
 
 def _median_rho(trial: Trial, seen: Sequence[Evaluation]) -> float:
-    return float(statistics.median(health.seen(seen[-1], trial.asked, trial.health).rho.tolist()))
+    return float(statistics.median(health.rule_input(seen[-1], trial.trainer_settings, trial.health).rho.tolist()))

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from lora_sweep.adapters.peft_template import peft_chatter_off, peft_config
 from lora_sweep.adapters.reader import WEIGHTS
 from lora_sweep.base.load import LoadedBase
-from lora_sweep.bench.stock import UNCOUNTED, collate
+from lora_sweep.bench.hf_trainer import IGNORE_INDEX, collate
 from lora_sweep.callback import HealthCallback
 from lora_sweep.data import encode
 from lora_sweep.data.tasks import biographies as world
@@ -289,10 +289,10 @@ def _completed(base: LoadedBase, prompts: Sequence[str], seed: int) -> list[Exam
 def _rows(base: LoadedBase, examples: Sequence[Example]) -> list[dict[str, Tensor]]:
     encoded = encode([(each.prompt, each.completion) for each in examples], base.tokenizer)
     rows = []
-    for ids, counted in encoded:
+    for ids, loss_mask in encoded:
         tokens = torch.as_tensor(ids, dtype=torch.int64)
-        mask = torch.as_tensor(counted, dtype=torch.bool)
-        rows.append({"input_ids": tokens, "labels": tokens.masked_fill(~mask, UNCOUNTED)})
+        mask = torch.as_tensor(loss_mask, dtype=torch.bool)
+        rows.append({"input_ids": tokens, "labels": tokens.masked_fill(~mask, IGNORE_INDEX)})
     return rows
 
 
@@ -331,5 +331,5 @@ def _arguments(training: Training, folder: Path) -> TrainingArguments:
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    shifted = functional.pad(labels[:, 1:], (0, 1), value=UNCOUNTED)
-    return functional.cross_entropy(logits.float().flatten(0, 1), shifted.flatten(), ignore_index=UNCOUNTED)
+    shifted = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    return functional.cross_entropy(logits.float().flatten(0, 1), shifted.flatten(), ignore_index=IGNORE_INDEX)

@@ -28,8 +28,8 @@ def judged(
     for place, (config, seen) in enumerate(zip(configs, records, strict=True)):
         rules, last = config.health, seen[-1]
         losses = [step.train_loss for each in seen for step in each.steps]
-        what = health.seen(last, Trial.of(Cell(place), config).asked, rules)
-        how = health.Course(alone, losses, 0, min(seen, key=lambda each: each.eval_loss), last)
+        what = health.rule_input(last, Trial.of(Cell(place), config).trainer_settings, rules)
+        how = health.LossHistory(alone, losses, 0, min(seen, key=lambda each: each.eval_loss), last)
         own = health.own_findings(what, how, rules)
         made = None if last.diverged else health.diagnose(how, what, own, rules)
         found.append((*health.compared(made, own, rules, peers, place, last.step), *own))

@@ -137,7 +137,7 @@ def _train_whole(config: Config, data: Data, lr: float) -> float:
 def _loss(model: Any, batch: Batch) -> torch.Tensor:
     logits = model(input_ids=batch.input_ids).logits[:, :-1]
     nll = functional.cross_entropy(logits.flatten(0, 1), batch.input_ids[:, 1:].flatten(), reduction="none")
-    return nll[batch.counted[:, 1:].flatten()].mean()
+    return nll[batch.loss_mask[:, 1:].flatten()].mean()
 
 
 def _mean_loss(model: Any, part: TokenSet) -> float:

@@ -9,43 +9,46 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_sweep.health import histogram
-from lora_sweep.records import Histogram, Measurement, Reading
+from lora_sweep.records import HealthSnapshot, Histogram, Measurement
 
 Numbers = NDArray[np.float64]
 
 
-def delta_rel(reading: Reading, scaling: float, base_norms: Mapping[str, float]) -> Numbers:
+def delta_rel(snapshot: HealthSnapshot, scaling: float, base_norms: Mapping[str, float]) -> Numbers:
     """(modules,) s |BA|_F / |W|_F at the last look; infinite where W = 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        found: Numbers = scaling * reading.values["product"][-1] / np.array([base_norms[m] for m in reading.modules])
-    return found
+        sizes: Numbers = scaling * snapshot.values["product"][-1] / np.array([base_norms[m] for m in snapshot.modules])
+    return sizes
 
 
 def measurements(
-    reading: Reading, factors: Mapping[str, tuple[Tensor, Tensor]], scaling: float, base_norms: Mapping[str, float]
+    snapshot: HealthSnapshot,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    scaling: float,
+    base_norms: Mapping[str, float],
 ) -> tuple[Measurement, ...]:
     """One per group as of the last look, in order of first appearance.
 
     `factors`: module -> (A, B) as they were at that look, in any layout; `base_norms`: module -> |W|_F.
     """
     named: dict[str, list[int]] = {}
-    for place, name in enumerate(reading.modules):
+    for place, name in enumerate(snapshot.modules):
         named.setdefault(name.rpartition(".")[2], []).append(place)
-    unit = math.sqrt(reading.tally.lr_B_squared)
-    return tuple(_group(name, places, reading, factors, scaling, base_norms, unit) for name, places in named.items())
+    unit = math.sqrt(snapshot.sums.lr_B_squared)
+    return tuple(_group(name, places, snapshot, factors, scaling, base_norms, unit) for name, places in named.items())
 
 
 def _group(
     name: str,
     places: Sequence[int],
-    reading: Reading,
+    snapshot: HealthSnapshot,
     factors: Mapping[str, tuple[Tensor, Tensor]],
     scaling: float,
     base_norms: Mapping[str, float],
     unit: float,
 ) -> Measurement:
-    modules = [reading.modules[place] for place in places]
-    last = {metric: values[-1][list(places)] for metric, values in reading.values.items()}
+    modules = [snapshot.modules[place] for place in places]
+    last = {metric: values[-1][list(places)] for metric, values in snapshot.values.items()}
     sizes_A, sizes_B = (np.array([factors[module][side].numel() for module in modules]) for side in (0, 1))
     rms_B = math.sqrt(np.average(last["rms_B"] ** 2, weights=sizes_B))
     base = math.sqrt(sum(base_norms[module] ** 2 for module in modules))

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lora_sweep.config import HealthConfig
-from lora_sweep.health import course
+from lora_sweep.health import loss_history
 from lora_sweep.records import Estimate, Finding
 
 START, END = 1, 3
@@ -70,40 +70,40 @@ class Logged:
         Of its examples nothing is logged: the share of the base's loss that is no gain stands for two errors.
         """
         base = self.base_loss
-        return None if base is None or len(self.evaluations) < 2 else rules.min_gain_of_base * base / course.SURE
+        return None if base is None or len(self.evaluations) < 2 else rules.min_gain_of_base * base / loss_history.SURE
 
     def fall(self) -> Estimate | None:
         """How far the logged losses fell; None where they are too few to tell."""
         finite = [(step, loss) for step, loss in self.losses if math.isfinite(loss)]
-        return course.trend([step for step, _ in finite], [loss for _, loss in finite])
+        return loss_history.trend([step for step, _ in finite], [loss for _, loss in finite])
 
-    def not_finite(self, looks: Sequence[tuple[int, bool]] = ()) -> Finding | None:
+    def not_finite(self, checks: Sequence[tuple[int, bool]] = ()) -> Finding | None:
         """Whether losses, evaluations or the adapter itself came to an end that is not finite.
 
-        `looks`: (step, whether A and B were finite). They are needed: transformers logs 0 for a loss that is not.
+        `checks`: (step, whether A and B were finite). They are needed: transformers logs 0 for a loss that is not.
         """
-        seen = [[(step, math.isfinite(loss)) for step, loss in each] for each in (self.losses, self.evaluations)]
-        seen.append([*looks])
-        broken = [step for each in seen if (step := _broken_at(each)) is not None]
+        finite_at = [[(step, math.isfinite(loss)) for step, loss in each] for each in (self.losses, self.evaluations)]
+        finite_at.append([*checks])
+        broken = [step for each in finite_at if (step := _broken_at(each)) is not None]
         if not broken:
             return None
-        finite = (step for each in seen for step, is_finite in each if is_finite and step < min(broken))
-        return course.not_finite(max(finite, default=0))
+        finite = (step for each in finite_at for step, is_finite in each if is_finite and step < min(broken))
+        return loss_history.not_finite(max(finite, default=0))
 
     def findings(self, rules: HealthConfig) -> Iterator[Finding]:
         """Of finite losses, worst first. Overfitting needs errors by example, which nobody logs."""
         steps, L0 = self._by_step(), self._highest_start()
         base = self.base_loss
         trained = [loss for step, loss in self.evaluations if step > 0 and math.isfinite(loss)]
-        diverged = None if L0 is None else course.above_start(steps[self.warmup_steps :], L0)
+        diverged = None if L0 is None else loss_history.above_start(steps[self.warmup_steps :], L0)
         if diverged is None and base is not None and math.isfinite(base) and trained:
-            error = max(rules.min_gain_of_base * base / course.SURE, self._wander())
-            diverged = course.given_back(base - min(trained), error, base - trained[-1])
+            error = max(rules.min_gain_of_base * base / loss_history.SURE, self._wander())
+            diverged = loss_history.given_back(base - min(trained), error, base - trained[-1])
         if diverged is not None:
             yield diverged
         # A mean over several steps hides a jump.
         if L0 is not None and len(steps) == len(self.losses):
-            spikes = course.spiking(steps, self.warmup_steps, L0)
+            spikes = loss_history.spiking(steps, self.warmup_steps, L0)
             if spikes is not None:
                 yield spikes
 
@@ -122,7 +122,7 @@ class Logged:
         Where it is a mean over many steps, what the loss did in those is not seen.
         """
         known = self.knows_start and len(self.losses) > 1
-        return self.losses[0][1] + course.SURE * self._wander() if known else None
+        return self.losses[0][1] + loss_history.SURE * self._wander() if known else None
 
     def _wander(self) -> float:
         """Standard deviation of a logged loss about its course, by the differences, whatever a few jumps do."""
@@ -130,11 +130,11 @@ class Logged:
         return float(np.median(differences)) / OF_DIFFERENCES if len(differences) else 0.0
 
 
-def _broken_at(seen: Sequence[tuple[int, bool]]) -> int | None:
+def _broken_at(finite_at: Sequence[tuple[int, bool]]) -> int | None:
     """The step from which on nothing was finite; None where the last is."""
-    found = None
-    for step, is_finite in reversed(seen):
+    broken = None
+    for step, is_finite in reversed(finite_at):
         if is_finite:
             break
-        found = step
-    return found
+        broken = step
+    return broken

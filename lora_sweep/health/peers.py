@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sweep.health.course import paired_error
+from lora_sweep.health.loss_history import paired_error
 
 Numbers = NDArray[np.float64]
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sweep.records import Cause, Reading
+from lora_sweep.records import Cause, HealthSnapshot
 
 Mask = NDArray[np.bool_]
 Numbers = NDArray[np.float64]
@@ -38,7 +38,7 @@ IDLE = 0.3
 
 
 @dataclass(frozen=True)
-class Asked:
+class TrainerSettings:
     """What the trainer was told, as far as the rules must know."""
 
     ratio: float | None
@@ -51,11 +51,11 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Seen:
+class RuleInput:
     """A reading with what the rules ask of it."""
 
-    reading: Reading
-    asked: Asked
+    snapshot: HealthSnapshot
+    trainer: TrainerSettings
     delta_rel: Numbers
     """(modules,) s |BA|_F / |W|_F; nan where |W| is not known."""
     min_delta_rel: float
@@ -68,9 +68,9 @@ class Seen:
     @property
     def never_stepped(self) -> bool:
         """Whether B's rate was 0 at every step, nothing moved it, and there were enough steps to tell."""
-        steps = self.reading.steps
-        enough = bool(steps) and self.reading.tally.stepped == 0 and steps[-1] >= STEPS_TO_MOVE
-        return enough and not (self.reading.values["moved_B"] > 0).any()
+        steps = self.snapshot.steps
+        enough = bool(steps) and self.snapshot.sums.stepped == 0 and steps[-1] >= STEPS_TO_MOVE
+        return enough and not (self.snapshot.values["moved_B"] > 0).any()
 
     @property
     def window_is_over(self) -> bool:
@@ -78,7 +78,7 @@ class Seen:
 
         Where the way is not known there were more steps than were seen.
         """
-        return self.never_stepped or not self.knows_way or self.reading.tally.stepped >= self.reading.window
+        return self.never_stepped or not self.knows_way or self.snapshot.sums.stepped >= self.snapshot.window
 
     @property
     def median_delta_rel(self) -> float | None:
@@ -87,161 +87,167 @@ class Seen:
         return float(np.median(known)) if len(known) else None
 
     @cached_property
-    def looks(self) -> list[int]:
+    def checks(self) -> list[int]:
         """Looks after a step with a learning rate above 0."""
-        counts = [tally.stepped for tally in self.reading.tallies]
+        counts = [sums.stepped for sums in self.snapshot.sums_by_check]
         return [place for place, count in enumerate(counts) if count > (counts[place - 1] if place else 0)]
 
     @cached_property
     def early(self) -> int:
         """The look that ended the window, or the last one before."""
-        over = [i for i in self.looks if self.reading.tallies[i].stepped >= self.reading.window]
-        return over[0] if over else self.looks[-1]
+        over = [i for i in self.checks if self.snapshot.sums_by_check[i].stepped >= self.snapshot.window]
+        return over[0] if over else self.checks[-1]
 
     @cached_property
-    def early_looks(self) -> list[int]:
-        return [i for i in self.looks if i <= self.early]
+    def early_checks(self) -> list[int]:
+        return [i for i in self.checks if i <= self.early]
 
     @cached_property
     def rho(self) -> Numbers:
         """(modules,) rms(B) / sqrt(sum of lr_B^2) at the end of the window; nan where the way is not known."""
         if not self.knows_way:
-            return np.full(len(self.reading.modules), np.nan)
-        found: Numbers = self.of("rms_B", [self.early])[0] / np.sqrt(self.reading.tallies[self.early].lr_B_squared)
-        return found
+            return np.full(len(self.snapshot.modules), np.nan)
+        hits: Numbers = self.of("rms_B", [self.early])[0] / np.sqrt(
+            self.snapshot.sums_by_check[self.early].lr_B_squared
+        )
+        return hits
 
     @cached_property
     def late(self) -> list[int]:
         """The last looks, after the window if there are any."""
-        return [i for i in self.looks if i >= self.early][-3:]
+        return [i for i in self.checks if i >= self.early][-3:]
 
     @cached_property
     def ratios(self) -> Numbers:
         """Ratio of the rates at which B and A were moved, at each look that tells it; else as the groups have it."""
         with np.errstate(all="ignore"):
-            pairs = [(_median(self.of("lr_B", [i])[0]), _median(self.of("lr_A", [i])[0])) for i in self.looks]
-        found = [b / a for b, a in pairs if np.isfinite(b) and np.isfinite(a) and a > 0]
-        tally = self.reading.tally
-        return np.array(found or [each for each in (tally.least_ratio, tally.largest_ratio) if np.isfinite(each)])
+            pairs = [(_median(self.of("lr_B", [i])[0]), _median(self.of("lr_A", [i])[0])) for i in self.checks]
+        hits = [b / a for b, a in pairs if np.isfinite(b) and np.isfinite(a) and a > 0]
+        sums = self.snapshot.sums
+        return np.array(hits or [each for each in (sums.least_ratio, sums.largest_ratio) if np.isfinite(each)])
 
-    def of(self, metric: str, looks: list[int]) -> Numbers:
+    def of(self, metric: str, checks: list[int]) -> Numbers:
         """(looks, modules)."""
-        return self.reading.values[metric][looks]
+        return self.snapshot.values[metric][checks]
 
     def everywhere(self, value: bool) -> Mask:
-        return np.full(len(self.reading.modules), value)
+        return np.full(len(self.snapshot.modules), value)
 
 
-class Found(NamedTuple):
+class RuleHit(NamedTuple):
     hit: Mask
     """(modules,)."""
     evidence: Mapping[str, Numbers | float]
     """Name -> (modules,) numbers, or a threshold."""
 
 
-def _dead_product(seen: Seen) -> Found:
-    A, B = (seen.of(f"rms_{side}", [seen.looks[-1]])[0] for side in "AB")
-    return Found((A < DEAD_RMS) & (B < DEAD_RMS), {"rms_A": A, "rms_B": B, "rms_needed": DEAD_RMS})
+def _dead_product(inputs: RuleInput) -> RuleHit:
+    A, B = (inputs.of(f"rms_{side}", [inputs.checks[-1]])[0] for side in "AB")
+    return RuleHit((A < DEAD_RMS) & (B < DEAD_RMS), {"rms_A": A, "rms_B": B, "rms_needed": DEAD_RMS})
 
 
-def _not_in_graph(seen: Seen) -> Found:
-    A, B = (seen.of(f"gradmax_{side}", seen.early_looks).max(0) for side in "AB")
+def _not_in_graph(inputs: RuleInput) -> RuleHit:
+    A, B = (inputs.of(f"gradmax_{side}", inputs.early_checks).max(0) for side in "AB")
     # fp16 makes zeros of small gradients; that there is none at all it cannot make.
-    nothing = -1.0 if seen.asked.fp16_gradients else 0.0
-    return Found(
-        (nothing >= A) & (nothing >= B) & seen.window_is_over, {"largest_gradient_A": A, "largest_gradient_B": B}
+    nothing = -1.0 if inputs.trainer.fp16_gradients else 0.0
+    return RuleHit(
+        (nothing >= A) & (nothing >= B) & inputs.window_is_over, {"largest_gradient_A": A, "largest_gradient_B": B}
     )
 
 
-def _not_stepped(seen: Seen) -> Found:
-    if seen.never_stepped:
+def _not_stepped(inputs: RuleInput) -> RuleHit:
+    if inputs.never_stepped:
         # A B that does not start at 0 may be held as it is on purpose.
-        return Found(seen.reading.values["rms_B"][-1] == 0, {"lr_B": 0.0, "steps": float(seen.reading.steps[-1])})
-    gradient, moved = seen.of("gradmax_B", seen.looks).max(0), seen.of("moved_B", seen.looks).max(0)
-    sizes = seen.of("rms_B", seen.looks)
+        return RuleHit(
+            inputs.snapshot.values["rms_B"][-1] == 0, {"lr_B": 0.0, "steps": float(inputs.snapshot.steps[-1])}
+        )
+    gradient, moved = inputs.of("gradmax_B", inputs.checks).max(0), inputs.of("moved_B", inputs.checks).max(0)
+    sizes = inputs.of("rms_B", inputs.checks)
     still = (moved == 0) & (sizes.max(0) == sizes.min(0))
-    steps = seen.reading.tallies[seen.looks[-1]].stepped
+    steps = inputs.snapshot.sums_by_check[inputs.checks[-1]].stepped
     evidence = {"largest_gradient_B": gradient, "moved_B": moved, "steps": float(steps)}
-    return Found(still & (gradient > 0) & (steps >= STEPS_TO_MOVE), evidence)
+    return RuleHit(still & (gradient > 0) & (steps >= STEPS_TO_MOVE), evidence)
 
 
-def _underflow(seen: Seen) -> Found:
-    zeros, gradient = seen.of("zero_B", [seen.early])[0], np.median(seen.of("gradzero_B", seen.early_looks), 0)
-    rounded_off = seen.asked.fp16_gradients | (gradient > UNDERFLOWN)
-    over = seen.reading.tallies[seen.early].stepped >= seen.reading.window
+def _underflow(inputs: RuleInput) -> RuleHit:
+    zeros, gradient = inputs.of("zero_B", [inputs.early])[0], np.median(inputs.of("gradzero_B", inputs.early_checks), 0)
+    rounded_off = inputs.trainer.fp16_gradients | (gradient > UNDERFLOWN)
+    over = inputs.snapshot.sums_by_check[inputs.early].stepped >= inputs.snapshot.window
     evidence = {"exact_zero_B": zeros, "exact_zero_gradient_B": gradient, "share_needed": UNDERFLOWN}
-    return Found((zeros > UNDERFLOWN) & rounded_off & over, evidence)
+    return RuleHit((zeros > UNDERFLOWN) & rounded_off & over, evidence)
 
 
-def _eps_limited(seen: Seen) -> Found:
-    size = seen.of("v_over_eps_B", seen.late).max(0)
-    return Found(size < EPS_FAULT, {"v_over_eps_B": size, "needed": EPS_FAULT})
+def _eps_limited(inputs: RuleInput) -> RuleHit:
+    size = inputs.of("v_over_eps_B", inputs.late).max(0)
+    return RuleHit(size < EPS_FAULT, {"v_over_eps_B": size, "needed": EPS_FAULT})
 
 
-def _decay_trapped(seen: Seen) -> Found:
-    tally = seen.reading.tally
-    if seen.asked.coupled_decay:
-        rms_B, gradient = (seen.of(name, [seen.looks[-1]])[0] for name in ("rms_B", "gradrms_B"))
+def _decay_trapped(inputs: RuleInput) -> RuleHit:
+    sums = inputs.snapshot.sums
+    if inputs.trainer.coupled_decay:
+        rms_B, gradient = (inputs.of(name, [inputs.checks[-1]])[0] for name in ("rms_B", "gradrms_B"))
         with np.errstate(all="ignore"):
-            pull = seen.asked.coupled_decay * rms_B / gradient
-        return Found(pull > COUPLED, {"decay_over_gradient": pull, "needed": COUPLED})
-    kept = tally.kept_B / tally.lr_B
-    hit = tally.kappa_B > DECAY_KAPPA and kept < DECAY_KEPT
-    evidence: dict[str, Numbers | float] = {"kappa_B": tally.kappa_B, "kappa_needed": DECAY_KAPPA}
-    return Found(seen.everywhere(hit), evidence | {"kept": kept, "kept_needed": DECAY_KEPT})
+            pull = inputs.trainer.coupled_decay * rms_B / gradient
+        return RuleHit(pull > COUPLED, {"decay_over_gradient": pull, "needed": COUPLED})
+    kept = sums.kept_B / sums.lr_B
+    hit = sums.kappa_B > DECAY_KAPPA and kept < DECAY_KEPT
+    evidence: dict[str, Numbers | float] = {"kappa_B": sums.kappa_B, "kappa_needed": DECAY_KAPPA}
+    return RuleHit(inputs.everywhere(hit), evidence | {"kept": kept, "kept_needed": DECAY_KEPT})
 
 
-def _ratio_lost(seen: Seen) -> Found:
-    if seen.asked.ratio is None or not (seen.never_stepped or len(seen.ratios)):
-        return Found(seen.everywhere(False), {})
-    if seen.never_stepped:
-        return Found(seen.everywhere(True), {"ratio": 0.0, "asked": seen.asked.ratio, "octaves_allowed": RATIO_OCTAVES})
-    octaves = np.log2(seen.ratios / seen.asked.ratio)
+def _ratio_lost(inputs: RuleInput) -> RuleHit:
+    if inputs.trainer.ratio is None or not (inputs.never_stepped or len(inputs.ratios)):
+        return RuleHit(inputs.everywhere(False), {})
+    if inputs.never_stepped:
+        return RuleHit(
+            inputs.everywhere(True), {"ratio": 0.0, "asked": inputs.trainer.ratio, "octaves_allowed": RATIO_OCTAVES}
+        )
+    octaves = np.log2(inputs.ratios / inputs.trainer.ratio)
     worst = int(np.abs(octaves).argmax())
-    evidence = {"ratio": float(seen.ratios[worst]), "asked": seen.asked.ratio, "octaves_allowed": RATIO_OCTAVES}
-    return Found(seen.everywhere(bool(abs(octaves[worst]) > RATIO_OCTAVES)), evidence)
+    evidence = {"ratio": float(inputs.ratios[worst]), "asked": inputs.trainer.ratio, "octaves_allowed": RATIO_OCTAVES}
+    return RuleHit(inputs.everywhere(bool(abs(octaves[worst]) > RATIO_OCTAVES)), evidence)
 
 
-def _precision_stalled(seen: Seen) -> Found:
-    moved = seen.of("moved_B", seen.late).mean(0)
-    return Found((moved < STALLED) & seen.asked.is_low_precision, {"moved_B": moved, "needed": STALLED})
+def _precision_stalled(inputs: RuleInput) -> RuleHit:
+    moved = inputs.of("moved_B", inputs.late).mean(0)
+    return RuleHit((moved < STALLED) & inputs.trainer.is_low_precision, {"moved_B": moved, "needed": STALLED})
 
 
-def _lr_too_small(seen: Seen) -> Found:
-    hit = (seen.rho > MOVING) & (seen.delta_rel < seen.min_delta_rel)
-    return Found(hit, {"rho": seen.rho, "delta_rel": seen.delta_rel, "delta_rel_needed": seen.min_delta_rel})
+def _lr_too_small(inputs: RuleInput) -> RuleHit:
+    hit = (inputs.rho > MOVING) & (inputs.delta_rel < inputs.min_delta_rel)
+    return RuleHit(hit, {"rho": inputs.rho, "delta_rel": inputs.delta_rel, "delta_rel_needed": inputs.min_delta_rel})
 
 
-def _no_signal(seen: Seen) -> Found:
+def _no_signal(inputs: RuleInput) -> RuleHit:
     low, high = RANDOM_WALK
-    return Found((seen.rho >= low) & (seen.rho <= high), {"rho": seen.rho, "from": low, "to": high})
+    return RuleHit((inputs.rho >= low) & (inputs.rho <= high), {"rho": inputs.rho, "from": low, "to": high})
 
 
-def _lost_on_save(seen: Seen) -> Found:
-    return Found(np.isin(np.array(seen.reading.modules), list(seen.lost)), {})
+def _lost_on_save(inputs: RuleInput) -> RuleHit:
+    return RuleHit(np.isin(np.array(inputs.snapshot.modules), list(inputs.lost)), {})
 
 
-def _a_frozen(seen: Seen) -> Found:
+def _a_frozen(inputs: RuleInput) -> RuleHit:
     # Before B has moved, A has no gradient.
-    later = [i for i in seen.looks if seen.reading.tallies[i].stepped > 1]
+    later = [i for i in inputs.checks if inputs.snapshot.sums_by_check[i].stepped > 1]
     if not later:
-        return Found(seen.everywhere(False), {})
-    moved = seen.of("moved_A", later).mean(0)
+        return RuleHit(inputs.everywhere(False), {})
+    moved = inputs.of("moved_A", later).mean(0)
     with np.errstate(all="ignore"):
-        slow = seen.of("rms_A", seen.looks[:1])[0] / (seen.reading.tally.lr_A if seen.knows_way else np.nan)
+        slow = inputs.of("rms_A", inputs.checks[:1])[0] / (inputs.snapshot.sums.lr_A if inputs.knows_way else np.nan)
     evidence: dict[str, Numbers | float] = {"moved_A": moved, "moved_needed": A_STILL}
     evidence |= {"size_over_way": slow, "size_over_way_allowed": A_SLOW}
-    if len(seen.ratios):
-        evidence["ratio"] = float(np.median(seen.ratios))
-    return Found((moved < A_STILL) | (slow > A_SLOW), evidence)
+    if len(inputs.ratios):
+        evidence["ratio"] = float(np.median(inputs.ratios))
+    return RuleHit((moved < A_STILL) | (slow > A_SLOW), evidence)
 
 
-def _generic(seen: Seen) -> Found:
-    return Found(seen.rho < IDLE, {"rho": seen.rho, "needed": IDLE})
+def _generic(inputs: RuleInput) -> RuleHit:
+    return RuleHit(inputs.rho < IDLE, {"rho": inputs.rho, "needed": IDLE})
 
 
 class Rule(NamedTuple):
-    find: Callable[[Seen], Found]
+    find: Callable[[RuleInput], RuleHit]
     traps: bool
     """Whether a module that meets it learns nothing, whatever the others do; else only a trial without gain tells."""
     remedy: str
@@ -312,54 +318,54 @@ def remedy(cause: Cause) -> str:
     return CAUSES[cause.name].remedy
 
 
-def causes(seen: Seen) -> tuple[tuple[Cause, ...], tuple[Cause, ...]]:
+def causes(inputs: RuleInput) -> tuple[tuple[Cause, ...], tuple[Cause, ...]]:
     """(each module under the first rule that traps it, each under the first of all rules)."""
-    if seen.never_stepped:
-        only = _first_hits(seen, {"not_stepped": _not_stepped(seen)})
+    if inputs.never_stepped:
+        only = _first_hits(inputs, {"not_stepped": _not_stepped(inputs)})
         return only, only
-    if not seen.looks:
+    if not inputs.checks:
         return (), ()
     with np.errstate(invalid="ignore"):
-        found = {name: rule.find(seen) for name, rule in CAUSES.items()}
-    trapping = {name: each for name, each in found.items() if CAUSES[name].traps}
-    return _first_hits(seen, trapping), _first_hits(seen, found)
+        hits = {name: rule.find(inputs) for name, rule in CAUSES.items()}
+    trapping = {name: each for name, each in hits.items() if CAUSES[name].traps}
+    return _first_hits(inputs, trapping), _first_hits(inputs, hits)
 
 
-def alone(seen: Seen, name: str) -> Cause | None:
+def alone(inputs: RuleInput, name: str) -> Cause | None:
     """The rule by itself, whatever else the modules meet; None where none does."""
-    if not seen.looks and not (seen.never_stepped and name == "ratio_lost"):
+    if not inputs.checks and not (inputs.never_stepped and name == "ratio_lost"):
         return None
     with np.errstate(invalid="ignore"):
-        made = _first_hits(seen, {name: CAUSES[name].find(seen)})
+        made = _first_hits(inputs, {name: CAUSES[name].find(inputs)})
     return made[0] if made else None
 
 
-def near_precision(seen: Seen) -> Cause | None:
+def near_precision(inputs: RuleInput) -> Cause | None:
     """Modules whose B moves at the edge of what eps or the precision lets through."""
-    if not seen.looks:
+    if not inputs.checks:
         return None
     with np.errstate(invalid="ignore"):
-        size, moved = seen.of("v_over_eps_B", seen.late).max(0), seen.of("moved_B", seen.late).mean(0)
+        size, moved = inputs.of("v_over_eps_B", inputs.late).max(0), inputs.of("moved_B", inputs.late).mean(0)
         small = (size >= EPS_FAULT) & (size < EPS_WARNING)
-        few = (moved >= STALLED) & (moved < NEARLY_STALLED) & seen.asked.is_low_precision
+        few = (moved >= STALLED) & (moved < NEARLY_STALLED) & inputs.trainer.is_low_precision
     evidence = {
         "v_over_eps_B": size,
         "v_over_eps_needed": EPS_WARNING,
         "moved_B": moved,
         "moved_needed": NEARLY_STALLED,
     }
-    made = _first_hits(seen, {"edge_of_precision": Found(small | few, evidence)})
+    made = _first_hits(inputs, {"edge_of_precision": RuleHit(small | few, evidence)})
     return made[0] if made else None
 
 
-def _first_hits(seen: Seen, found: Mapping[str, Found]) -> tuple[Cause, ...]:
+def _first_hits(inputs: RuleInput, hits: Mapping[str, RuleHit]) -> tuple[Cause, ...]:
     """The largest share first."""
-    free, made = seen.everywhere(True), []
-    for name, (hit, evidence) in found.items():
+    free, made = inputs.everywhere(True), []
+    for name, (hit, evidence) in hits.items():
         here = free & hit
         free &= ~hit
         if here.any():
-            names = tuple(module for module, is_hit in zip(seen.reading.modules, here, strict=True) if is_hit)
+            names = tuple(module for module, is_hit in zip(inputs.snapshot.modules, here, strict=True) if is_hit)
             numbers = {key: _number(value, here) for key, value in evidence.items()}
             made.append(Cause(name, names, float(here.mean()), numbers))
     return tuple(sorted(made, key=lambda cause: -cause.share))

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lora_sweep.config import HealthConfig
-from lora_sweep.health import course, rules
-from lora_sweep.health.course import Course
+from lora_sweep.health import loss_history, rules
+from lora_sweep.health.loss_history import LossHistory
 from lora_sweep.health.peers import Cooler, Peers
-from lora_sweep.health.rules import Asked, Seen
-from lora_sweep.records import UNDECIDED, Cause, Diagnosis, Estimate, Evaluation, Finding, Reading
+from lora_sweep.health.rules import RuleInput, TrainerSettings
+from lora_sweep.records import UNDECIDED, Cause, Diagnosis, Estimate, Evaluation, Finding, HealthSnapshot
 
 TRAPPED, PARTIALLY = 0.5, 0.1
 """Share of the modules that have a cause."""
@@ -37,21 +37,23 @@ FAR = 0.5
 COOL_DOWN = "lower optimizer.base_lr or method.alpha, to a tenth to begin with."
 
 
-def seen(evaluation: Evaluation, asked: Asked, config: HealthConfig, lost: Sequence[str] = ()) -> Seen:
-    return Seen(evaluation.reading, asked, evaluation.delta_rel, config.min_delta_rel, frozenset(lost))
+def rule_input(
+    evaluation: Evaluation, trainer: TrainerSettings, config: HealthConfig, lost: Sequence[str] = ()
+) -> RuleInput:
+    return RuleInput(evaluation.snapshot, trainer, evaluation.delta_rel, config.min_delta_rel, frozenset(lost))
 
 
-def diagnose(how: Course, what: Seen, own: Sequence[Finding], config: HealthConfig) -> Diagnosis:
+def diagnose(losses: LossHistory, inputs: RuleInput, own: Sequence[Finding], config: HealthConfig) -> Diagnosis:
     """Of one trial by itself, after its last evaluation; `own`: its own findings.
 
     A trial that diverged has no gain because of that: rules that ask why there is none have nothing to add.
     """
-    base = how.base
-    gain, error = course.paired_gain(base, how.last)
+    base = losses.base
+    gain, error = loss_history.paired_gain(base, losses.last)
     # One example alone has no error to be paired.
     chance = config.min_gain_standard_errors * error if np.isfinite(error) else 0.0
     noise = max(chance, config.min_gain_of_base * base.eval_loss)
-    trapping, all_found = rules.causes(what)
+    trapping, all_found = rules.causes(inputs)
     diverged = any(finding.flag == "diverged" for finding in own)
     return Diagnosis(
         gain if np.isfinite(gain) else None,
@@ -59,34 +61,36 @@ def diagnose(how: Course, what: Seen, own: Sequence[Finding], config: HealthConf
         trapping,
         trapping if diverged else all_found,
         error=error if np.isfinite(error) else None,
-        delta_rel=what.median_delta_rel,
-        fall=course.training_fall(base, how.train_losses),
-        probe_fall=course.paired_fall(base, how.last),
-        window_is_over=what.window_is_over,
+        delta_rel=inputs.median_delta_rel,
+        fall=loss_history.training_fall(base, losses.train_losses),
+        probe_fall=loss_history.paired_fall(base, losses.last),
+        window_is_over=inputs.window_is_over,
     )
 
 
-def own_findings(what: Seen, how: Course | None, config: HealthConfig, was_pruned: bool = False) -> tuple[Finding, ...]:
+def own_findings(
+    inputs: RuleInput, losses: LossHistory | None, config: HealthConfig, was_pruned: bool = False
+) -> tuple[Finding, ...]:
     """What needs no comparison with other trials, worst first."""
-    made = [] if how is None else list(course.findings(how, config))
-    if how is None or not how.last.diverged:
-        made += _of_causes(what, is_decided=what.window_is_over and not was_pruned)
-    return tuple(made)
+    diagnosis = [] if losses is None else list(loss_history.findings(losses, config))
+    if losses is None or not losses.last.diverged:
+        diagnosis += _of_causes(inputs, is_decided=inputs.window_is_over and not was_pruned)
+    return tuple(diagnosis)
 
 
-def certain(what: Seen, config: HealthConfig) -> tuple[Finding, ...]:
+def certain(inputs: RuleInput, config: HealthConfig) -> tuple[Finding, ...]:
     """What holds of a training that goes on, however its rate and its losses do from here: worst first."""
-    trapping, _ = rules.causes(what)
-    made = Diagnosis(None, 0.0, trapping, trapping, window_is_over=False)
-    ratio_lost = (finding for finding in _of_causes(what, is_decided=False) if finding.flag == "ratio_lost")
-    return (*(each for each in verdict(made, None, config) if each.flag != UNDECIDED), *ratio_lost)
+    trapping, _ = rules.causes(inputs)
+    diagnosis = Diagnosis(None, 0.0, trapping, trapping, window_is_over=False)
+    ratio_lost = (finding for finding in _of_causes(inputs, is_decided=False) if finding.flag == "ratio_lost")
+    return (*(each for each in verdict(diagnosis, None, config) if each.flag != UNDECIDED), *ratio_lost)
 
 
-def _of_causes(what: Seen, is_decided: bool) -> Iterator[Finding]:
+def _of_causes(inputs: RuleInput, is_decided: bool) -> Iterator[Finding]:
     """`is_decided`: whether rules that need the whole window may speak."""
     # A that hardly moves where B does is LoRA-FA by accident; where neither does it says nothing new.
-    update = what.median_delta_rel
-    works = update is None or update >= what.min_delta_rel
+    update = inputs.median_delta_rel
+    works = update is None or update >= inputs.min_delta_rel
     for name, needed, is_fault, needs_window in (
         ("lost_on_save", 0.0, True, False),
         ("ratio_lost", TRAPPED, True, False),
@@ -95,17 +99,17 @@ def _of_causes(what: Seen, is_decided: bool) -> Iterator[Finding]:
     ):
         if needs_window and not is_decided:
             continue
-        cause = rules.alone(what, name)
+        cause = rules.alone(inputs, name)
         if cause is not None and cause.share >= needed and (works or name != "A_frozen"):
             yield Finding(name, cause.evidence, _sentence(cause), is_fault=is_fault, remedy=rules.remedy(cause))
-    edge = rules.near_precision(what) if is_decided else None
+    edge = rules.near_precision(inputs) if is_decided else None
     if edge is not None and edge.share >= TRAPPED:
         sentence = f"B moves at the edge of what eps or its precision lets through in {_modules(edge)}."
         yield Finding("edge_of_precision", edge.evidence, sentence, is_fault=False)
 
 
 def compared(
-    made: Diagnosis | None,
+    diagnosis: Diagnosis | None,
     own: Sequence[Finding],
     config: HealthConfig,
     peers: Peers | None = None,
@@ -115,10 +119,10 @@ def compared(
 ) -> tuple[Finding, ...]:
     """The verdict on a trial, to stand before its `own` findings.
 
-    `made`: after its last evaluation, at `step`; None of a trial whose loss is not finite. `peers`: the trials of its
-    study, `cell` among them; None where there is none.
+    `diagnosis`: after its last evaluation, at `step`; None of a trial whose loss is not finite. `peers`: the trials of
+    its study, `cell` among them; None where there is none.
     """
-    if made is None:
+    if diagnosis is None:
         return ()
     best_gain = None if peers is None else peers.best_gain(step)
     cooler = None if peers is None else peers.cooler(cell, step, config.min_gain_standard_errors)
@@ -127,12 +131,12 @@ def compared(
     hidden = {UNDECIDED} if faults else set()
     if "diverged" in faults:
         hidden.add("rate_too_high")
-    found = verdict(made, best_gain, config, cooler, was_pruned)
-    return tuple(each for each in found if each.flag not in hidden)
+    findings = verdict(diagnosis, best_gain, config, cooler, was_pruned)
+    return tuple(each for each in findings if each.flag not in hidden)
 
 
 def verdict(
-    made: Diagnosis,
+    diagnosis: Diagnosis,
     best_gain: float | None,
     config: HealthConfig,
     cooler: Cooler | None = None,
@@ -144,35 +148,37 @@ def verdict(
     known. `cooler`: a trial of the study that does better at a tenth of the rate.
     """
     # What others have learned from the same data is no matter of chance.
-    labels_are_sound = best_gain is not None and best_gain > made.noise
-    hot = _rate_too_high(made, config, cooler, best_gain, labels_are_sound) if made.window_is_over else None
-    if was_pruned or not made.window_is_over:
+    labels_are_sound = best_gain is not None and best_gain > diagnosis.noise
+    hot = _rate_too_high(diagnosis, config, cooler, best_gain, labels_are_sound) if diagnosis.window_is_over else None
+    if was_pruned or not diagnosis.window_is_over:
         # That it is worse than its base, or than a slower trial at the same step, needs no more steps.
-        sure = [cause for cause in made.causes if cause.name in HOPELESS]
-        return (_trapped(made, sure, "partially_trapped") or hot or _undecided(made, was_pruned),)
-    needed = max(made.noise, config.min_gain_of_best * (best_gain or 0.0))
+        sure = [cause for cause in diagnosis.causes if cause.name in HOPELESS]
+        return (_trapped(diagnosis, sure, "partially_trapped") or hot or _undecided(diagnosis, was_pruned),)
+    needed = max(diagnosis.noise, config.min_gain_of_best * (best_gain or 0.0))
     # An adapter that hurts does something: why it gained nothing is no question.
-    gained_little = made.gain is not None and made.gain < needed and not (hot is not None and hot.is_fault)
+    gained_little = diagnosis.gain is not None and diagnosis.gain < needed and not (hot is not None and hot.is_fault)
     if not gained_little:
-        trapped = _trapped(made, made.causes, "partially_trapped")
-    elif does_nothing(made, config):
-        trapped = _trapped(made, _explained(made, config, labels_are_sound, is_idle=True), "zero_trapped", needed)
+        trapped = _trapped(diagnosis, diagnosis.causes, "partially_trapped")
+    elif does_nothing(diagnosis, config):
+        trapped = _trapped(
+            diagnosis, _explained(diagnosis, config, labels_are_sound, is_idle=True), "zero_trapped", needed
+        )
     else:
-        found = _explained(made, config, labels_are_sound, is_idle=False)
-        many = sum(cause.share for cause in found) >= TRAPPED
-        trapped = _trapped(made, found if many else made.causes, "barely_learned", needed)
+        findings = _explained(diagnosis, config, labels_are_sound, is_idle=False)
+        many = sum(cause.share for cause in findings) >= TRAPPED
+        trapped = _trapped(diagnosis, findings if many else diagnosis.causes, "barely_learned", needed)
     return tuple(each for each in (trapped, hot) if each is not None)
 
 
-def _explained(made: Diagnosis, config: HealthConfig, labels_are_sound: bool, is_idle: bool) -> list[Cause]:
+def _explained(diagnosis: Diagnosis, config: HealthConfig, labels_are_sound: bool, is_idle: bool) -> list[Cause]:
     """Why it gained nothing. Of labels without a signal only where the training loss is known not to fall.
 
     Over labels that others learn from, a walk so short that the adapter is idle has not gone far enough.
     """
-    if made.fall is not None and not labels_are_sound and not _fell(made.fall, made, config, CERTAIN):
-        return [*made.causes_without_gain]
-    walks = [cause for cause in made.causes_without_gain if cause.name == "no_signal"]
-    others = [cause for cause in made.causes_without_gain if cause.name != "no_signal"]
+    if diagnosis.fall is not None and not labels_are_sound and not _fell(diagnosis.fall, diagnosis, config, CERTAIN):
+        return [*diagnosis.causes_without_gain]
+    walks = [cause for cause in diagnosis.causes_without_gain if cause.name == "no_signal"]
+    others = [cause for cause in diagnosis.causes_without_gain if cause.name != "no_signal"]
     if not (is_idle and labels_are_sound and walks):
         return others
     slow = [*walks, *(cause for cause in others if cause.name == "lr_too_small")]
@@ -181,47 +187,54 @@ def _explained(made: Diagnosis, config: HealthConfig, labels_are_sound: bool, is
     return sorted([merged, *(cause for cause in others if cause.name != "lr_too_small")], key=lambda each: -each.share)
 
 
-def does_nothing(made: Diagnosis, config: HealthConfig) -> bool:
+def does_nothing(diagnosis: Diagnosis, config: HealthConfig) -> bool:
     """Whether its evaluation is the base's but for chance, its update small and its training loss not fallen."""
-    small = made.delta_rel is None or made.delta_rel < config.max_trapped_delta_rel
+    small = diagnosis.delta_rel is None or diagnosis.delta_rel < config.max_trapped_delta_rel
     errors = config.min_gain_standard_errors
-    fell = any(_fell(fall, made, config, errors) for fall in (made.fall, made.probe_fall))
-    return made.gain is not None and abs(made.gain) <= _chance(made, config) and small and not fell
+    fell = any(_fell(fall, diagnosis, config, errors) for fall in (diagnosis.fall, diagnosis.probe_fall))
+    return diagnosis.gain is not None and abs(diagnosis.gain) <= _chance(diagnosis, config) and small and not fell
 
 
-def _chance(made: Diagnosis, config: HealthConfig) -> float:
+def _chance(diagnosis: Diagnosis, config: HealthConfig) -> float:
     """A difference from the base up to which there is none, nats per token."""
-    if made.error is None:
-        return made.noise
-    return max(config.min_gain_standard_errors * made.error, NEGLIGIBLE * made.noise)
+    if diagnosis.error is None:
+        return diagnosis.noise
+    return max(config.min_gain_standard_errors * diagnosis.error, NEGLIGIBLE * diagnosis.noise)
 
 
-def _fell(fall: Estimate | None, made: Diagnosis, config: HealthConfig, errors: float) -> bool:
+def _fell(fall: Estimate | None, diagnosis: Diagnosis, config: HealthConfig, errors: float) -> bool:
     """Whether the training loss fell beyond so many of its standard errors, and beyond what is nothing in a gain."""
-    return fall is not None and fall.value > max(errors * fall.error, _chance(made, config))
+    return fall is not None and fall.value > max(errors * fall.error, _chance(diagnosis, config))
 
 
 def _rate_too_high(
-    made: Diagnosis, config: HealthConfig, cooler: Cooler | None, best_gain: float | None, labels_are_sound: bool
+    diagnosis: Diagnosis, config: HealthConfig, cooler: Cooler | None, best_gain: float | None, labels_are_sound: bool
 ) -> Finding | None:
     """A fault where the adapter is worse than its base; else a warning, since it has learned."""
-    size, chance = made.delta_rel, _chance(made, config)
+    size, chance = diagnosis.delta_rel, _chance(diagnosis, config)
     # Labels without a signal hurt too: B walks at random, and the training loss does not fall.
-    walk = sum(cause.share for cause in made.causes_without_gain if cause.name == "no_signal")
-    may_walk = walk >= TRAPPED and not labels_are_sound and not _fell(made.fall, made, config, CERTAIN)
+    walk = sum(cause.share for cause in diagnosis.causes_without_gain if cause.name == "no_signal")
+    may_walk = walk >= TRAPPED and not labels_are_sound and not _fell(diagnosis.fall, diagnosis, config, CERTAIN)
     if size is None or size >= (FAR if may_walk else config.max_trapped_delta_rel):
-        hurts = made.gain is not None and made.gain < -chance
+        hurts = diagnosis.gain is not None and diagnosis.gain < -chance
     else:
         # A small update must hurt more than what counts, or it may be chance.
-        hurts = made.gain is not None and made.gain < -made.noise and size >= config.min_delta_rel and not may_walk
-    little = best_gain is not None and made.gain is not None and made.gain + chance < LITTLE * best_gain
-    nothing = made.gain is not None and made.gain <= chance
+        hurts = (
+            diagnosis.gain is not None
+            and diagnosis.gain < -diagnosis.noise
+            and size >= config.min_delta_rel
+            and not may_walk
+        )
+    little = best_gain is not None and diagnosis.gain is not None and diagnosis.gain + chance < LITTLE * best_gain
+    nothing = diagnosis.gain is not None and diagnosis.gain <= chance
     wasted = size is not None and nothing and (size >= FAR or (little and size >= config.max_trapped_delta_rel))
     evidence = {} if size is None else {"delta_rel": size, "delta_rel_allowed": config.max_delta_rel}
     if hurts:
         of_weights = "" if size is None else f" under an update of {size:.2g} times the weights"
-        evidence |= {"loss_over_base": -(made.gain or 0.0), "loss_allowed": chance}
-        sentence = f"The evaluation loss is {-(made.gain or 0.0):.2g} nats above the base's{of_weights}: {COOL_DOWN}"
+        evidence |= {"loss_over_base": -(diagnosis.gain or 0.0), "loss_allowed": chance}
+        sentence = (
+            f"The evaluation loss is {-(diagnosis.gain or 0.0):.2g} nats above the base's{of_weights}: {COOL_DOWN}"
+        )
     elif wasted:
         sentence = f"An update of {size:.2g} times the weights gained nothing: {COOL_DOWN}"
     elif cooler is not None:
@@ -236,43 +249,43 @@ def _rate_too_high(
     return Finding("rate_too_high", evidence, sentence, is_fault=hurts or wasted, remedy=COOL_DOWN)
 
 
-def _undecided(made: Diagnosis, was_pruned: bool) -> Finding:
+def _undecided(diagnosis: Diagnosis, was_pruned: bool) -> Finding:
     when = "was pruned" if was_pruned else "ended before its health window did"
-    evidence = {} if made.gain is None else {"gain": made.gain, "gain_needed": made.noise}
+    evidence = {} if diagnosis.gain is None else {"gain": diagnosis.gain, "gain_needed": diagnosis.noise}
     return Finding(UNDECIDED, evidence, f"The trial {when}, so whether it learns is not known.", is_fault=False)
 
 
-def _trapped(made: Diagnosis, found: Sequence[Cause], flag: str, needed: float | None = None) -> Finding | None:
+def _trapped(diagnosis: Diagnosis, findings: Sequence[Cause], flag: str, needed: float | None = None) -> Finding | None:
     """`flag` if half of the modules have a cause, `partially_trapped` if a tenth have; None of fewer.
 
     `needed`: the gain that would have counted.
     """
-    share = sum(cause.share for cause in found)
+    share = sum(cause.share for cause in findings)
     if share < PARTIALLY:
         return None
     # Where no module could learn, what looks like a gain is chance.
-    if math.isclose(sum(cause.share for cause in found if cause.name in UNTOUCHED), 1):
+    if math.isclose(sum(cause.share for cause in findings if cause.name in UNTOUCHED), 1):
         flag = "zero_trapped"
     elif share < TRAPPED:
         flag = "partially_trapped"
-    worst = found[0]
+    worst = findings[0]
     evidence = {**worst.evidence, "share_of_modules": share}
     sentence = _sentence(worst)
-    if made.gain is not None:
-        evidence["gain"] = made.gain
+    if diagnosis.gain is not None:
+        evidence["gain"] = diagnosis.gain
         if needed is not None:
             evidence["gain_needed"] = needed
-            sentence = f"It gained {made.gain:.2g} nats over its base ({needed:.2g} would count): {sentence}"
+            sentence = f"It gained {diagnosis.gain:.2g} nats over its base ({needed:.2g} would count): {sentence}"
     return Finding(flag, evidence, sentence, cause=worst.name, remedy=rules.remedy(worst))
 
 
-def cannot_learn(reading: Reading, asked: Asked) -> bool:
+def cannot_learn(snapshot: HealthSnapshot, trainer: TrainerSettings) -> bool:
     """Whether half of the modules learn nothing for a cause that more steps cannot mend."""
-    what = Seen(reading, asked, np.full(len(reading.modules), np.nan), 0.0)
-    if what.never_stepped:
+    inputs = RuleInput(snapshot, trainer, np.full(len(snapshot.modules), np.nan), 0.0)
+    if inputs.never_stepped:
         # The rate may still rise.
         return False
-    trapping, _ = rules.causes(what)
+    trapping, _ = rules.causes(inputs)
     return sum(cause.share for cause in trapping if cause.name in HOPELESS) >= TRAPPED
 
 

@@ -4,8 +4,8 @@
 trial, `table` shows it to a person.
 """
 
+from lora_sweep.inspection.inspect import Inspection, inspect
 from lora_sweep.inspection.measure import ExtraMeasurement, ModuleMeasurement, Verdict
-from lora_sweep.inspection.reading import Inspection, inspect
 from lora_sweep.inspection.table import draw
 
 __all__ = ["ExtraMeasurement", "Inspection", "ModuleMeasurement", "Verdict", "draw", "inspect"]

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from lora_sweep.inspection.inspect import Inspection
 from lora_sweep.inspection.measure import ModuleMeasurement
-from lora_sweep.inspection.reading import Inspection
 
 NAMED = 8
 """Conspicuous modules shown by name."""

@@ -5,6 +5,6 @@ from lora_sweep.pack.memory import device_kind
 from lora_sweep.pack.optimizers import check
 from lora_sweep.pack.pack import Pack
 from lora_sweep.pack.slot import DamagedCheckpoint
-from lora_sweep.pack.trial import Exhausted, Settings, Trial
+from lora_sweep.pack.trial import PackOutOfMemory, Settings, Trial
 
-__all__ = ["Capacity", "DamagedCheckpoint", "Exhausted", "Pack", "Settings", "Trial", "check", "device_kind"]
+__all__ = ["Capacity", "DamagedCheckpoint", "PackOutOfMemory", "Pack", "Settings", "Trial", "check", "device_kind"]

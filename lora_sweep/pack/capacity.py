@@ -37,13 +37,13 @@ class Capacity:
 
     slots: int
     """Adapters that may be in the pack."""
-    is_settled: bool = False
+    is_chosen: bool = False
     """Whether the width is no longer searched for: given by the user, or chosen."""
     free_bytes: float = math.inf
     """Of the device, with the base, the data and the adapters in it."""
-    width: int = 0
+    slots_per_pass: int = 0
     """Slots a pass when settled; 0: all."""
-    too_wide: int | None = None
+    too_many: int | None = None
     """The smallest width that ran out of memory, in this pack or in an earlier one of its kind."""
     fits: int = 0
     """The largest width below that whose passes went through."""
@@ -54,147 +54,160 @@ class Capacity:
     _peaks: dict[int, float] = field(default_factory=dict)
     """Width -> most bytes of a pass."""
 
-    def next_width(self, live: int) -> int:
+    def next_slots_per_pass(self, live: int) -> int:
         """How many slots the passes of the next step hold, with so many in the pack."""
         # One that failed costs a step's time, so what lies between the two is not looked for.
-        widest = live if self.too_wide is None else min(live, max(1, self.fits, self.too_wide // 2))
-        if self.is_settled:
-            return max(1, min(self.width or live, widest))
-        tried = [width for width in _doubling(widest) if self._fits(width)]
+        most = live if self.too_many is None else min(live, max(1, self.fits, self.too_many // 2))
+        if self.is_chosen:
+            return max(1, min(self.slots_per_pass or live, most))
+        tried = [slots_per_pass for slots_per_pass in _doubling(most) if self._fits(slots_per_pass)]
         if open_ := self._open(tried, live):
-            return min(open_, key=lambda width: (self._steps(width), width))
-        self._settle(tried)
-        return self.width
+            return min(open_, key=lambda slots_per_pass: (self._steps(slots_per_pass), slots_per_pass))
+        self._choose_slots(tried)
+        return self.slots_per_pass
 
     def _open(self, tried: Sequence[int], live: int) -> list[int]:
         """The widths that are to be measured again."""
         rounds, best = self._rounds(live), self._best()
-        found = [
-            width
-            for width in tried
-            if self._steps(width) < rounds
-            and (self._steps(width) < 2 or best is None or self._slot_seconds(width) <= LOSING * best)
+        ratios = [
+            slots_per_pass
+            for slots_per_pass in tried
+            if self._steps(slots_per_pass) < rounds
+            and (self._steps(slots_per_pass) < 2 or best is None or self._slot_seconds(slots_per_pass) <= LOSING * best)
         ]
-        if not found and self._spent_seconds < MOST_SECONDS:
-            found = [width for width in self._unsure(tried) if self._steps(width) < MOST_ROUNDS]
-        return found
+        if not ratios and self._spent_seconds < MOST_SECONDS:
+            ratios = [
+                slots_per_pass for slots_per_pass in self._unsure(tried) if self._steps(slots_per_pass) < MOST_ROUNDS
+            ]
+        return ratios
 
     def _unsure(self, tried: Sequence[int]) -> list[int]:
         """The widths between which the choice lies, where it may be another by chance."""
-        found: set[int] = set()
-        for width in tried:
-            bounds = {wider: _bounds(gains) for wider, gains in self._gains(width, tried).items()}
+        ratios: set[int] = set()
+        for slots_per_pass in tried:
+            bounds = {larger: _bounds(gains) for larger, gains in self._gains(slots_per_pass, tried).items()}
             if any(low > WORTH for low, _ in bounds.values()):
                 continue
-            maybe = [wider for wider, (_, high) in bounds.items() if high > WORTH]
+            maybe = [larger for larger, (_, high) in bounds.items() if high > WORTH]
             if not maybe:
                 break
-            found |= {width, *maybe}
-        return sorted(found)
+            ratios |= {slots_per_pass, *maybe}
+        return sorted(ratios)
 
-    def _gains(self, width: int, tried: Sequence[int]) -> dict[int, list[float]]:
+    def _gains(self, slots_per_pass: int, tried: Sequence[int]) -> dict[int, list[float]]:
         """Each wider one -> how many times faster it was, round by round: other work falls on both of a round alike."""
-        found = {}
-        for wider in tried:
-            if wider > width:
-                pairs = list(zip(self._seconds[width], self._seconds[wider], strict=False))
-                found[wider] = [narrow / wide for narrow, wide in pairs[1:] or pairs]
-        return found
+        ratios = {}
+        for larger in tried:
+            if larger > slots_per_pass:
+                pairs = list(zip(self._seconds[slots_per_pass], self._seconds[larger], strict=False))
+                ratios[larger] = [few / many for few, many in pairs[1:] or pairs]
+        return ratios
 
-    def _steps(self, width: int) -> int:
-        return len(self._seconds.get(width, ()))
+    def _steps(self, slots_per_pass: int) -> int:
+        return len(self._seconds.get(slots_per_pass, ()))
 
-    def known_width(self, live: int) -> int:
+    def known_slots_per_pass(self, live: int) -> int:
         """The widest pass that is known to fit, of so many slots: for evaluations."""
-        return self.next_width(live) if self.is_settled else min(live, max(self._seconds, default=1))
+        return self.next_slots_per_pass(live) if self.is_chosen else min(live, max(self._seconds, default=1))
 
-    def took(self, width: int, live: int, seconds: float, peak_bytes: float | None) -> None:
-        """What a step of `live` slots, `width` a pass, has cost; nothing is learned of one that had to shrink."""
-        if self.too_wide is not None and width >= self.too_wide:
+    def took(self, slots_per_pass: int, live: int, seconds: float, peak_bytes: float | None) -> None:
+        """Records what a step of `live` slots, `slots_per_pass` a pass, has cost, unless it had to shrink."""
+        if self.too_many is not None and slots_per_pass >= self.too_many:
             return
-        self._seconds.setdefault(width, []).append(seconds / live)
+        self._seconds.setdefault(slots_per_pass, []).append(seconds / live)
         self._spent_seconds += seconds
         if peak_bytes is not None:
-            self._peaks[width] = max(peak_bytes, self._peaks.get(width, 0.0))
+            self._peaks[slots_per_pass] = max(peak_bytes, self._peaks.get(slots_per_pass, 0.0))
 
-    def fitted(self, width: int) -> None:
+    def fitted(self, slots_per_pass: int) -> None:
         """A training pass of so many slots went through."""
-        if self.too_wide is None or width < self.too_wide:
-            self.fits = max(self.fits, width)
+        if self.too_many is None or slots_per_pass < self.too_many:
+            self.fits = max(self.fits, slots_per_pass)
 
-    def failed(self, width: int) -> None:
+    def failed(self, slots_per_pass: int) -> None:
         """A pass of so many slots ran out of memory. The next ones are half as wide."""
-        self.too_wide = min(width, self.too_wide or width)
-        if self.fits >= self.too_wide:
-            self.fits = self.too_wide // 2
-        self._seconds = {each: found for each, found in self._seconds.items() if each < self.too_wide}
-        if self.is_settled:
-            self.width = max(1, min(self.width or width, width // 2))
-            self.slots = min(self.slots, self.width)
+        self.too_many = min(slots_per_pass, self.too_many or slots_per_pass)
+        if self.fits >= self.too_many:
+            self.fits = self.too_many // 2
+        self._seconds = {each: ratios for each, ratios in self._seconds.items() if each < self.too_many}
+        if self.is_chosen:
+            self.slots_per_pass = max(1, min(self.slots_per_pass or slots_per_pass, slots_per_pass // 2))
+            self.slots = min(self.slots, self.slots_per_pass)
 
     def _rounds(self, live: int) -> int:
-        longest = live * max((found[-1] for found in self._seconds.values()), default=0.0)
+        longest = live * max((ratios[-1] for ratios in self._seconds.values()), default=0.0)
         return ROUNDS - sum(longest > seconds for seconds in SLOW_STEP_SECONDS)
 
     @property
     def slot_seconds(self) -> float:
         """Of a step by slot, at the width that was chosen, or given."""
-        return self._slot_seconds(self.width or max(self._seconds))
+        return self._slot_seconds(self.slots_per_pass or max(self._seconds))
 
     @property
     def measured(self) -> dict[int, float]:
         """Width -> seconds of a slot's step."""
-        return {width: self._slot_seconds(width) for width in sorted(self._seconds)}
+        return {slots_per_pass: self._slot_seconds(slots_per_pass) for slots_per_pass in sorted(self._seconds)}
 
     @property
     def peak_bytes(self) -> float | None:
         """Of a pass at the width that was chosen, beyond what lies there anyway."""
-        return self._peaks.get(self.width or max(self._peaks, default=0))
+        return self._peaks.get(self.slots_per_pass or max(self._peaks, default=0))
 
     @property
     def fit(self) -> tuple[float, float] | None:
         """(a, b) of the seconds t(k) = a + b k of a pass, least squares over the widths; None of fewer than two."""
-        found = self.measured
-        return _line(list(found), [width * each for width, each in found.items()]) if len(found) > 1 else None
+        ratios = self.measured
+        return (
+            _line(list(ratios), [slots_per_pass * each for slots_per_pass, each in ratios.items()])
+            if len(ratios) > 1
+            else None
+        )
 
     @property
     def reason(self) -> str:
         """One sentence: the choice, and what it was chosen by."""
-        told = ", ".join(f"{width}: {1e3 * each:.3g}" for width, each in self.measured.items())
-        limit = "" if self.too_wide is None else f"; {self.too_wide} at once do not fit into memory"
+        times = ", ".join(f"{slots_per_pass}: {1e3 * each:.3g}" for slots_per_pass, each in self.measured.items())
+        limit = "" if self.too_many is None else f"; {self.too_many} at once do not fit into memory"
         line = "" if self.fit is None else f"; a pass takes {1e3 * self.fit[0]:.3g} + {1e3 * self.fit[1]:.3g} k ms"
-        width = self.width or max(self._seconds, default=self.slots)
-        return f"{width} adapters a pass (ms of a step by adapter at each width: {told}{line}{limit})"
+        slots_per_pass = self.slots_per_pass or max(self._seconds, default=self.slots)
+        return f"{slots_per_pass} adapters a pass (ms of a step by adapter at each width: {times}{line}{limit})"
 
-    def _settle(self, tried: Sequence[int]) -> None:
+    def _choose_slots(self, tried: Sequence[int]) -> None:
         # Never slower than one by one: a wider pass that may be so by chance does not stand for election.
-        sure = [tried[0], *(wider for wider, gains in self._gains(tried[0], tried).items() if _bounds(gains)[0] > 1.0)]
-        self.width = next(
-            width for width in sure if all(_gain(gains) <= WORTH for gains in self._gains(width, sure).values())
+        sure = [
+            tried[0],
+            *(larger for larger, gains in self._gains(tried[0], tried).items() if _bounds(gains)[0] > 1.0),
+        ]
+        self.slots_per_pass = next(
+            slots_per_pass
+            for slots_per_pass in sure
+            if all(_gain(gains) <= WORTH for gains in self._gains(slots_per_pass, sure).values())
         )
-        self.slots = min(self.slots, self.width)
-        self.is_settled = True
+        self.slots = min(self.slots, self.slots_per_pass)
+        self.is_chosen = True
 
     def _best(self) -> float | None:
-        known = [self._slot_seconds(width) for width, found in self._seconds.items() if len(found) > 1]
+        known = [
+            self._slot_seconds(slots_per_pass) for slots_per_pass, ratios in self._seconds.items() if len(ratios) > 1
+        ]
         return min(known, default=None)
 
-    def _slot_seconds(self, width: int) -> float:
+    def _slot_seconds(self, slots_per_pass: int) -> float:
         """Median of the steps after the first."""
-        found = self._seconds[width]
-        return statistics.median(found[1:] or found)
+        ratios = self._seconds[slots_per_pass]
+        return statistics.median(ratios[1:] or ratios)
 
-    def _fits(self, width: int) -> bool:
+    def _fits(self, slots_per_pass: int) -> bool:
         """Whether a pass of this width is within memory, by a line through the narrower ones."""
-        known = {each: peak for each, peak in self._peaks.items() if each < width}
-        if not known or width in self._peaks:
+        known = {each: peak for each, peak in self._peaks.items() if each < slots_per_pass}
+        if not known or slots_per_pass in self._peaks:
             return True
         if len(known) == 1:
-            ((narrow, peak),) = known.items()
-            needed = peak * width / narrow
+            ((few, peak),) = known.items()
+            needed = peak * slots_per_pass / few
         else:
             a, b = _line(list(known), list(known.values()))
-            needed = a + b * width
+            needed = a + b * slots_per_pass
         return needed <= FULL * self.free_bytes
 
 
@@ -210,15 +223,15 @@ def _gain(ratios: Sequence[float]) -> float:
 
 def _bounds(ratios: Sequence[float]) -> tuple[float, float]:
     """Of their middle, each with at most CHANCE on the wrong side: the signed-rank test's interval (Wilcoxon 1945)."""
-    found, n = _means(ratios), len(ratios)
+    ratios, n = _means(ratios), len(ratios)
     if n < FEW:
-        return found[0] - UNSURE, found[-1] + UNSURE
+        return ratios[0] - UNSURE, ratios[-1] + UNSURE
     ways = np.ones(1)
     for rank in range(1, n + 1):
         # How many of the 2 ** n choices of signs have each sum of positive ranks.
         ways = np.convolve(ways, [1.0, *[0.0] * (rank - 1), 1.0])
     place = int(np.searchsorted(np.cumsum(ways) / 2.0**n, CHANCE, side="right")) - 1
-    return found[place], found[-1 - place]
+    return ratios[place], ratios[-1 - place]
 
 
 def _means(ratios: Sequence[float]) -> list[float]:

@@ -36,7 +36,7 @@ class Segment:
 class Pass:
     """What every packed linear must know of the forward pass under way."""
 
-    width: int = 0
+    slots_per_pass: int = 0
     """Slots whose rows are in the batch: K."""
     segments: Sequence[Segment] = ()
     """None: the base alone."""
@@ -66,7 +66,7 @@ class PackedLinear(nn.Module):
         if not now.segments:
             alone: Tensor = self.base(x)
             return alone
-        if x.dim() != 3 or x.shape[0] % now.width:
+        if x.dim() != 3 or x.shape[0] % now.slots_per_pass:
             raise RuntimeError(
                 f"{self.name} is fed {tuple(x.shape)}, not (rows, positions, features): its rows cannot be told apart "
                 "by slot, so it cannot be packed. Leave it out of method.target_modules."
@@ -84,7 +84,7 @@ class PackedLinear(nn.Module):
             return None
         keys = now.keys[self.name][segment.places]
         rows, positions, d_in = shape
-        by_slot = (len(keys), rows // now.width, positions, d_in)
+        by_slot = (len(keys), rows // now.slots_per_pass, positions, d_in)
         kept = keep_mask(keys, segment.dropout, by_slot, first_position)
         return (kept / (1 - segment.dropout).view(-1, 1, 1, 1)).flatten(1, 2)
 
@@ -103,7 +103,7 @@ class _Adapted(torch.autograd.Function):
         now, name = linear.now, linear.name
         wide = frozen.widened(linear.base, x)
         y = frozen.product(linear.base, wide).contiguous()
-        rows, out = _by_slot(wide, now.width), _by_slot(y, now.width)
+        rows, out = _by_slot(wide, now.slots_per_pass), _by_slot(y, now.slots_per_pass)
         lows = []
         for segment in now.segments:
             kept = linear.keep(segment, x.shape, now.first_position)
@@ -112,7 +112,12 @@ class _Adapted(torch.autograd.Function):
             _add_product(out[segment.places], low, segment.B[name])
             lows.append(low)
         ctx.save_for_backward(x, *lows)
-        ctx.linear, ctx.width, ctx.segments, ctx.first = linear, now.width, now.segments, now.first_position
+        ctx.linear, ctx.slots_per_pass, ctx.segments, ctx.first = (
+            linear,
+            now.slots_per_pass,
+            now.segments,
+            now.first_position,
+        )
         return y
 
     @staticmethod
@@ -120,10 +125,10 @@ class _Adapted(torch.autograd.Function):
         (gradient,) = gradients
         x, *lows = ctx.saved_tensors
         linear: PackedLinear = ctx.linear
-        width, name = ctx.width, linear.name
+        slots_per_pass, name = ctx.slots_per_pass, linear.name
         wide = frozen.widened(linear.base, gradient)
         below = frozen.input_gradient(linear.base, wide).contiguous() if ctx.needs_input_grad[0] else None
-        rows, above = _by_slot(x, width), _by_slot(wide, width)
+        rows, above = _by_slot(x, slots_per_pass), _by_slot(wide, slots_per_pass)
         for segment, low in zip(ctx.segments, lows, strict=True):
             upper = _in(segment.dtype, above[segment.places])
             segment.grad_B[name].baddbmm_(low.transpose(1, 2), upper)
@@ -133,7 +138,7 @@ class _Adapted(torch.autograd.Function):
             segment.grad_A[name].baddbmm_(low_gradient.transpose(1, 2), part)
             if below is None:
                 continue
-            into = _by_slot(below, width)[segment.places]
+            into = _by_slot(below, slots_per_pass)[segment.places]
             if kept is None:
                 _add_product(into, low_gradient, segment.A[name])
             else:
@@ -142,9 +147,9 @@ class _Adapted(torch.autograd.Function):
         return below, None, None
 
 
-def _by_slot(rows: Tensor, width: int) -> Tensor:
+def _by_slot(rows: Tensor, slots_per_pass: int) -> Tensor:
     """(K x b, T, d) -> (K, b T, d): a view of what is contiguous, so that it can be added to."""
-    return rows.reshape(width, -1, rows.shape[-1])
+    return rows.reshape(slots_per_pass, -1, rows.shape[-1])
 
 
 def _in(dtype: torch.dtype, each: Tensor) -> Tensor:

@@ -32,11 +32,11 @@ class OutputLayer:
         """Whether logits can be had of some positions alone."""
         return self._head is not None and not isinstance(self._head, PackedLinear)
 
-    def losses(self, input_ids: Tensor, position_ids: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
+    def losses(self, input_ids: Tensor, position_ids: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
         """(rows, T - 1) nats of predicting token t + 1 from tokens up to t; no gradient.
 
         `position_ids`: where rows hold several examples, each counted from 0: none sees another (`separates`).
-        `counted`: (n,) int64, places in the flattened (rows, T) whose next token counts; the losses of the others are
+        `loss_mask`: (n,) int64, places in the flattened (rows, T) whose next token counts; the losses of the others are
         0. Only where the layer `selects`.
         """
         with torch.no_grad():
@@ -44,17 +44,17 @@ class OutputLayer:
                 return _nll(self._run(self._model, input_ids, position_ids).logits[:, :-1], input_ids[:, 1:])
             hidden = self._run(self._body, input_ids, position_ids).last_hidden_state.flatten(0, 1)
             found = torch.zeros(input_ids.shape, dtype=_loss_dtype(hidden), device=hidden.device)
-            for at, first in self._pieces(input_ids, counted):
+            for at, first in self._pieces(input_ids, loss_mask):
                 found.view(-1)[at] = _nll(self._logits(hidden[at], first), input_ids.flatten()[at + 1])
         return found[:, :-1]
 
     def backward(
-        self, input_ids: Tensor, weights: Tensor, position_ids: Tensor | None = None, counted: Tensor | None = None
+        self, input_ids: Tensor, weights: Tensor, position_ids: Tensor | None = None, loss_mask: Tensor | None = None
     ) -> Tensor:
         """Adds the gradient of sum(weights x losses); returns the losses (rows, T - 1).
 
         `weights` (rows, T - 1): 0 where a token does not count, else 1 / (counted tokens of its slot's step).
-        `counted`: as of `losses`; all with a weight must be among them.
+        `loss_mask`: as of `losses`; all with a weight must be among them.
         """
         if self._head is None:
             losses = _nll(self._run(self._model, input_ids, position_ids).logits[:, :-1], input_ids[:, 1:])
@@ -64,7 +64,7 @@ class OutputLayer:
         states, gradient = hidden.detach().flatten(0, 1), torch.zeros_like(hidden)
         found = torch.zeros(input_ids.shape, dtype=_loss_dtype(hidden), device=hidden.device)
         by_place = functional.pad(weights, (0, 1)).flatten()
-        for at, first in self._pieces(input_ids, counted):
+        for at, first in self._pieces(input_ids, loss_mask):
             piece = states[at].requires_grad_()
             losses = _nll(self._logits(piece, first), input_ids.flatten()[at + 1])
             (losses * by_place[at]).sum().backward()
@@ -74,15 +74,15 @@ class OutputLayer:
             hidden.backward(gradient)
         return found[:, :-1]
 
-    def _pieces(self, input_ids: Tensor, counted: Tensor | None) -> Iterator[tuple[Tensor, int]]:
+    def _pieces(self, input_ids: Tensor, loss_mask: Tensor | None) -> Iterator[tuple[Tensor, int]]:
         """(places in the flattened (rows, T) whose logits are held at once, the position of the first).
 
         All places: (rows, n), the same positions of every row. No slot's logits are sliced out: autograd would fill a
         whole gradient for each.
         """
         most = max(1, CHUNK_LOGITS // int(self._model.config.get_text_config().vocab_size))
-        if counted is not None:
-            for each in counted.split(most):
+        if loss_mask is not None:
+            for each in loss_mask.split(most):
                 yield each[None], 0
             return
         rows, T = input_ids.shape

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_sweep import health
 from lora_sweep.adapters import reader as adapters
-from lora_sweep.adapters.peft_template import Blueprint, peft_config
+from lora_sweep.adapters.peft_template import PeftTemplate, peft_config
 from lora_sweep.base import quant
 from lora_sweep.base.load import LoadedBase, input_faults
 from lora_sweep.data import Data
@@ -34,11 +34,11 @@ from lora_sweep.pack.linear import PackedLinear, Pass
 from lora_sweep.pack.loss import OutputLayer
 from lora_sweep.pack.passes import Passes
 from lora_sweep.pack.slot import CHECKPOINT, Slot
-from lora_sweep.pack.trial import Exhausted, Settings, Trial
+from lora_sweep.pack.trial import PackOutOfMemory, Settings, Trial
 from lora_sweep.records import Base, Cell, Evaluation
-from lora_sweep.system.exhaustion import is_exhausted
+from lora_sweep.system.out_of_memory import is_out_of_memory
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 BYTES_A_PARAMETER = 16
 """fp32 value, gradient and AdamW's two moments."""
@@ -63,12 +63,12 @@ class Pack:
         data: Data,
         settings: Settings,
         bank_rank: int,
-        too_wide: int | None = None,
+        too_many: int | None = None,
         fits: int = 0,
     ) -> None:
         """`bank_rank`: the largest rank that can be admitted, with fixed shapes the rank of all banks.
 
-        `too_wide`, `fits`: so many slots a pass are known not to fit into memory, and to fit.
+        `too_many`, `fits`: so many slots a pass are known not to fit into memory, and to fit.
         """
         if faults := input_faults(base.name_or_path, base.model.config, data.length, data.largest_id):
             raise ConfigError(faults)
@@ -76,11 +76,11 @@ class Pack:
         self.bank_rank = bank_rank
         self._model = base.model
         self._device = base.model.device
-        self._blueprint = Blueprint(base.skeleton(), base.name_or_path, base.revision)
+        self._template = PeftTemplate(base.skeleton(), base.name_or_path, base.revision)
         targets = settings.target_modules
-        shapes = self._blueprint.shapes(targets if isinstance(targets, str) else list(targets))
+        shapes = self._template.shapes(targets if isinstance(targets, str) else list(targets))
         dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-        self.capacity = self._room(shapes, too_wide, fits)
+        self.capacity = self._capacity_of(shapes, too_many, fits)
         fixed = (bank_rank, self.capacity.slots) if settings.fixed_shapes else None
         self._banks = Banks(shapes, dtype, self._device, fixed)
         now = Pass(anchor=torch.zeros((), device=self._device, requires_grad=True))
@@ -132,14 +132,14 @@ class Pack:
 
     def prepare(self, trials: Sequence[Trial]) -> None:
         """Draws the initial A's of the trials that will come next, in a thread of its own while the slots train."""
-        self._blueprint.prepare([(self._peft_config(trial), trial.train.seed) for trial in trials])
+        self._template.prepare([(self._peft_config(trial), trial.train.seed) for trial in trials])
 
     def admit(self, trial: Trial) -> int:
         """Puts the trial into a free slot at step 0; returns the slot."""
         if not self.fits(trial):
             raise ValueError(f"cell {trial.cell.number} does not fit this pack: {Settings.of(trial)}, {self.settings}")
         index = self._slots.index(None)
-        initial_A = self._blueprint.initial(self._peft_config(trial), trial.train.seed)
+        initial_A = self._template.initial(self._peft_config(trial), trial.train.seed)
         self._slots[index] = Slot(index, trial, self._banks, initial_A)
         self._passes.changed()
         return index
@@ -184,7 +184,7 @@ class Pack:
         config = self._peft_config(at.trial)
 
         def write(folder: Path) -> tuple[str, ...]:
-            self._blueprint.write(folder, config, weights)
+            self._template.write(folder, config, weights)
             return adapters.lost(folder, weights)
 
         return write
@@ -195,7 +195,7 @@ class Pack:
             _replace(self._model, name, linear.base)
         for layer in self._layers:
             layer.__dict__.pop("forward", None)
-        self._blueprint.close()
+        self._template.close()
 
     # -- the way forward --------------------------------------------------------------------------------------------
 
@@ -203,7 +203,7 @@ class Pack:
         """Trains all slots until at least one reaches its next evaluation, and evaluates those.
 
         `stop` is asked before each step; when it says so the list is empty, and the steps since the last evaluation are
-        the price. Raises Exhausted when a trial does not fit into memory by itself.
+        the price. Raises PackOutOfMemory when a trial does not fit into memory by itself.
         """
         while not any(slot.is_due for slot in self._live()):
             if stop() or not self._live():
@@ -213,7 +213,7 @@ class Pack:
 
     def measure(self) -> Capacity:
         """Trains for as many steps as it takes to know how many slots pay, and what a step costs."""
-        while not self.capacity.is_settled:
+        while not self.capacity.is_chosen:
             self._train_step()
         for _ in range(0 if self.capacity.measured else TIMED_STEPS):
             self._train_step(measures=True)
@@ -231,7 +231,7 @@ class Pack:
         for place, rows in enumerate([chosen[-1], *chosen]):
             if place == 1:
                 began = time.monotonic()
-            for slots in _split(live, self.capacity.known_width(len(live))):
+            for slots in _split(live, self.capacity.known_slots_per_pass(len(live))):
                 self._within_memory(partial(self._passes.batch_evaluated, rows), slots)
             self._wait()
         return (time.monotonic() - began) / (len(live) * sum(map(len, chosen)))
@@ -246,15 +246,17 @@ class Pack:
         began = time.monotonic()
         live = self._passes.order(self._live())
         capacity = self.capacity
-        if math.isinf(capacity.free_bytes) and not capacity.is_settled:
+        if math.isinf(capacity.free_bytes) and not capacity.is_chosen:
             capacity.free_bytes = memory.free_bytes(self._device)
-        width = capacity.next_width(len(live))
-        measures = measures or not capacity.is_settled
+        slots_per_pass = capacity.next_slots_per_pass(len(live))
+        measures = measures or not capacity.is_chosen
         peak = memory.Peak(self._device) if measures else None
-        steps = [each for slots in _split(live, width) for each in self._within_memory(self._passes.train, slots)]
+        steps = [
+            each for slots in _split(live, slots_per_pass) for each in self._within_memory(self._passes.train, slots)
+        ]
         peak_bytes = None if peak is None else peak.bytes
-        looked_at = [slot for slot in live if slot is not None and slot.is_looked_at_next]
-        before = health.snapshot([each for slot in looked_at for each in slot.factors()])
+        checked = [slot for slot in live if slot is not None and slot.is_checked_next]
+        before = health.sample_weights([each for slot in checked for each in slot.factors()])
         tokens = 0
         for slots, means, counts in steps:
             capacity.fitted(len(slots))
@@ -262,19 +264,19 @@ class Pack:
                 if slot is not None:
                     slot.update(mean, count)
                     tokens += count
-        self._look(looked_at, before)
+        self._check_health(checked, before)
         if measures:
             self._wait()
-            capacity.took(width, len(live), time.monotonic() - began, peak_bytes)
+            capacity.took(slots_per_pass, len(live), time.monotonic() - began, peak_bytes)
         self._trained_tokens += tokens
         self._training_since = self._training_since or began
 
-    def _look(self, slots: Sequence[Slot], before: health.Snapshot) -> None:
+    def _check_health(self, slots: Sequence[Slot], before: health.WeightSamples) -> None:
         """Health looks at these slots at once, on the device."""
         if slots:
-            rows = health.look([module for slot in slots for module in slot.adapted_modules()], before)
+            rows = health.measure([module for slot in slots for module in slot.adapted_modules()], before)
             for slot, each in zip(slots, rows.chunk(len(slots)), strict=True):
-                slot.chart.take(slot.step, each)
+                slot.history.take(slot.step, each)
 
     def _evaluate(self) -> list[Evaluation]:
         # With fixed shapes those that are not due are evaluated too: a slot's place in a pass is its row in the bank.
@@ -283,7 +285,7 @@ class Pack:
         # The host is ahead of the device: only here it waits.
         self._wait()
         spent = time.monotonic() - (self._training_since or math.nan)
-        parts = _split(due, self.capacity.known_width(len(due)))
+        parts = _split(due, self.capacity.known_slots_per_pass(len(due)))
         # All losses before the first report, which takes a slot's steps: where one trial does not fit into memory, the
         # others stay due.
         measured = [each for part in parts for each in self._within_memory(self._passes.evaluated, part)]
@@ -299,17 +301,17 @@ class Pack:
         return [report for _, report in sorted(reports.items())]
 
     def _within_memory(
-        self, work: Callable[[Sequence[Slot | None]], Found], slots: Sequence[Slot | None]
-    ) -> list[Found]:
-        """`work` on all slots at once, or on halves where that exhausts the memory. Raises Exhausted."""
+        self, work: Callable[[Sequence[Slot | None]], Result], slots: Sequence[Slot | None]
+    ) -> list[Result]:
+        """`work` on all slots at once, or on halves where that exhausts the memory. Raises PackOutOfMemory."""
         try:
             return [work(slots)]
         except (RuntimeError, MemoryError) as error:
-            if not is_exhausted(error):
+            if not is_out_of_memory(error):
                 raise
             if len(slots) == 1 or self.settings.fixed_shapes:
-                found = next(slot for slot in slots if slot is not None)
-                raise Exhausted(found.index, len(slots)) from error
+                full = next(slot for slot in slots if slot is not None)
+                raise PackOutOfMemory(full.index, len(slots)) from error
         # Here the error, and all the tensors that its traceback holds, are gone.
         self.capacity.failed(len(slots))
         self._passes.leave()
@@ -319,7 +321,7 @@ class Pack:
         return [each for part in (slots[:half], slots[half:]) for each in self._within_memory(work, part)]
 
     def _report(self, slot: Slot, eval_loss: float, probe_loss: float, each: Any, speed: float) -> Evaluation:
-        steps, reading = slot.take_steps(), slot.chart.reading()
+        steps, snapshot = slot.take_steps(), slot.history.snapshot()
         factors = dict(zip(slot.A, slot.factors(), strict=True))
         finite = [step.step for step in steps if math.isfinite(step.train_loss)]
         all_finite = len(finite) == len(steps) and math.isfinite(eval_loss)
@@ -335,9 +337,9 @@ class Pack:
             eval_losses=each,
             grad_norm_A=float(grad_A),
             grad_norm_B_over_s=float(grad_B) / slot.trial.scaling,
-            measurements=health.measurements(reading, factors, slot.trial.scaling, self._base_norms),
-            reading=reading,
-            delta_rel=health.delta_rel(reading, slot.trial.scaling, self._base_norms),
+            measurements=health.measurements(snapshot, factors, slot.trial.scaling, self._base_norms),
+            snapshot=snapshot,
+            delta_rel=health.delta_rel(snapshot, slot.trial.scaling, self._base_norms),
             steps=steps,
             seconds=slot.seconds,
             tokens_per_second=speed,
@@ -360,14 +362,14 @@ class Pack:
             raise ValueError(f"slot {index} is empty")
         return slot
 
-    def _room(self, shapes: Any, too_wide: int | None, fits: int) -> Capacity:
+    def _capacity_of(self, shapes: Any, too_many: int | None, fits: int) -> Capacity:
         slots = self.settings.slots
         if slots is not None:
-            return Capacity(slots, is_settled=True, too_wide=too_wide, fits=fits)
+            return Capacity(slots, is_chosen=True, too_many=too_many, fits=fits)
         each = BYTES_A_PARAMETER * self.bank_rank * sum(d_in + d_out for d_in, d_out in shapes.values())
         affordable = ADAPTERS_SHARE * memory.free_bytes(self._device) / each
         most = int(min(MOST_SLOTS[self._device.type], max(1.0, affordable)))
-        return Capacity(most, too_wide=too_wide, fits=fits)
+        return Capacity(most, too_many=too_many, fits=fits)
 
     def _peft_config(self, trial: Trial) -> Any:
         method = trial.method
@@ -381,9 +383,9 @@ class Pack:
         return linears
 
 
-def _split(slots: Sequence[Slot | None], width: int) -> list[Sequence[Slot | None]]:
-    """In parts of at most `width`, as equal as can be."""
-    parts = -(-len(slots) // width)
+def _split(slots: Sequence[Slot | None], slots_per_pass: int) -> list[Sequence[Slot | None]]:
+    """In parts of at most `slots_per_pass`, as equal as can be."""
+    parts = -(-len(slots) // slots_per_pass)
     ends = [len(slots) * part // parts for part in range(parts + 1)]
     return [slots[a:b] for a, b in pairwise(ends)]
 

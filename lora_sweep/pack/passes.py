@@ -73,7 +73,7 @@ class Passes:
         Returns (slots, their mean losses (K,) on the device, counted tokens of each).
         """
         K, b, micro_batches = len(slots), self.settings.batch_size, self.settings.gradient_accumulation_steps
-        ids, weights, positions, counted, tokens = self._batch(slots)
+        ids, weights, positions, loss_mask, tokens = self._batch(slots)
         T = ids.shape[-1]
         means = torch.zeros(K, dtype=self.dtype, device=self.device)
         self._enter(slots)
@@ -83,7 +83,7 @@ class Passes:
             self.now.keys = self._mask_keys(slots, micro_batch)
             share = weights[micro_batch].view(K * b, T - 1)
             where = None if positions is None else positions[micro_batch].view(K * b, T)
-            losses = self.output.backward(ids[micro_batch].view(K * b, T), share, where, counted[micro_batch])
+            losses = self.output.backward(ids[micro_batch].view(K * b, T), share, where, loss_mask[micro_batch])
             means += (losses.to(self.dtype) * share).view(K, -1).sum(dim=1)
         self.leave()
         return slots, means, tokens
@@ -108,24 +108,24 @@ class Passes:
             if slot is None:
                 continue
             batch = batches[slot.trial.train.seed, slot.step]
-            targets = batch.counted[:, 1:]
+            targets = batch.loss_mask[:, 1:]
             tokens[place] = int(targets.sum())
             ids[:, place] = batch.input_ids.view(micro_batches, b, T)
             weights[:, place] = targets.view(micro_batches, b, T - 1) / tokens[place]
             if positions is not None and batch.position_ids is not None:
                 positions[:, place] = batch.position_ids.view(micro_batches, b, T)
-        counted = [self._places(each.view(K * b, T - 1) != 0) for each in weights]
+        loss_mask = [self._places(each.view(K * b, T - 1) != 0) for each in weights]
         where = None if positions is None else self._there(positions)
-        return self._there(ids), self._there(weights), where, counted, tokens
+        return self._there(ids), self._there(weights), where, loss_mask, tokens
 
-    def _places(self, counted: Tensor) -> Tensor | None:
+    def _places(self, loss_mask: Tensor) -> Tensor | None:
         """(n,) places in the flattened (rows, T) before those of (rows, T - 1) that count, on the device.
 
         None for all, where the number must not depend on what the batch holds, or the output layer needs them.
         """
         if self.settings.fixed_shapes or not self.output.selects:
             return None
-        found = functional.pad(counted, (0, 1)).flatten().nonzero().flatten()
+        found = functional.pad(loss_mask, (0, 1)).flatten().nonzero().flatten()
         return self._there(found) if len(found) else None
 
     def _mask_keys(self, slots: Slots, micro_batch: int) -> dict[str, Tensor] | None:
@@ -190,9 +190,9 @@ class Passes:
         """Adds the losses of these rows to the sums (K, examples) of their examples."""
         K, batch = len(sums), part.batch(rows, None if self.settings.fixed_shapes else part.padded_length(rows))
         positions = None if batch.position_ids is None else self._there(batch.position_ids).repeat(K, 1)
-        counted = self._places(batch.counted[:, 1:].repeat(K, 1))
-        losses = self.output.losses(self._there(batch.input_ids).repeat(K, 1), positions, counted)
-        by_token = losses.view(K, len(rows), -1).double() * self._there(batch.counted[:, 1:].contiguous())
+        loss_mask = self._places(batch.loss_mask[:, 1:].repeat(K, 1))
+        losses = self.output.losses(self._there(batch.input_ids).repeat(K, 1), positions, loss_mask)
+        by_token = losses.view(K, len(rows), -1).double() * self._there(batch.loss_mask[:, 1:].contiguous())
         if batch.examples is None:
             sums[:, rows.to(self.device)] = by_token.sum(dim=2)
         else:
@@ -204,7 +204,7 @@ class Passes:
         key = tuple(-1 if slot is None else slot.index for slot in slots)
         if key not in self._segments:
             self._segments[key] = self._segmented(slots)
-        self.now.width, self.now.segments = len(slots), self._segments[key]
+        self.now.slots_per_pass, self.now.segments = len(slots), self._segments[key]
 
     def leave(self) -> None:
         """The base alone again."""

@@ -15,13 +15,13 @@ from transformers import get_scheduler
 
 from lora_sweep import health
 from lora_sweep.adapters.peft_template import save
-from lora_sweep.health import MOMENTS, AdaptedModule, Chart, Side, Stepped
+from lora_sweep.health import MOMENTS, AdaptedModule, HealthHistory, Side, Stepped
 from lora_sweep.pack import optimizers
 from lora_sweep.pack.bank import Bank, Banks, Which
 from lora_sweep.pack.trial import Trial
 from lora_sweep.records import Step
 from lora_sweep.system import files
-from lora_sweep.system.exhaustion import is_exhausted
+from lora_sweep.system.out_of_memory import is_out_of_memory
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -76,7 +76,7 @@ class Slot:
         )
         self.step = 0
         self.tokens = 0
-        self.chart = Chart(tuple(self.A), trial.train.max_steps, trial.health.look_every)
+        self.history = HealthHistory(tuple(self.A), trial.train.max_steps, trial.health.check_every)
         self._is_hopeless: bool | None = None
         self._rates = (0.0, 0.0)
         """lr of A and of B as last stepped."""
@@ -127,10 +127,10 @@ class Slot:
     @property
     def is_given_up(self) -> bool:
         """Under health.action=stop, once the window is over: it cannot learn any more. Waits for the device."""
-        if self.trial.health.action != "stop" or not self.chart.window_is_over:
+        if self.trial.health.action != "stop" or not self.history.window_is_over:
             return False
         if self._is_hopeless is None:
-            self._is_hopeless = health.cannot_learn(self.chart.reading(), self.trial.asked)
+            self._is_hopeless = health.cannot_learn(self.history.snapshot(), self.trial.trainer_settings)
         return self._is_hopeless
 
     @property
@@ -142,9 +142,9 @@ class Slot:
         return step % self.trial.train.eval_every == 0 or step == self.trial.train.max_steps
 
     @property
-    def is_looked_at_next(self) -> bool:
+    def is_checked_next(self) -> bool:
         """Whether health looks at the adapter after the next step."""
-        return self.chart.is_due(self.step + 1, self._is_evaluated_after(self.step + 1))
+        return self.history.is_due(self.step + 1, self._is_evaluated_after(self.step + 1))
 
     def update(self, loss: Tensor, tokens: int) -> None:
         """Steps on the gradients that lie in the bank; `loss` () is the step's mean loss."""
@@ -163,7 +163,7 @@ class Slot:
         self.step = next_step
         self.tokens += tokens
         self._rates = (lr_A, lr_B)
-        self.chart.stepped(lr_A, lr_B, self._shrink("B"))
+        self.history.stepped(lr_A, lr_B, self._shrink("B"))
         self.pending.append((self.step, loss, lr_A, lr_B))
 
     def _shrink(self, side: Which) -> float:
@@ -234,9 +234,9 @@ class Slot:
                 tensors[f"{key}/{name}"] = value
             else:
                 numbers[f"{key}/{name}"] = value
-        chart, looks = self.chart.state()
-        tensors["chart"] = looks
-        counters = {"step": self.step, "tokens": self.tokens, "chart": chart}
+        history, rows = self.history.state()
+        tensors["chart"] = rows
+        counters = {"step": self.step, "tokens": self.tokens, "chart": history}
         metadata = {
             "counters": json.dumps(counters | {"seconds": self.seconds}),
             "numbers": json.dumps(numbers),
@@ -287,10 +287,10 @@ class Slot:
         except files.Unsafe as error:
             raise DamagedCheckpoint(str(error)) from error
         except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            if is_exhausted(error):
+            if is_out_of_memory(error):
                 raise
-            told = " ".join(str(error).split())[:200]
-            raise DamagedCheckpoint(f"cannot be read ({type(error).__name__}: {told})") from error
+            reason = " ".join(str(error).split())[:200]
+            raise DamagedCheckpoint(f"cannot be read ({type(error).__name__}: {reason})") from error
 
     def _load(self, path: Path) -> None:
         with safe_open(str(path), framework="pt") as file:
@@ -299,14 +299,14 @@ class Slot:
                 raise files.Unsafe("is of a trial with other settings")
             keys: list[str] = file.keys()
             tensors = {key: file.get_tensor(key) for key in keys}
-        looks = tensors.pop("chart")
+        rows = tensors.pop("chart")
         for side, views in (("A", self.A), ("B", self.B)):
             for name, view in views.items():
                 view.copy_(tensors.pop(f"{side}/{name}"))
         self._load_state(tensors | json.loads(metadata["numbers"]))
         counters = json.loads(metadata["counters"])
         self.step, self.tokens = counters["step"], counters["tokens"]
-        self.chart.restore(counters["chart"], looks)
+        self.history.restore(counters["chart"], rows)
         self._seconds_before = counters["seconds"]
         self.schedule.last_epoch = self.step
         lambdas = zip(self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)

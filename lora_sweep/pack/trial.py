@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from lora_sweep.config import Config, HealthConfig, MethodConfig, OptimizerConfig, TrainConfig
-from lora_sweep.health import Asked
+from lora_sweep.health import TrainerSettings
 from lora_sweep.records import Cell
 
 
@@ -38,17 +38,17 @@ class Trial:
     def weight_decay_B(self) -> float:
         """As AdamW takes it: a step decays B by lr_B times this."""
         decay = self.optimizer.weight_decay_B
-        asked = self.optimizer.weight_decay if decay is None else decay
-        return asked / self.optimizer.ratio if self.optimizer.decay_rule == "scaled" else asked
+        trainer_settings = self.optimizer.weight_decay if decay is None else decay
+        return trainer_settings / self.optimizer.ratio if self.optimizer.decay_rule == "scaled" else trainer_settings
 
     @property
     def eps_B(self) -> float:
         return self.optimizer.eps * self.scaling if self.optimizer.eps_rule == "scaled" else self.optimizer.eps
 
     @property
-    def asked(self) -> Asked:
+    def trainer_settings(self) -> TrainerSettings:
         """What health must know of it; adapters and their gradients are never below fp32 here."""
-        return Asked(self.optimizer.ratio, coupled_decay=0.0 if self.decays_apart else self.weight_decay_B)
+        return TrainerSettings(self.optimizer.ratio, coupled_decay=0.0 if self.decays_apart else self.weight_decay_B)
 
     @property
     def decays_apart(self) -> bool:
@@ -61,7 +61,7 @@ class Trial:
         return self.scaling if self.optimizer.clip_rule == "scaled" else 1.0
 
 
-class Exhausted(Exception):
+class PackOutOfMemory(Exception):
     """A trial does not fit into the device's memory, or with fixed shapes a whole pass."""
 
     def __init__(self, slot: int, slots: int) -> None:

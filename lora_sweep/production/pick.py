@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_sweep.adapters import reader as adapters
-from lora_sweep.errors import ConfigError, Fault, NoSafeAnswer, StudyError
+from lora_sweep.errors import ConfigError, Fault, NoEligibleTrial, StudyError
 from lora_sweep.records import cell_name
 from lora_sweep.report import results
 from lora_sweep.report.results import Row
@@ -51,7 +51,7 @@ def pick(folder: Path, form: Form | None = None) -> Picked:
     """Exports the best healthy finished cell to production/: its configuration, adapter and evidence, written whole.
 
     The adapter is compared with the digests in the trial's result.json before and after it is copied. `form`: the
-    equivalent form that production.yaml takes; the adapter stays as it was trained. Raises NoSafeAnswer where no
+    equivalent form that production.yaml takes; the adapter stays as it was trained. Raises NoEligibleTrial where no
     finished cell is healthy, whole and better than the base, ConfigError where there is no such form, StudyError where
     production/ cannot be written.
     """
@@ -61,7 +61,7 @@ def pick(folder: Path, form: Form | None = None) -> Picked:
     table = results.rows(view)
     ranking = results.ranked(table)
     if not ranking:
-        raise NoSafeAnswer(f"{folder}: no cell is finished yet; `lora-sweep status` says how far the study is")
+        raise NoEligibleTrial(f"{folder}: no cell is finished yet; `lora-sweep status` says how far the study is")
     passed_over = []
     for row in ranking:
         if not results.is_intact(row) and set(row["faults"]) <= results.DAMAGES:
@@ -76,7 +76,7 @@ def pick(folder: Path, form: Form | None = None) -> Picked:
     why = f"flags: {', '.join(flags)}" if flags else "none is better than its base"
     remedy = "bring the files back from a copy" if passed_over else "widen the learning rates"
     damages = "".join(f"\n  cell {cell_name(row['number'])}: {row['damage']}" for row in passed_over)
-    raise NoSafeAnswer(f"{folder}: none of {len(ranking)} finished cells can be shipped ({why}); {remedy}{damages}")
+    raise NoEligibleTrial(f"{folder}: none of {len(ranking)} finished cells can be shipped ({why}); {remedy}{damages}")
 
 
 def form(study: Path, overrides: Sequence[str]) -> Form | None:

@@ -80,7 +80,7 @@ class StudyTable:
         """All rows as the study is now, by number."""
         statuses = self._view.statuses()
         self._duplicates = {}
-        for cell, runs in self._view.folded().values():
+        for cell, runs in self._view.duplicates().values():
             self._duplicates.setdefault(runs, []).append(cell)
         for status in statuses:
             if status.state in ENDED and status.cell.number not in self._damages:
@@ -282,7 +282,7 @@ def summary(view: StudyView, table: Sequence[Row], slots: int | None) -> dict[st
     return {
         "study": view.name,
         "cells": view.size,
-        "distinct_runs": view.size - len(view.folded()),
+        "distinct_runs": view.size - len(view.duplicates()),
         **{state: states.count(state) + (not_drawn if state == "WAITING" else 0) for state in get_args(State)},
         "best": best and {key: best[key] for key in ("number", "params", "eval_loss", "base_loss", "flags", "cause")},
         "eta_seconds": _eta_seconds(statuses, left, slots or max(1, states.count("RUNNING"))),

@@ -65,11 +65,11 @@ def show_ranking(console: Console, table: Sequence[Row], ranked: Sequence[Row]) 
     """
     runs = results.runs(ranked)
     shown = runs[:RANKED_SHOWN]
-    folded = results.same_run(table)
-    of = f" in {count(len(results.runs(table)), 'run')}" if folded else ""
+    duplicates = results.same_run(table)
+    of = f" in {count(len(results.runs(table)), 'run')}" if duplicates else ""
     title = f"best {len(shown)} of {count(len(table), 'cell')}{of}"
     for view in _views(table, shown):
-        drawn = _ranking(title, shown, folded, view)
+        drawn = _ranking(title, shown, duplicates, view)
         # Measured on a terminal without end: on this one the least is never more than its width.
         least = Measurement.get(console, console.options.update(width=ENDLESS_COLUMNS), drawn).minimum
         if least <= console.width:
@@ -80,7 +80,7 @@ def show_ranking(console: Console, table: Sequence[Row], ranked: Sequence[Row]) 
     say(console, title)
     for place, row in enumerate(shown, start=1):
         gap = "" if row["gap"] is None else f", gap {row['gap']:+.4f}"
-        same = f"same run {some(folded[row['number']])}" if row["number"] in folded else ""
+        same = f"same run {some(duplicates[row['number']])}" if row["number"] in duplicates else ""
         loss = f"cell {cell_name(row['number'])}  {row['eval_loss']:.4f}, {_of_base(row)} of base{gap}"
         say(console, "  ".join(filter(None, (f"{place}. {loss}", short(row["params"]), same, flags(row)))))
 
@@ -112,11 +112,11 @@ def _views(table: Sequence[Row], shown: Sequence[Row]) -> Iterator[_View]:
         yield _View(varied, [SHORT_NAMES.get(names[key], names[key]) for key in varied], constant, left)
 
 
-def _ranking(title: str, shown: Sequence[Row], folded: Mapping[int, Sequence[int]], view: _View) -> Table:
+def _ranking(title: str, shown: Sequence[Row], duplicates: Mapping[int, Sequence[int]], view: _View) -> Table:
     drawn = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold underline")
     for name in ("", "cell", *view.names, *view.columns):
         drawn.add_column(name, justify="right", no_wrap=True)
-    has_same = any(row["number"] in folded for row in shown)
+    has_same = any(row["number"] in duplicates for row in shown)
     has_flags = any(row["flags"] for row in shown)
     if has_same:
         drawn.add_column("same run", no_wrap=True)
@@ -127,7 +127,7 @@ def _ranking(title: str, shown: Sequence[Row], folded: Mapping[int, Sequence[int
     for place, row in enumerate(shown, start=1):
         params = [_short(row["params"].get(key, "")) for key in view.keys]
         losses = [f"{row['eval_loss']:.4f}", _of_base(row), "-" if row["gap"] is None else f"{row['gap']:+.4f}"]
-        beside: list[str | Text] = [some(folded.get(row["number"], ()))] if has_same else []
+        beside: list[str | Text] = [some(duplicates.get(row["number"], ()))] if has_same else []
         if has_flags:
             beside.append(Text(flags(row), style="red" if row["faults"] else "yellow"))
         drawn.add_row(str(place), cell_name(row["number"]), *params, *losses[: len(view.columns)], *beside)

@@ -32,7 +32,7 @@ class TrialsFile:
         self._size = 0
 
     def write(self, table: Sequence[Row]) -> None:
-        """Writes all lines anew, whole or not at all. Raises StudyError or OutOfRoom where they cannot be written."""
+        """Writes all lines anew, whole or not at all. Raises StudyError or StorageUnavailable."""
         lines = [_line(row) for row in table]
         write_whole(self._path, b"".join(lines).decode())
         self._places, self._size = {}, 0
@@ -43,7 +43,7 @@ class TrialsFile:
         """Writes the line of one cell in its place, or after the last line where it has none yet.
 
         False where there is not enough room for it, or the file is not the one that was written: `write` has to come.
-        Raises StudyError or OutOfRoom.
+        Raises StudyError or StorageUnavailable.
         """
         line = _line(row)
         place = self._places.get(row["number"])

@@ -16,14 +16,14 @@ from lora_sweep.base.load import LoadedBase
 from lora_sweep.config import Config, DataConfig, ModelConfig
 from lora_sweep.data import Data, provenance
 from lora_sweep.errors import UserError
-from lora_sweep.pack import Capacity, Exhausted, Pack, Settings, Trial, device_kind
+from lora_sweep.pack import Capacity, Pack, PackOutOfMemory, Settings, Trial, device_kind
 from lora_sweep.records import Base, Cell
 from lora_sweep.system import files
 from lora_sweep.system.disk import write_whole
 
 
 @dataclass
-class Workbench:
+class LoadedDevice:
     """A device with a base and data, loaded when first asked for."""
 
     device: torch.device
@@ -52,8 +52,8 @@ class Workbench:
         loaded = self.base(config.model)
         settings = Settings.of(Trial.of(Cell(0), config))
         kind = f"{config.model} {config.data} {settings} {device_kind(self.device)}"
-        known = Known(self.folder / "capacity.json", kind)
-        pack = Pack(loaded, self.data(config.data, loaded), settings, bank_rank, known.too_wide, known.fits)
+        known = CapacityCache(self.folder / "capacity.json", kind)
+        pack = Pack(loaded, self.data(config.data, loaded), settings, bank_rank, known.too_many, known.fits)
         try:
             try:
                 measured = pack.evaluate_base()
@@ -64,7 +64,7 @@ class Workbench:
                 ) from error
             yield pack, measured
             known.keep(pack.capacity)
-        except Exhausted as error:
+        except PackOutOfMemory as error:
             known.keep(pack.capacity)
             raise UserError(
                 f"train.slots: {error.slots} trials do not fit into the device's memory; lower train.batch_size or "
@@ -75,14 +75,14 @@ class Workbench:
 
 
 @dataclass
-class Known:
+class CapacityCache:
     """What an earlier pack of the same kind has found out about the device's memory."""
 
     file: Path
     kind: str
 
     @property
-    def too_wide(self) -> int | None:
+    def too_many(self) -> int | None:
         """The smallest number of slots a pass that ran out of memory."""
         found = self._all().get(self._key, {}).get("too_wide")
         return found if isinstance(found, int) and found > 0 else None
@@ -94,9 +94,9 @@ class Known:
         return found if isinstance(found, int) and found > 0 else 0
 
     def keep(self, capacity: Capacity) -> None:
-        if not capacity.measured and capacity.too_wide is None:
+        if not capacity.measured and capacity.too_many is None:
             return
-        found = {"too_wide": capacity.too_wide, "fits": capacity.fits}
+        found = {"too_wide": capacity.too_many, "fits": capacity.fits}
         measured = {"slots": capacity.slots, "reason": capacity.reason} | found
         write_whole(self.file, json.dumps(self._all() | {self._key: measured}, indent=2) + "\n")
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from lora_sweep import data as data_room
-from lora_sweep.adapters.peft_template import Blueprint
+from lora_sweep.adapters.peft_template import PeftTemplate
 from lora_sweep.base import load as model_room
 from lora_sweep.base.load import LoadedBase
 from lora_sweep.data import Data
 from lora_sweep.errors import UserError
-from lora_sweep.pack import Capacity, Exhausted, Pack, Settings, Trial
+from lora_sweep.pack import Capacity, Pack, PackOutOfMemory, Settings, Trial
 from lora_sweep.pack.pack import BYTES_A_PARAMETER
 from lora_sweep.records import Cell
 from lora_sweep.runner import worker
@@ -98,7 +98,7 @@ def _measured(sweep: Sweep, base: LoadedBase, data: Data, runs: int) -> tuple[Ca
                 break
             pack.admit(trial)
         return pack.measure(), pack.seconds_a_row()
-    except Exhausted as error:
+    except PackOutOfMemory as error:
         remedy = "lower train.batch_size or data.max_length, or set train.gradient_checkpointing=true"
         raise UserError(f"train.slots: {error.slots} trials do not fit into the device's memory ({remedy})") from error
     finally:
@@ -140,7 +140,7 @@ def _data(data: Data) -> dict[str, Any]:
         "eval_examples_held_out": report.evaluation.examples,
         "train_rows": len(data.train),
         "tokens": report.train.tokens,
-        "train_tokens": report.train.counted,
+        "train_tokens": report.train.loss_tokens,
         "lengths": {
             "median": int(np.median(lengths)),
             "p95": int(np.quantile(lengths, 0.95)),
@@ -156,7 +156,7 @@ def _data(data: Data) -> dict[str, Any]:
 
 def _parameters_a_rank(base: LoadedBase, target_modules: Any) -> int:
     """Adapter parameters per unit of rank: the sum of d_in + d_out over the targets."""
-    blueprint = Blueprint(base.skeleton(), base.name_or_path)
+    blueprint = PeftTemplate(base.skeleton(), base.name_or_path)
     return sum(d_in + d_out for d_in, d_out in blueprint.shapes(target_modules).values())
 
 

@@ -22,7 +22,7 @@ def repair(folder: Path) -> int:
     """Lets every adapter of the study (or of the single trial) in `folder` name the base that lies there now.
 
     Returns how many named one elsewhere: the study was moved or copied. Adapters on a hub model or a checkpoint of
-    the user's are left alone. Raises StudyError or OutOfRoom where one cannot be written.
+    the user's are left alone. Raises StudyError or StorageUnavailable where one cannot be written.
     """
     home, count = folder.resolve(), 0
     for adapter in _adapters(folder):

@@ -187,7 +187,7 @@ def amounts(sweep: Sweep) -> tuple[int, int, int]:
         statuses = view.statuses()
         done = sum(status.state in results.ENDED and status.reason != "memory" for status in statuses)
         if not is_grid:
-            done += len(view.folded())
+            done += len(view.duplicates())
     cells = len(sweep.cells()) if is_grid else config.sampler.n_trials or 0
     return cells, max(GridRuns.of(sweep).count, done) if is_grid else cells, done
 

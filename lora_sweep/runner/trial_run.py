@@ -28,7 +28,7 @@ from lora_sweep.tracking import Record, Tracker, is_whole, read_losses, read_row
 Ended = tuple[float | None, tuple[str, ...]]
 """(best evaluation loss or None, flags)."""
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 BEST = "best.json"
 """The seal of the adapter, of a trial that is not finished."""
@@ -68,7 +68,7 @@ class Run:
         self._record: Record | None = None
         self._lost_on_save: tuple[str, ...] = ()
         """Modules whose file does not hold what memory does. This and the record are the writer's alone."""
-        self._aside(lambda: self._open(tracker, resume_step))
+        self._in_background(lambda: self._open(tracker, resume_step))
 
     @property
     def _checkpoint(self) -> Path:
@@ -115,13 +115,13 @@ class Run:
         """Records the evaluation; the adapter of the best one will lie in adapter/.
 
         Waits for the row of the evaluation before: a disk that is slower than the training holds it up, else what is
-        to be written would fill the memory. Raises what an earlier write has raised: OutOfRoom, say.
+        to be written would fill the memory. Raises what an earlier write has raised: StorageUnavailable, say.
         """
         if self._logged is not None:
             self._logged.result()
         if self._broken is not None:
             raise self._broken
-        self._logged = self._aside(lambda: self._opened.log(evaluation))
+        self._logged = self._in_background(lambda: self._opened.log(evaluation))
         self.step, self._last = evaluation.step, evaluation
         self._train_losses += [each.train_loss for each in evaluation.steps if math.isfinite(each.train_loss)]
         if math.isfinite(evaluation.eval_loss):
@@ -131,7 +131,7 @@ class Run:
         if not evaluation.diverged and evaluation.eval_loss < self.best_loss:
             self.best_loss = evaluation.eval_loss
             write = self._pack.export(self.slot)
-            self._aside(lambda: self._export(write))
+            self._in_background(lambda: self._export(write))
 
     def keep(self) -> None:
         """What a kill after it is written costs nothing of."""
@@ -141,7 +141,7 @@ class Run:
             with disk_errors(self.folder):
                 write(self._checkpoint)
 
-        self._aside(keep)
+        self._in_background(keep)
 
     def peer(self) -> health.Peer:
         """The trial as the others of its study see it."""
@@ -155,8 +155,8 @@ class Run:
         if self._last is None or self._last.diverged:
             return None if self._last is None else "diverged"
         stops = self._config.health.action == "stop"
-        asked = Trial.of(self.cell, self._config).asked
-        return "trapped" if stops and health.cannot_learn(self._last.reading, asked) else None
+        trainer_settings = Trial.of(self.cell, self._config).trainer_settings
+        return "trapped" if stops and health.cannot_learn(self._last.snapshot, trainer_settings) else None
 
     def finish(self, state: Outcome, reason: Reason | None = None, peers: health.Peers | None = None) -> Future[Ended]:
         """Frees the slot; the result is written when the future is done.
@@ -164,7 +164,7 @@ class Run:
         `peers`: the trials of the study so far, this one among them, which its flags in W&B compare it with.
         """
         self._pack.evict(self.slot)
-        return self._aside(lambda: self._finish(state, reason, peers))
+        return self._in_background(lambda: self._finish(state, reason, peers))
 
     def abandon(self) -> None:
         """Interrupted: waits until all is written that can be, and closes files and W&B run without a result."""
@@ -175,8 +175,8 @@ class Run:
 
         self._writer.submit(close).result()
 
-    def _aside(self, work: Callable[[], Made]) -> Future[Made]:
-        def in_turn() -> Made:
+    def _in_background(self, work: Callable[[], Result]) -> Future[Result]:
+        def in_turn() -> Result:
             if self._broken is not None:
                 raise self._broken
             try:
@@ -255,10 +255,10 @@ class Run:
         """What the trial shows by itself."""
         rules = self._config.health
         losses = self._train_losses
-        how = health.Course(self._base, losses, self._config.train.warmup_steps, self._lowest(last), last)
-        seen = health.seen(last, Trial.of(self.cell, self._config).asked, rules, self._lost_on_save)
-        own = health.own_findings(seen, how, rules, was_pruned)
-        return None if last.diverged else health.diagnose(how, seen, own, rules), own
+        history = health.LossHistory(self._base, losses, self._config.train.warmup_steps, self._lowest(last), last)
+        inputs = health.rule_input(last, Trial.of(self.cell, self._config).trainer_settings, rules, self._lost_on_save)
+        own = health.own_findings(inputs, history, rules, was_pruned)
+        return None if last.diverged else health.diagnose(history, inputs, own, rules), own
 
     def _lowest(self, last: Evaluation) -> Evaluation:
         """The evaluation with the lowest loss, of an earlier attempt too."""

@@ -48,7 +48,7 @@ def verify(study: Study, checks: Sequence[Check]) -> None:
 
     Raises StudyError with each pair of cells that differs by more than its grade allows.
     """
-    duplicates = study.folded()
+    duplicates = study.duplicates()
     cells = {status.cell.number: status.cell for status in study.statuses()}
     broken = []
     for check in checks:

@@ -15,17 +15,17 @@ import torch
 from lora_sweep import health
 from lora_sweep.config import Config, LauncherConfig, StudyConfig
 from lora_sweep.errors import Fault, StudyError
-from lora_sweep.pack import Exhausted, Pack, Trial
+from lora_sweep.pack import Pack, PackOutOfMemory, Trial
 from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.report.trial_result import peer, read_ended
-from lora_sweep.runner.device import Workbench
+from lora_sweep.runner.device import LoadedDevice
 from lora_sweep.runner.trial_run import Ended, Run
 from lora_sweep.study.study import Lease, Study
 from lora_sweep.study.view import Outcome, Reason
 from lora_sweep.sweep.sweep import Sweep
 from lora_sweep.system import files
-from lora_sweep.system.exhaustion import is_exhausted
 from lora_sweep.system.files import Unsafe
+from lora_sweep.system.out_of_memory import is_out_of_memory
 from lora_sweep.tracking import RESULT, Tracker, seal
 
 Stop = Callable[[], bool]
@@ -48,7 +48,7 @@ class Watcher(Protocol):
 def train(config: Config, folder: Path, tracker: Tracker, device: torch.device, watcher: Watcher, stop: Stop) -> bool:
     """One trial without a study, in `folder`; False when `stop` ended it early (the same call goes on)."""
     cell = Cell(0)
-    with Workbench(device, folder).pack(config, config.method.rank) as (pack, base), _steady(), _writer() as writer:
+    with LoadedDevice(device, folder).pack(config, config.method.rank) as (pack, base), _steady(), _writer() as writer:
         run = Run(pack, base, cell, config, folder, tracker, writer)
         _notice_lost(run, watcher)
         watcher.admitted(cell, run.slot, run.step)
@@ -76,23 +76,23 @@ def work(
 
     Trials that cannot share a pack (another base, data, length, batch shape) wait until the pack at work is empty.
     """
-    bench = Workbench(device, study.folder)
+    bench = LoadedDevice(device, study.folder)
     while not stop():
         lease = study.ask(lambda _: True)
-        _show_told(study, watcher)
+        _report_duplicates(study, watcher)
         if lease is None:
             return True
-        if _told_before(study, sweep, lease, watcher):
+        if _recorded_before(study, sweep, lease, watcher):
             continue
         config = sweep.config(lease.cell)
         with bench.pack(config, bank_rank) as (pack, base), _steady(), _writer() as writer:
-            shift = _Shift(study, sweep, pack, base, config, tracker, writer, watcher)
+            shift = PackSession(study, sweep, pack, base, config, tracker, writer, watcher)
             if not shift.run(lease, stop):
                 return False
     return False
 
 
-class _Shift:
+class PackSession:
     """The trials of one pack, from the first admitted to the last evicted."""
 
     def __init__(
@@ -111,7 +111,7 @@ class _Shift:
         self._runs: dict[Lease, Run] = {}
         self._ending: dict[Lease, _Ending] = {}
         """Without a slot any more, to be told as soon as their results are written."""
-        self._told = False
+        self._slots_reported = False
         self._peers = health.Peers(base.eval_loss)
         """The trials of the study on this base and data."""
         for folder in (study.trial_folder(status.cell.number) for status in study.statuses()):
@@ -119,14 +119,14 @@ class _Shift:
                 result = read_ended(folder)
                 if result is not None and result["base_loss"] == base.eval_loss:
                     self._peers.add(peer(folder, result))
-        self._looked_ahead = False
+        self._has_prepared_next = False
 
     def run(self, first: Lease, stop: Stop) -> bool:
         """Five verbs: lease, advance, record, report, tell. False when `stop` ended it early."""
         beat = _heartbeat(self._watcher, stop)
 
         def heartbeat() -> bool:
-            self._settle(self._pack.capacity.slots)
+            self._flush_results(self._pack.capacity.slots)
             return beat()
 
         try:
@@ -134,18 +134,18 @@ class _Shift:
             while self._fill():
                 try:
                     evaluations = self._pack.advance(heartbeat)
-                except Exhausted as error:
+                except PackOutOfMemory as error:
                     if self._config.train.fixed_shapes:
                         raise
                     self._give_up(error.slot)
                     continue
-                self._tell_choice()
+                self._report_slots()
                 if not evaluations:
-                    self._settle(0)
+                    self._flush_results(0)
                     self._give_back()
                     return False
                 self._conclude({evaluation.cell: evaluation for evaluation in evaluations})
-            self._settle(0)
+            self._flush_results(0)
         except BaseException:
             # A bug or a full disk must not cost the other cells their turn.
             self._give_back()
@@ -157,10 +157,10 @@ class _Shift:
         (lease,) = [lease for lease, run in self._runs.items() if run.slot == slot]
         self._end(lease, "FAIL", "memory")
 
-    def _tell_choice(self) -> None:
+    def _report_slots(self) -> None:
         capacity = self._pack.capacity
-        if capacity.is_settled and capacity.measured and not self._told:
-            self._told = True
+        if capacity.is_chosen and capacity.measured and not self._slots_reported:
+            self._slots_reported = True
             self._watcher.chosen(capacity.reason)
 
     def _suits(self, cell: Cell) -> bool:
@@ -172,14 +172,14 @@ class _Shift:
         """Leases trials until the pack is full; whether there is any in it."""
         if self._study.draws and self._pack.has_room:
             # What is drawn next builds on what has ended.
-            self._settle(0)
+            self._flush_results(0)
         while self._pack.has_room and (lease := self._study.ask(self._suits)) is not None:
-            if not _told_before(self._study, self._sweep, lease, self._watcher):
+            if not _recorded_before(self._study, self._sweep, lease, self._watcher):
                 self._admit(lease)
-        _show_told(self._study, self._watcher)
-        if not self._looked_ahead:
+        _report_duplicates(self._study, self._watcher)
+        if not self._has_prepared_next:
             # The trials that will come next get ready while these train.
-            self._looked_ahead = True
+            self._has_prepared_next = True
             soon = self._study.next(self._suits, self._pack.capacity.slots)
             self._pack.prepare([Trial.of(cell, self._sweep.config(cell)) for cell in soon])
         return bool(self._runs)
@@ -190,7 +190,7 @@ class _Shift:
         try:
             run = Run(self._pack, self._base, lease.cell, config, folder, self._tracker, self._writer)
         except BaseException as error:
-            if is_exhausted(error):
+            if is_out_of_memory(error):
                 self._refuse(lease)
                 return
             self._study.release(lease)
@@ -198,7 +198,7 @@ class _Shift:
         self._runs[lease] = run
         _notice_lost(run, self._watcher)
         self._peers.add(run.peer())
-        self._looked_ahead = False
+        self._has_prepared_next = False
         for step, loss in run.before.items():
             # A rung passed by an earlier attempt counts for the others; its verdict was to go on.
             self._study.report_rung({lease: loss}, step)
@@ -241,9 +241,9 @@ class _Shift:
         self._ending[lease] = _Ending(run, state, reason, run.finish(state, reason, self._peers))
         if state == "FAIL":
             # Its values at the rungs count against the others until it is told.
-            self._settle(0)
+            self._flush_results(0)
 
-    def _settle(self, most: int) -> None:
+    def _flush_results(self, most: int) -> None:
         """Tells those that have ended, in this order, whose results are written; waits until at most so many are left.
 
         Each that is left holds its adapter in memory, and would be trained again after a kill.
@@ -262,7 +262,7 @@ class _Shift:
     def _give_back(self) -> None:
         """All that is not told yet; what can still be told is."""
         with suppress(Exception):  # it is on its way up already, or is the reason why we are here
-            self._settle(0)
+            self._flush_results(0)
         unfinished = {lease: ending.run for lease, ending in self._ending.items()} | self._runs
         self._ending.clear()
         self._runs.clear()
@@ -319,13 +319,13 @@ def check(launcher: LauncherConfig) -> list[Fault]:
     return []
 
 
-def _show_told(study: Study, watcher: Watcher) -> None:
+def _report_duplicates(study: Study, watcher: Watcher) -> None:
     """Cells that were told the end of an equal one are not run, but they are done."""
-    for cell, state, value in study.told():
+    for cell, state, value in study.ended_duplicates():
         watcher.ended(cell, state, value, ())
 
 
-def _told_before(study: Study, sweep: Sweep, lease: Lease, watcher: Watcher) -> bool:
+def _recorded_before(study: Study, sweep: Sweep, lease: Lease, watcher: Watcher) -> bool:
     """Tells a cell whose result was written, but not told, when its worker was killed: finished work is not redone."""
     folder = study.trial_folder(lease.cell.number)
     try:
@@ -374,8 +374,8 @@ def _keep_best(study: Study, rules: StudyConfig) -> None:
 
 
 def _heartbeat(watcher: Watcher, stop: Stop) -> Stop:
-    def asked() -> bool:
+    def on_step() -> bool:
         watcher.stepped()
         return stop()
 
-    return asked
+    return on_step

@@ -13,7 +13,7 @@ from typing import Any
 
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-from lora_sweep.errors import OutOfRoom, StudyError
+from lora_sweep.errors import StorageUnavailable, StudyError
 from lora_sweep.system import files
 from lora_sweep.system.disk import disk_errors
 
@@ -62,7 +62,7 @@ class Journal(JournalFileBackend):
                 try:
                     self._mutex.release()
                 except RuntimeError as error:
-                    raise OutOfRoom(f"{self._path}: its lock vanished while it was written") from error
+                    raise StorageUnavailable(f"{self._path}: its lock vanished while it was written") from error
 
     def _append(self, lines: bytes) -> None:
         # Unbuffered, so that a failed write leaves nothing behind that close() would write later; "r+b", so that a

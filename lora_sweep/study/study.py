@@ -90,8 +90,8 @@ class Study(StudyView):
         """Numbers of folded cells of a grid."""
         self._keys: dict[int, Hashable] = {}
         """Number of a drawn cell -> `Search.same_run` of it."""
-        self._told: list[tuple[Cell, Outcome, float | None]] = []
-        """Not yet handed out by `told`."""
+        self._ended_duplicates: list[tuple[Cell, Outcome, float | None]] = []
+        """Not yet handed out by `ended_duplicates`."""
         self._lock: int | None = None
 
     @classmethod
@@ -115,9 +115,9 @@ class Study(StudyView):
         kept as `StudyView.launched`.
 
         Raises StudyError when another process holds the study, when what is on disk is another study (name, cells or
-        distributions), damaged or without its ledger, and when the folder can't be written or holds a link; OutOfRoom
-        when the disk is full or away; ValueError for arguments that make no sense. Nothing is written before the
-        arguments are checked.
+        distributions), damaged or without its ledger, and when the folder can't be written or holds a link;
+        StorageUnavailable when the disk is full or gone; ValueError for arguments that make no sense. Nothing is
+        written before the arguments are checked.
         """
         if (cells is None) == (search is None):
             raise ValueError("give either cells or search")
@@ -191,7 +191,7 @@ class Study(StudyView):
         (`Search.same_run`) waits until that has ended, and is told its end.
         """
         while True:
-            self._tell_same_runs()
+            self._end_duplicates()
             for attempt, trial in self._ready():
                 if fits(attempt.cell) and (lease := self._claim(attempt, trial._trial_id)):
                     return lease
@@ -231,7 +231,7 @@ class Study(StudyView):
                 found.append((attempt, trial))
         return found
 
-    def _tell_same_runs(self) -> None:
+    def _end_duplicates(self) -> None:
         """Each waiting cell that is the same run as one that was run to its end ends as that did, whatever the end.
 
         It is claimed, marked and told like any other, so a kill on the way leaves a lost attempt: the next one is told.
@@ -249,12 +249,12 @@ class Study(StudyView):
                 why = ran.user_attrs.get("reason", "error") if ran.state is TrialState.FAIL else None
                 state = cast(Outcome, ran.state.name)
                 self.tell(lease, state, ran.value, why)
-                self._told.append((attempt.cell, state, ran.value))
+                self._ended_duplicates.append((attempt.cell, state, ran.value))
 
-    def told(self) -> list[tuple[Cell, Outcome, float | None]]:
+    def ended_duplicates(self) -> list[tuple[Cell, Outcome, float | None]]:
         """(cell, state, value) of those that `ask` told the end of an equal cell, each handed out once."""
-        told, self._told = self._told, []
-        return told
+        ended, self._ended_duplicates = self._ended_duplicates, []
+        return ended
 
     def _key(self, cell: Cell) -> Hashable:
         """Equal for cells of which one is run for all; it never changes, so it is asked for once."""
@@ -312,7 +312,7 @@ class Study(StudyView):
             raise ValueError(f"FAIL needs a reason of {get_args(Reason)}, other states none, got {state} with {why!r}")
         trial = self._running(lease)
         if state == "PRUNED" and value is None:
-            finite = {step: told for step, told in trial.intermediate_values.items() if math.isfinite(told)}
+            finite = {step: loss for step, loss in trial.intermediate_values.items() if math.isfinite(loss)}
             value = finite[max(finite)] if finite else None
         values = None if value is None else [float(value)]
         with _fresh(lease):
@@ -416,7 +416,9 @@ class Study(StudyView):
         sampler = self._search.sampler if self._search else None
         return optuna.load_study(study_name=self.name, storage=self._storage, sampler=sampler)
 
-    def _fold(self, grid: Sequence[Cell], classes: Iterable[Collection[int]]) -> list[tuple[int, dict[str, Any], int]]:
+    def _duplicates_of(
+        self, grid: Sequence[Cell], classes: Iterable[Collection[int]]
+    ) -> list[tuple[int, dict[str, Any], int]]:
         """(number, parameters, number of the cell that runs) of each cell that is not to run."""
         order = {TrialState.COMPLETE: 0, TrialState.PRUNED: 0, TrialState.RUNNING: 1, TrialState.FAIL: 2}
         begun: dict[int, int] = {}
@@ -441,14 +443,14 @@ class Study(StudyView):
             if any(trial.distributions != dict(self._search.distributions) for _, trial in self._attempts()):
                 raise StudyError(f"{self.folder}: begun with another space; choose another study.name")
         else:
-            known = [attempt.cell for attempt, _ in self._attempts()] + [cell for cell, _ in self.folded().values()]
+            known = [attempt.cell for attempt, _ in self._attempts()] + [cell for cell, _ in self.duplicates().values()]
             for cell in known:
                 if asked.get(cell.number) != _as_json(cell.params):
                     raise StudyError(
                         f"{self.folder}: begun with other cells (cell {cell.number} was {dict(cell.params)}); choose "
                         f"another study.name"
                     )
-        folded = self._fold(grid or (), classes)
+        folded = self._duplicates_of(grid or (), classes)
         self._idle = frozenset(number for number, _, _ in folded)
         # Through JSON, as it is stored: a tuple comes back as a list.
         about = json.loads(json.dumps(about | {"size": size, "folded": folded}))

@@ -154,7 +154,7 @@ class StudyView:
         """Where the record of the cell of this number lies."""
         return self.folder / "trials" / cell_name(cell)
 
-    def folded(self) -> dict[int, tuple[Cell, int]]:
+    def duplicates(self) -> dict[int, tuple[Cell, int]]:
         """Cells that are not run: {number: (the cell, number of the cell that runs for it)}.
 
         Of a grid all that are to be folded; of drawn cells those that were told the end of another.
@@ -178,7 +178,7 @@ class StudyView:
     def statuses(self) -> tuple[CellStatus, ...]:
         """One per cell that has an attempt and is not folded, by number."""
         by_number: dict[int, tuple[Cell, list[FrozenTrial]]] = {}
-        folded = self.folded()
+        folded = self.duplicates()
         for attempt, trial in self._attempts():
             if attempt.cell.number in folded:
                 continue

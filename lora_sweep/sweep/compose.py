@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from lora_sweep.config import GROUPS, Config, cross_faults
+from lora_sweep.config import GROUPS, RENAMED, Config, cross_faults
 from lora_sweep.errors import ConfigError, Fault
 from lora_sweep.system import files
 from lora_sweep.system.bounds import BoundExceeded, bounded
@@ -301,8 +301,33 @@ def sections(config: DictConfig, is_bounded: bool = True) -> tuple[dict[str, Any
 
 
 def validated(group: str, plain: Any) -> Any:
-    """The dataclass of one group from its plain values. Raises pydantic's ValidationError."""
-    return _ADAPTERS[group].validate_python(plain)
+    """The dataclass of one group from its plain values, old keys among them. Raises pydantic's ValidationError."""
+    return _ADAPTERS[group].validate_python(_current(group, plain))
+
+
+def _current(group: str, plain: Any) -> Any:
+    """A group's values under the names that its keys have now; one under an old name was asked for and stands."""
+    names = RENAMED.get(group, {})
+    if not isinstance(plain, Mapping) or not names.keys() & plain.keys():
+        return plain
+    return {key: value for key, value in plain.items() if key not in names} | {
+        new: plain[old] for old, new in names.items() if old in plain
+    }
+
+
+def current(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as nested plain values, each key under the name that it has now."""
+    return {group: _current(group, values) for group, values in tree.items()}
+
+
+def old_keys(tree: Mapping[str, Any]) -> dict[str, str]:
+    """{a key of older versions that stands in the configuration: its name now}, both dotted."""
+    return {
+        f"{group}.{old}": f"{group}.{new}"
+        for group, names in RENAMED.items()
+        for old, new in names.items()
+        if isinstance(tree.get(group), Mapping) and old in tree[group]
+    }
 
 
 def _readable(group: str, error: ValidationError) -> list[Fault]:

@@ -20,7 +20,7 @@ HOW_NOT_WHAT = (
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What a relaunch would change in a study's meaning, a line each."""
-    old, new = (dict(composition.leaves(tree)) for tree in (before, now))
+    old, new = (dict(composition.leaves(composition.current(tree))) for tree in (before, now))
     lines = []
     for key in [*old, *(key for key in new if key not in old)]:
         means = not any(key == how or key.startswith(f"{how}.") for how in HOW_NOT_WHAT)

@@ -4,19 +4,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lora_sweep.errors import OutOfRoom, StudyError
+from lora_sweep.errors import StorageUnavailable, StudyError
 from lora_sweep.system import files
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """OSError and files.Unsafe become StudyError (rights, a link, something in the way) or OutOfRoom (full, away).
+    """OSError and files.Unsafe become StudyError (rights, a link, something in the way) or StorageUnavailable.
 
     `path`: the folder or file that is read or written, for the message.
     """
     try:
         yield
-    except OutOfRoom:
+    except StorageUnavailable:
         raise
     except files.Unsafe as error:
         raise StudyError(f"{path}: {error}; move it away") from error
@@ -24,7 +24,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         where = path if error.filename is None else error.filename
         raise StudyError(f"{where}: cannot be used for a study: {error.strerror}") from error
     except OSError as error:
-        raise OutOfRoom(
+        raise StorageUnavailable(
             f"{path}: cannot be written ({error.strerror or error}); make room, then launch again to resume"
         ) from error
 
@@ -41,6 +41,6 @@ def refuse_links(folder: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all. Raises StudyError or OutOfRoom where it cannot be written."""
+    """Writes a file whole or not at all. Raises StudyError or StorageUnavailable where it cannot be written."""
     with disk_errors(path.parent):
         files.write_whole(path, text.encode())

@@ -71,7 +71,7 @@ class Record:
         stays the same run: an offline one is written anew from the rows kept, since a file torn by a kill can't be
         uploaded; an online one gets the rows that its server lacks.
 
-        Raises OutOfRoom where the folder can't be written.
+        Raises StorageUnavailable where the folder can't be written.
         """
         with disk_errors(folder):
             rows = _cut(folder, -1 if resume_step is None else resume_step)
@@ -85,17 +85,17 @@ class Record:
     def log(self, evaluation: Evaluation) -> None:
         """Adds the evaluation and the steps before it; steps that are recorded already are not recorded again.
 
-        Raises OutOfRoom where they can't be written; what was recorded before stays safe.
+        Raises StorageUnavailable where they can't be written; what was recorded before stays safe.
         """
         histograms = {m.group: m.histogram.counts for m in evaluation.measurements}
-        self._table = dict(zip(evaluation.reading.modules, evaluation.delta_rel.tolist(), strict=True))
+        self._table = dict(zip(evaluation.snapshot.modules, evaluation.delta_rel.tolist(), strict=True))
         rows = [row for row in _rows(evaluation) if row["step"] > self._last]
         if not rows:
             return
         with disk_errors(self.folder):
             # The arrays first: a row with an evaluation promises its file.
-            last = {f"module/{metric}": values[-1] for metric, values in evaluation.reading.values.items()}
-            last |= {"module/name": np.array(evaluation.reading.modules), "module/delta_rel": evaluation.delta_rel}
+            last = {f"module/{metric}": values[-1] for metric, values in evaluation.snapshot.values.items()}
+            last |= {"module/name": np.array(evaluation.snapshot.modules), "module/delta_rel": evaluation.delta_rel}
             _write_evaluation(_npz(self.folder, evaluation.step), evaluation.eval_losses, histograms, last)
             self._metrics.write(b"".join(_json(row) + b"\n" for row in rows))
             files.flush(self._metrics)
@@ -116,7 +116,7 @@ class Record:
 
         result.json holds `cell`, `state`, `reason`, `flags`, `findings` (the trial's own), `wandb_id`, `files` (the
         seal of the others) and the keys of `result`. `verdict`, which compares with what the study knows today, goes
-        into the W&B run alone. `reason` is of a FAIL. Raises OutOfRoom where it can't be written.
+        into the W&B run alone. `reason` is of a FAIL. Raises StorageUnavailable where it can't be written.
         """
         whole = {"cell": self._cell, **result, "state": state, "reason": reason, **_told(findings)}
         whole["wandb_id"] = self.wandb_id

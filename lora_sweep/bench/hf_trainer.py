@@ -1,6 +1,6 @@
 """One trial as anybody would run it: a process of its own, transformers' Trainer and PEFT.
 
-    python -m lora_sweep.bench.stock FILE.json
+    python -m lora_sweep.bench.hf_trainer FILE.json
 
 FILE.json is a `Job`, the result goes to the file that it names. What it is spared: tokenising, composing a
 configuration, attention masks (padding is on the right), saving, logging, and a key-value cache.
@@ -24,14 +24,14 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from lora_sweep.bench import gauge
 
-UNCOUNTED = -100
+IGNORE_INDEX = -100
 PADDED_TO = 8
 """Batches are padded to their longest row in steps of this many tokens."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a stock trial is told; plain values only."""
+    """What an HF Trainer trial takes; plain values only."""
 
     base: str
     """What from_pretrained takes."""
@@ -66,7 +66,7 @@ class Rows(Dataset[dict[str, Tensor]]):
     """A set in an .npz: NAME_ids, NAME_counted and NAME_positions (all tokens,), NAME_offsets (rows + 1,)."""
 
     def __init__(self, arrays: Any, name: str) -> None:
-        self._ids, self._counted = arrays[f"{name}_ids"].astype(np.int64), arrays[f"{name}_counted"]
+        self._ids, self._loss_mask = arrays[f"{name}_ids"].astype(np.int64), arrays[f"{name}_counted"]
         self._positions = arrays.get(f"{name}_positions")
         self._offsets = arrays[f"{name}_offsets"]
 
@@ -76,7 +76,7 @@ class Rows(Dataset[dict[str, Tensor]]):
     def __getitem__(self, row: int) -> dict[str, Tensor]:
         begin, end = self._offsets[row], self._offsets[row + 1]
         ids = torch.from_numpy(self._ids[begin:end])
-        one = {"input_ids": ids, "labels": ids.masked_fill(~torch.from_numpy(self._counted[begin:end]), UNCOUNTED)}
+        one = {"input_ids": ids, "labels": ids.masked_fill(~torch.from_numpy(self._loss_mask[begin:end]), IGNORE_INDEX)}
         if self._positions is not None:
             one["position_ids"] = torch.from_numpy(self._positions[begin:end])
         return one
@@ -85,7 +85,7 @@ class Rows(Dataset[dict[str, Tensor]]):
 def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     longest = max(len(row["input_ids"]) for row in rows)
     T = -(-longest // PADDED_TO) * PADDED_TO
-    fill = {"input_ids": 0, "labels": UNCOUNTED, "position_ids": 0}
+    fill = {"input_ids": 0, "labels": IGNORE_INDEX, "position_ids": 0}
     return {
         key: torch.stack([functional.pad(row[key], (0, T - len(row[key])), value=fill[key]) for row in rows])
         for key in rows[0]
@@ -107,7 +107,7 @@ def main(file: Path) -> None:
     torch.set_num_threads(asked.threads)
     device = torch.device(asked.device)
     model = _base(asked, device)
-    resident = gauge.settle(device)
+    resident = gauge.reset_peak(device)
     torch.manual_seed(asked.train["seed"])
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **asked.adapter))
     arrays = np.load(asked.data)
@@ -162,7 +162,7 @@ def _base(asked: Job, device: torch.device) -> Any:
     if asked.is_quantised:
         from lora_sweep.base import quant
 
-        quant.settle(model, dtype)
+        quant.patch_linears(model, dtype)
     model.config.use_cache = False
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -208,9 +208,9 @@ def _arguments(asked: Job) -> TrainingArguments:
 def _sums(logits: Tensor, labels: Tensor) -> Tensor:
     """(rows, 2): summed loss and number of counted tokens of each row. Trainer's own mean is over batches."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    shifted = functional.pad(labels[:, 1:], (0, 1), value=UNCOUNTED)
-    nll = functional.cross_entropy(wide.transpose(1, 2), shifted, ignore_index=UNCOUNTED, reduction="none")
-    return torch.stack([nll.double().sum(dim=1), (shifted != UNCOUNTED).sum(dim=1).double()], dim=1)
+    shifted = functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    nll = functional.cross_entropy(wide.transpose(1, 2), shifted, ignore_index=IGNORE_INDEX, reduction="none")
+    return torch.stack([nll.double().sum(dim=1), (shifted != IGNORE_INDEX).sum(dim=1).double()], dim=1)
 
 
 def _token_mean(predicted: Any) -> dict[str, float]:

@@ -13,17 +13,17 @@ _NEAR_BYTES = 16 * 2**20
 """Room under the limit of address space below which the interpreter's own allocations fail: they ask for 1 MiB."""
 
 
-def is_exhausted(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device, the host's allocator or the system had no more memory to give, anywhere in its causes."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    return any(_is_exhausted(each) for each in chain)
+    return any(_is_out_of_memory(each) for each in chain)
 
 
-def _is_exhausted(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "ArrowMemoryError"):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:

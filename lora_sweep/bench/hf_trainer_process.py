@@ -1,4 +1,4 @@
-"""Starts stock trials, hands them what they train on, and times them from the outside."""
+"""Starts HF Trainer trials, hands them what they train on, and times them from the outside."""
 
 import json
 import os
@@ -15,15 +15,15 @@ import torch
 from lora_sweep.base import load as model_room
 from lora_sweep.base.load import LoadedBase
 from lora_sweep.bench import sequential
-from lora_sweep.bench.reduction import StockRun
-from lora_sweep.bench.stock import Job
+from lora_sweep.bench.hf_trainer import Job
+from lora_sweep.bench.reduction import TrainerRun
 from lora_sweep.config import Config
 from lora_sweep.data import Data, TokenSet, order
 from lora_sweep.pack import Trial
 
 
-class Stock:
-    """Stock trials of one base and data set; files lie in `folder`."""
+class TrainerProcess:
+    """TrainerProcess trials of one base and data set; files lie in `folder`."""
 
     def __init__(self, config: Config, base: LoadedBase, data: Data, folder: Path) -> None:
         self._config, self._data, self._folder = config, data, folder
@@ -35,18 +35,18 @@ class Stock:
             self._name = str(folder / "drawn")
             base.model.save_pretrained(self._name)
 
-    def run(self, trial: Trial) -> StockRun:
+    def run(self, trial: Trial) -> TrainerRun:
         """Raises RuntimeError with the end of what the process said when it fails."""
         file, result = self._folder / "job.json", self._folder / "result.json"
         file.write_text(json.dumps(asdict(self._job(trial, result))))
         began = time.time()
-        command = [sys.executable, "-m", "lora_sweep.bench.stock", str(file)]
+        command = [sys.executable, "-m", "lora_sweep.bench.hf_trainer", str(file)]
         done = subprocess.run(command, env=self._environment(), capture_output=True, text=True, check=False)
         ended = time.time()
         if done.returncode:
-            raise RuntimeError(f"the stock process of trial {trial.cell.number} failed:\n{done.stderr[-2000:]}")
+            raise RuntimeError(f"the HF Trainer process of trial {trial.cell.number} failed:\n{done.stderr[-2000:]}")
         told = json.loads(result.read_text())
-        return StockRun(
+        return TrainerRun(
             told["eval_loss"],
             told["first_step_at"] - began,
             told["ended_at"] - told["first_step_at"],
@@ -119,10 +119,10 @@ def chosen(data: Data, trial: Trial) -> torch.Tensor:
 
 
 def _rows(part: TokenSet, rows: torch.Tensor, name: str) -> dict[str, Any]:
-    """The rows without padding, as stock.Rows reads them."""
+    """The rows without padding, as trainer_runs.Rows reads them."""
     batch, lengths = part.batch(rows), sequential.by_row(part, part.lengths)[rows.numpy()]
     inside = torch.arange(part.length) < torch.from_numpy(lengths)[:, None]
-    arrays = {"ids": batch.input_ids, "counted": batch.counted}
+    arrays = {"ids": batch.input_ids, "counted": batch.loss_mask}
     if batch.position_ids is not None:
         arrays["positions"] = batch.position_ids
     flat = {f"{name}_{key}": array[inside].numpy() for key, array in arrays.items()}

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_sweep.health.look import METRICS
-from lora_sweep.records import Reading, Tally
+from lora_sweep.health.measure import METRICS
+from lora_sweep.records import HealthSnapshot, UpdateSums
 
-FIRST_LOOKS = (2, 10)
+FIRST_CHECKS = (2, 10)
 """Steps after which an adapter is looked at, beside the end of the window, every `every` steps and each evaluation. The
 second step is the first that moves A, which has no gradient while B is zero."""
 
@@ -27,16 +27,16 @@ def window(max_steps: int) -> int:
 
 
 @dataclass
-class Chart:
-    """The looks and the sums of one adapter. Waits for the device only in `reading` and `state`."""
+class HealthHistory:
+    """The looks and the sums of one adapter. Waits for the device only in `snapshot` and `state`."""
 
     modules: tuple[str, ...]
     max_steps: int
     every: int
-    _tally: Tally = field(default_factory=Tally)
+    _sums: UpdateSums = field(default_factory=UpdateSums)
     _idle: int = 0
     """Steps at which B's learning rate was 0: those at the start of a warm-up, say."""
-    _seen: list[tuple[int, Tally]] = field(default_factory=list)
+    _checks: list[tuple[int, UpdateSums]] = field(default_factory=list)
     """(step, sums up to it) of each look."""
     _unread: list[Tensor] = field(default_factory=list)
     """The latest looks (modules, METRICS), where they lie."""
@@ -47,22 +47,22 @@ class Chart:
 
     def is_due(self, step: int, at_evaluation: bool) -> bool:
         """Whether to look after this step, the next one."""
-        first = step in FIRST_LOOKS or step % self.every == 0
-        return at_evaluation or first or self._tally.stepped + 1 == self._window
+        first = step in FIRST_CHECKS or step % self.every == 0
+        return at_evaluation or first or self._sums.stepped + 1 == self._window
 
     def stepped(self, lr_A: float, lr_B: float, shrink_B: float) -> None:
         """Adds a step to the sums; `shrink_B` = 1 - lr_B x weight decay of B where decay is decoupled."""
-        self._tally = self._tally.after(lr_A, lr_B, shrink_B)
+        self._sums = self._sums.after(lr_A, lr_B, shrink_B)
         self._idle += lr_B == 0
 
     def take(self, step: int, rows: Tensor) -> None:
         """A look (modules, METRICS), after `stepped`. Kept where it lies until somebody reads."""
-        self._seen.append((step, self._tally))
+        self._checks.append((step, self._sums))
         self._unread.append(rows)
 
     @property
-    def tally(self) -> Tally:
-        return self._tally
+    def sums(self) -> UpdateSums:
+        return self._sums
 
     @property
     def _window(self) -> int:
@@ -71,23 +71,23 @@ class Chart:
 
     @property
     def window_is_over(self) -> bool:
-        return self._tally.stepped >= self._window
+        return self._sums.stepped >= self._window
 
     @property
     def ends_window(self) -> bool:
         """Whether the last step was the window's last."""
-        return self._tally.stepped == self._window
+        return self._sums.stepped == self._window
 
-    def reading(self) -> Reading:
+    def snapshot(self) -> HealthSnapshot:
         """All of it in plain numbers."""
-        found = self._on_host()
-        return Reading(
+        values = self._on_host()
+        return HealthSnapshot(
             modules=self.modules,
             window=self._window,
-            steps=tuple(step for step, _ in self._seen),
-            tallies=tuple(tally for _, tally in self._seen),
-            values={name: found[:, :, column] for column, name in enumerate(METRICS)},
-            tally=self._tally,
+            steps=tuple(step for step, _ in self._checks),
+            sums_by_check=tuple(sums for _, sums in self._checks),
+            values={name: values[:, :, column] for column, name in enumerate(METRICS)},
+            sums=self._sums,
         )
 
     def _on_host(self) -> NDArray[np.float64]:
@@ -102,15 +102,15 @@ class Chart:
     def state(self) -> tuple[dict[str, Any], Tensor]:
         """(plain values, (looks, modules, METRICS)) that `restore` takes."""
         plain = {
-            "tally": self._tally.plain(),
+            "tally": self._sums.plain(),
             "idle": self._idle,
-            "seen": [[step, tally.plain()] for step, tally in self._seen],
+            "seen": [[step, sums.plain()] for step, sums in self._checks],
         }
         return plain, torch.from_numpy(self._on_host()).clone()
 
     def restore(self, plain: Mapping[str, Any], rows: Tensor) -> None:
-        self._tally = Tally(*plain["tally"])
+        self._sums = UpdateSums(*plain["tally"])
         # Checkpoints of older versions know none.
         self._idle = plain.get("idle", 0)
-        self._seen = [(step, Tally(*tally)) for step, tally in plain["seen"]]
+        self._checks = [(step, UpdateSums(*sums)) for step, sums in plain["seen"]]
         self._read, self._unread = rows.numpy(), []

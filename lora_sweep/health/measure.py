@@ -74,16 +74,16 @@ class AdaptedModule:
     B: Side
 
 
-Snapshot = Sequence[tuple[Tensor, Tensor]]
+WeightSamples = Sequence[tuple[Tensor, Tensor]]
 """Samples of A and B of each module before a step."""
 
 
-def snapshot(values: Sequence[tuple[Tensor, Tensor]]) -> Snapshot:
-    """What `look` must know of (A, B) of each module as they were before the step."""
+def sample_weights(values: Sequence[tuple[Tensor, Tensor]]) -> WeightSamples:
+    """What `measure` must know of (A, B) of each module as they were before the step."""
     return [(_sample(A).clone(), _sample(B).clone()) for A, B in values]
 
 
-def look(modules: Sequence[AdaptedModule], before: Snapshot) -> Tensor:
+def measure(modules: Sequence[AdaptedModule], before: WeightSamples) -> Tensor:
     """(modules, METRICS) float64 on the device."""
     if len(modules) != len(before):
         raise ValueError(f"{len(modules)} modules, but {len(before)} of the snapshot")
@@ -93,8 +93,8 @@ def look(modules: Sequence[AdaptedModule], before: Snapshot) -> Tensor:
     device = modules[0].A.value.device
     rows = torch.empty(len(modules), len(METRICS), dtype=torch.float64, device=device)
     for places in alike.values():
-        found = _columns([modules[place] for place in places], [before[place] for place in places])
-        ordered = torch.stack([found[name].double() for name in METRICS], dim=1)
+        columns = _columns([modules[place] for place in places], [before[place] for place in places])
+        ordered = torch.stack([columns[name].double() for name in METRICS], dim=1)
         rows[torch.tensor(places, device=device)] = ordered
     return rows
 
@@ -114,13 +114,13 @@ def _kind(module: AdaptedModule) -> object:
     return tuple(sides)
 
 
-def _columns(modules: Sequence[AdaptedModule], before: Snapshot) -> dict[str, Tensor]:
+def _columns(modules: Sequence[AdaptedModule], before: WeightSamples) -> dict[str, Tensor]:
     """Each (n,) of n modules of one kind."""
     A, B = (_wide(torch.stack([getattr(module, side).value for module in modules])) for side in ("A", "B"))
     gram_A, gram_B = torch.bmm(A, A.transpose(1, 2)), torch.bmm(B, B.transpose(1, 2))
     squared = (gram_B * gram_A).sum((1, 2)).clamp(min=0)
     none = torch.full((len(modules),), torch.nan, device=A.device)
-    found = {
+    columns = {
         "rms_A": _traces(gram_A).div(A[0].numel()).sqrt(),
         "rms_B": _traces(gram_B).div(B[0].numel()).sqrt(),
         "absmax_B": B.abs().amax((1, 2)),
@@ -134,21 +134,21 @@ def _columns(modules: Sequence[AdaptedModule], before: Snapshot) -> dict[str, Te
         "v_over_eps_B": none,
     }
     if modules[0].A.gradient is not None:
-        found["gradmax_A"] = _sampled_gradients(modules, "A").abs().amax(1)
+        columns["gradmax_A"] = _sampled_gradients(modules, "A").abs().amax(1)
     if modules[0].B.gradient is not None:
         gradient = _sampled_gradients(modules, "B")
-        found["gradmax_B"] = gradient.abs().amax(1)
-        found["gradrms_B"] = gradient.square().mean(1).sqrt()
-        found["gradzero_B"] = (gradient == 0).float().mean(1)
+        columns["gradmax_B"] = gradient.abs().amax(1)
+        columns["gradrms_B"] = gradient.square().mean(1).sqrt()
+        columns["gradzero_B"] = (gradient == 0).float().mean(1)
     for name, place in (("A", 0), ("B", 1)):
         sides: list[Side] = [getattr(module, name) for module in modules]
         was = torch.stack([each[place] for each in before])
         now = torch.stack([_sample(side.value) for side in sides])
-        found[f"moved_{name}"] = (now != was).float().mean(1)
-        found[f"lr_{name}"], ratio = _rates(sides, was, now, none)
+        columns[f"moved_{name}"] = (now != was).float().mean(1)
+        columns[f"lr_{name}"], ratio = _rates(sides, was, now, none)
         if name == "B":
-            found["v_over_eps_B"] = ratio
-    return found
+            columns["v_over_eps_B"] = ratio
+    return columns
 
 
 def _sampled_gradients(modules: Sequence[AdaptedModule], side: str) -> Tensor:

@@ -31,7 +31,7 @@ REMEMBER = "lower optimizer.base_lr, method.alpha or the rank, or mix such text 
 
 
 @dataclass(frozen=True)
-class Course:
+class LossHistory:
     """How a trial went; losses in nats per token."""
 
     base: Base
@@ -105,24 +105,24 @@ def forgetting(base: Base, evaluation: Evaluation) -> float | None:
     return evaluation.retention_loss - base.retention_loss
 
 
-def findings(course: Course, rules: HealthConfig) -> Iterator[Finding]:
+def findings(history: LossHistory, rules: HealthConfig) -> Iterator[Finding]:
     """Worst first."""
-    if course.last.diverged:
-        yield not_finite(course.last.last_finite_step or 0)
+    if history.last.diverged:
+        yield not_finite(history.last.last_finite_step or 0)
         return
-    best, error = paired_gain(course.base, course.best)
-    kept, _ = paired_gain(course.base, course.last)
-    diverged = above_start(course.train_losses[course.warmup_steps :], course.highest_start) or given_back(
+    best, error = paired_gain(history.base, history.best)
+    kept, _ = paired_gain(history.base, history.last)
+    diverged = above_start(history.train_losses[history.warmup_steps :], history.highest_start) or given_back(
         best, error, kept
     )
     if diverged is not None:
         yield diverged
-    spikes = spiking(course.train_losses, course.warmup_steps, course.L0)
+    spikes = spiking(history.train_losses, history.warmup_steps, history.L0)
     if spikes is not None:
         yield spikes
     if diverged is None:
-        yield from _overfit(course)
-    yield from _forgetting(course, rules)
+        yield from _overfit(history)
+    yield from _forgetting(history, rules)
 
 
 def not_finite(last_finite_step: int) -> Finding:
@@ -173,8 +173,8 @@ def spiking(train_losses: Sequence[float], warmup_steps: int, L0: float) -> Find
     return Finding("spiking", evidence, sentence, is_fault=False, remedy=CLIP)
 
 
-def _overfit(course: Course) -> Iterator[Finding]:
-    best, last = course.best, course.last
+def _overfit(history: LossHistory) -> Iterator[Finding]:
+    best, last = history.best, history.last
     rise = last.eval_loss - best.eval_loss
     error = paired_error(last.eval_losses - best.eval_losses)
     if last.step > best.step and rise > SURE * error and last.probe_loss < best.probe_loss:
@@ -186,8 +186,8 @@ def _overfit(course: Course) -> Iterator[Finding]:
         yield Finding("overfit", evidence, sentence, remedy=STOP_EARLIER)
         return
     # The base itself was the best: what was learned is the training data, by heart.
-    gain, error = paired_gain(course.base, last)
-    worse, learned = -gain, course.base.probe_loss - last.probe_loss
+    gain, error = paired_gain(history.base, last)
+    worse, learned = -gain, history.base.probe_loss - last.probe_loss
     if worse > SURE * error and learned > worse:
         evidence = {"rise": worse, "allowed": SURE * error, "best_step": 0.0, "last_step": float(last.step)}
         sentence = (
@@ -197,8 +197,8 @@ def _overfit(course: Course) -> Iterator[Finding]:
         yield Finding("overfit", evidence, sentence, remedy=STOP_EARLIER)
 
 
-def _forgetting(course: Course, rules: HealthConfig) -> Iterator[Finding]:
-    lost = forgetting(course.base, course.last)
+def _forgetting(history: LossHistory, rules: HealthConfig) -> Iterator[Finding]:
+    lost = forgetting(history.base, history.last)
     if lost is not None and lost > rules.max_forgetting:
         sentence = f"The retention text costs {lost:.2g} nats per token more than without the adapter: {REMEMBER}"
         evidence = {"forgetting": lost, "allowed": rules.max_forgetting}
