@@ -211,13 +211,13 @@ class HealthCallback(TrainerCallback, ExportableState):
     def _kept(self) -> dict[str, Any] | None:
         if self._history is None:
             return None
-        history, looks = self._history.state()
+        history, rows = self._history.state()
         return {
             "modules": [each.name for each in self._modules],
             "ratio": self._trainer_settings.ratio,
             "knows_way": self._knows_way,
             "chart": history,
-            "looks": _packed(looks),
+            "looks": _packed(rows),
         }
 
     def _past(self, state: Any) -> Mapping[str, Any] | None:
@@ -330,14 +330,14 @@ class HealthCallback(TrainerCallback, ExportableState):
         return rates[1] / rates[0] if len(rates) == 2 and rates[0] and rates[1] else None
 
 
-def _packed(looks: Tensor) -> str:
+def _packed(rows: Tensor) -> str:
     """As one line of text; (looks, modules, metrics) float64."""
-    return base64.b64encode(zlib.compress(looks.numpy().tobytes())).decode()
+    return base64.b64encode(zlib.compress(rows.numpy().tobytes())).decode()
 
 
-def _unpacked(packed: str, seen: Sequence[Any], modules: Sequence[Any]) -> Tensor:
+def _unpacked(packed: str, checks: Sequence[Any], modules: Sequence[Any]) -> Tensor:
     numbers = np.frombuffer(zlib.decompress(base64.b64decode(packed)), np.float64)
-    return torch.from_numpy(numbers.reshape(len(seen), len(modules), -1).copy())
+    return torch.from_numpy(numbers.reshape(len(checks), len(modules), -1).copy())
 
 
 def _loras(model: Any) -> Iterator[_Lora]:

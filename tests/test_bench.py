@@ -337,7 +337,7 @@ def test_overhead_is_what_lies_between_the_passes() -> None:
     for began in (0.0, 12.0):
         clock.stretches.append(overhead.Stretch(began, began + 10.0, slots=2, live=2, steps=5))
     clock.admissions, clock.ends = [-2.0, -1.0, 11.0, 11.5], [10.5, 10.6, 22.5, 24.0]
-    clock.looking = [(10.1, 10.6)]
+    clock.checking = [(10.1, 10.6)]
     made = overhead.reduce(clock, [4.0, 6.0, 5.0])
     assert made["overhead_seconds_a_trial"] == pytest.approx((24.0 - 0.5 - 20.0) / 4)
     assert made["share_of_startup"] == pytest.approx(3.5 / 4 / 5.0)

@@ -937,7 +937,7 @@ def test_lora_plus_is_told_from_the_record_of_a_trial(make: Make) -> None:
     beside(folder, 16, [(1e-4, 16e-4), (2e-4, 32e-4), (0.0, 0.0)])
     made = one(folder).loraplus
     assert made.conforms is True
-    assert (made.asked, made.least, made.most, made.steps) == (16, pytest.approx(16), pytest.approx(16), 2)
+    assert (made.requested, made.least, made.most, made.steps) == (16, pytest.approx(16), pytest.approx(16), 2)
     beside(folder, 16, [(1e-4, 16e-4), (2e-4, 2e-4)])
     made = one(folder).loraplus
     assert made.conforms is False

@@ -102,7 +102,7 @@ def test_the_base_completes_a_known_person_by_greedy_generation(base: Any, token
 
 
 def test_prompt_and_completion_tokenize_alone_as_they_do_together(tokenizer: Any) -> None:
-    for task in (world.facts(people=16, asked=4), world.style(train_people=32, eval_people=8)):
+    for task in (world.facts(people=16, questions=4), world.style(train_people=32, eval_people=8)):
         for example in (*task.train, *task.eval):
             apart = (
                 tokenizer(example.prompt)["input_ids"]
@@ -126,7 +126,7 @@ def test_facts_are_about_people_the_base_has_never_seen() -> None:
 
 
 def test_facts_asks_the_same_facts_in_wordings_it_did_not_teach() -> None:
-    task = world.facts(people=32, seed=3, wordings=8, asked=4)
+    task = world.facts(people=32, seed=3, wordings=8, questions=4)
     crowd = {person.name: person for person in world.strangers(32, seed=3)}
     shapes: dict[str, set[str]] = {}
     for part, examples in (("train", task.train), ("eval", task.eval)):
@@ -141,7 +141,7 @@ def test_facts_asks_the_same_facts_in_wordings_it_did_not_teach() -> None:
 def test_the_base_has_met_every_asked_wording_on_other_people() -> None:
     openings = {world.write(world.known()[0], wording).prompt for wording in world.PLAIN}
     name = world.known()[0].name
-    task = world.facts(people=16, asked=4)
+    task = world.facts(people=16, questions=4)
     assert {example.prompt.replace(name_of(example), name) for example in (*task.train, *task.eval)} == openings
     assert all(any(text.startswith(opening) for text in world.corpus()) for opening in openings)
 
@@ -194,7 +194,7 @@ def test_the_same_seed_gives_the_same_task_and_another_seed_another() -> None:
     [
         (lambda: world.facts(people=0), "people: must be from 1 to 6500, got 0"),
         (lambda: world.facts(wordings=9), "wordings: must be from 1 to 8, got 9"),
-        (lambda: world.facts(asked=5), "asked: must be from 1 to 4, got 5"),
+        (lambda: world.facts(questions=5), "questions: must be from 1 to 4, got 5"),
         (lambda: world.style(train_people=0), "train_people: must be from 1 to 499, got 0"),
         (lambda: world.style(train_people=490, eval_people=11), "eval_people: must be from 1 to 10, got 11"),
     ],

@@ -72,19 +72,19 @@ class PeftTemplate:
         """Ends the thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    def prepare(self, asked: Sequence[tuple[LoraConfig, int]]) -> None:
+    def prepare(self, draws: Sequence[tuple[LoraConfig, int]]) -> None:
         """Begins to draw what `initial` will be asked for: (configuration, seed), the most urgent first.
 
         As many as can be kept; what is drawn already is kept before others. Behind them PEFT is asked for the format
         that `write` will need.
         """
         kept = 0
-        for config, seed in asked[:KEPT_DRAWS]:
+        for config, seed in draws[:KEPT_DRAWS]:
             kept += self._bytes(config)
             if kept > KEPT_BYTES:
                 break
             self._drawn(config, seed)
-        for config, _ in asked[:1]:
+        for config, _ in draws[:1]:
             self._format(config)
 
     def initial(self, config: LoraConfig, seed: int) -> dict[str, Tensor]:
@@ -143,10 +143,10 @@ class PeftTemplate:
     def _format(self, config: LoraConfig) -> Future[Format]:
         targets = str(config.target_modules)
         if targets not in self._formats:
-            self._formats[targets] = self._thread.submit(self._asked_format, config)
+            self._formats[targets] = self._thread.submit(self._requested_format, config)
         return self._formats[targets]
 
-    def _asked_format(self, config: LoraConfig) -> Format:
+    def _requested_format(self, config: LoraConfig) -> Format:
         smallest = deepcopy(config)
         smallest.r = 1
         with self._adapted(smallest) as adapted:

@@ -297,15 +297,15 @@ def names_targets(config: Any) -> bool:
     return bool(targets) and not (isinstance(targets, str) and targets.lower() == "all-linear")
 
 
-def _factors(where: str, module: str, found: dict[str, Tensor], config: Any, is_embedding: bool) -> Factors:
+def _factors(where: str, module: str, tensors: dict[str, Tensor], config: Any, is_embedding: bool) -> Factors:
     for part in "AB":
-        if part not in found:
+        if part not in tensors:
             raise UserError(f"{where}: has no lora_{part}")
-        if found[part].ndim < 2 or not found[part].numel():
-            shape = tuple(found[part].shape)
+        if tensors[part].ndim < 2 or not tensors[part].numel():
+            shape = tuple(tensors[part].shape)
             why = "as when sharded weights are saved without being gathered"
             raise UserError(f"{where}: lora_{part} must be a matrix, got the shape {shape} ({why})")
-    A, B = found["A"].flatten(1), found["B"].flatten(1)
+    A, B = tensors["A"].flatten(1), tensors["B"].flatten(1)
     rank, alpha = (
         pattern.get(get_pattern_key(pattern.keys(), module), default)
         for pattern, default in ((config.rank_pattern, config.r), (config.alpha_pattern, config.lora_alpha))
@@ -316,11 +316,11 @@ def _factors(where: str, module: str, found: dict[str, Tensor], config: Any, is_
     if not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
         raise UserError(f"{where}: lora_alpha must be a finite number, got {str(alpha)[:40]!r}")
     scaling = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
-    magnitude = found.get("magnitude")
-    for part, each in (("lora_magnitude_vector", magnitude), ("lora_B.bias", found.get("bias"))):
+    magnitude = tensors.get("magnitude")
+    for part, each in (("lora_magnitude_vector", magnitude), ("lora_B.bias", tensors.get("bias"))):
         if each is not None and each.numel() != B.shape[0]:
             raise UserError(f"{where}: {part} must have {B.shape[0]} elements, got {each.numel()}")
-    return Factors(A, B, scaling, is_embedding, found.get("bias"), None if magnitude is None else magnitude.flatten())
+    return Factors(A, B, scaling, is_embedding, tensors.get("bias"), None if magnitude is None else magnitude.flatten())
 
 
 def _one_line(error: object) -> str:

@@ -88,7 +88,7 @@ def check(model: ModelConfig, target_modules: Any) -> list[Fault]:
     if faults:
         return faults
     try:
-        with _reading(model, "cannot be read"):
+        with _readable_errors(model, "cannot be read"):
             config = read_config(model)
             faults = _quantisation_faults(model, config) or weight_faults(source(model), model.path)
             if faults:
@@ -284,7 +284,7 @@ def _hollow(model: Any, dtypes: dict[str, torch.dtype]) -> Any:
 
 
 @contextmanager
-def _reading(model: ModelConfig, rule: str) -> Iterator[None]:
+def _readable_errors(model: ModelConfig, rule: str) -> Iterator[None]:
     """ConfigError, in one line, for whatever is raised on files that cannot be understood.
 
     tokenizers raises a bare Exception on a file newer than itself, and configurations fail in the code of each model.
@@ -299,10 +299,10 @@ def _reading(model: ModelConfig, rule: str) -> Iterator[None]:
 
 def tokenizer(model: ModelConfig) -> Any:
     """The base's tokenizer alone; no weights are read. Raises ConfigError."""
-    return _tokenizer(model, _found(model))
+    return _tokenizer(model, _located(model))
 
 
-def _found(model: ModelConfig) -> Source:
+def _located(model: ModelConfig) -> Source:
     """`source`, or ConfigError where nothing lies there."""
     faults = path_faults(model)
     if faults:
@@ -311,7 +311,7 @@ def _found(model: ModelConfig) -> Source:
 
 
 def _tokenizer(model: ModelConfig, at: Source) -> Any:
-    with _reading(model, "its tokenizer cannot be loaded"):
+    with _readable_errors(model, "its tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(at.name_or_path, **at.arguments)
 
 
@@ -321,7 +321,7 @@ def load(model: ModelConfig, device: torch.device, keep_in: Path | None = None) 
     A base that is reachable by no name (embedded, GGUF) is written once, un-quantised, as safetensors to `keep_in`, so
     that an adapter's `base_model_name_or_path` loads it. Raises ConfigError where it cannot be read.
     """
-    at = _found(model)
+    at = _located(model)
     name, revision = at.name_or_path, at.revision
     with ExitStack() as stack:
         if keep_in is not None and (at.gguf_file is not None or str(model.path).startswith(EMBEDDED)):
@@ -354,7 +354,7 @@ def weights(path: str) -> Any:
     Raises ConfigError where it cannot be read.
     """
     model = ModelConfig("inspect", path, None, "auto", None, "eager", False)
-    at = _found(model)
+    at = _located(model)
     config = _config(model, at)
     return _read(model, at, config, **({"device_map": {"": "cpu"}} if stored_quantisation(config) else {}))
 
@@ -376,7 +376,7 @@ def weight_of(base: Any, name: str) -> torch.Tensor | None:
 
 def _config(model: ModelConfig, at: Source) -> Any:
     """`read_config`, or ConfigError where it cannot be read or not be quantised as asked."""
-    with _reading(model, "cannot be loaded"):
+    with _readable_errors(model, "cannot be loaded"):
         config = read_config(model, at)
     faults = _quantisation_faults(model, config)
     if faults:
@@ -448,10 +448,10 @@ def _kept(model: ModelConfig, at: Source, root: Path) -> Source:
 def _origin(folder: Path) -> dict[str, Any]:
     """Empty where there is none to be read."""
     try:
-        found = files.read_json(folder / ORIGIN, follow=False)
+        origin = files.read_json(folder / ORIGIN, follow=False)
     except (OSError, files.Unsafe):
         return {}
-    return found if isinstance(found, dict) else {}
+    return origin if isinstance(origin, dict) else {}
 
 
 def _is_as_written(folder: Path, origin: Mapping[str, Any]) -> bool:

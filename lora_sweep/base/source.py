@@ -91,41 +91,41 @@ def path_faults(model: ModelConfig) -> list[Fault]:
     """What can be told without reading the checkpoint; a hub id is taken at its word."""
     at = source(model)
     path = Path(at.name_or_path)
-    key, asked = "model.path", str(model.path)
-    if asked.startswith(EMBEDDED) and not path.is_dir():
-        return [Fault(key, "no such embedded base", asked, "embedded:tiny")]
-    if asked.startswith(PACKAGE) and _in_package(asked) is None:
-        return [_package_fault(asked)]
+    key, given = "model.path", str(model.path)
+    if given.startswith(EMBEDDED) and not path.is_dir():
+        return [Fault(key, "no such embedded base", given, "embedded:tiny")]
+    if given.startswith(PACKAGE) and _in_package(given) is None:
+        return [_package_fault(given)]
     faults = []
     if model.revision is not None and (at.gguf_file is not None or path.exists()):
         rule = "is of a hub id, this base lies here"
         faults.append(Fault("model.revision", rule, model.revision, "model.revision=null"))
     if at.gguf_file is not None:
         if not (path / at.gguf_file).is_file():
-            faults.append(Fault(key, "no such file", asked))
+            faults.append(Fault(key, "no such file", given))
         elif importlib.util.find_spec("gguf") is None:
             faults.append(Fault(key, "GGUF files need the extra `gguf`", None, 'pip install "lora-sweep[gguf]"'))
     elif path.is_dir():
-        faults += _folder_faults(path, asked)
+        faults += _folder_faults(path, given)
     elif path.is_file():
-        faults.append(Fault(key, "is a file, no checkpoint folder", asked, f"model.path={path.parent}"))
-    elif asked.startswith((".", "/", "~")) or asked.count("/") > 1:
-        faults.append(Fault(key, "no such checkpoint folder", asked))
+        faults.append(Fault(key, "is a file, no checkpoint folder", given, f"model.path={path.parent}"))
+    elif given.startswith((".", "/", "~")) or given.count("/") > 1:
+        faults.append(Fault(key, "no such checkpoint folder", given))
     return faults
 
 
-def _folder_faults(folder: Path, asked: str) -> list[Fault]:
+def _folder_faults(folder: Path, given: str) -> list[Fault]:
     key, remedy = "model.path", "give the folder of a transformers checkpoint"
     if (folder / "adapter_config.json").is_file():
-        return [Fault(key, "is an adapter, no base", asked, "merge it into its base first, or give that base")]
+        return [Fault(key, "is an adapter, no base", given, "merge it into its base first, or give that base")]
     if not (folder / "config.json").is_file():
-        return [Fault(key, "holds no config.json", asked, remedy)]
+        return [Fault(key, "holds no config.json", given, remedy)]
     if not any(folder.glob("*.safetensors")):
-        return [Fault(key, "holds no safetensors; pickled weights can run code and are refused", asked)]
+        return [Fault(key, "holds no safetensors; pickled weights can run code and are refused", given)]
     return []
 
 
-def weight_faults(at: Source, asked: str | None) -> list[Fault]:
+def weight_faults(at: Source, given: str | None) -> list[Fault]:
     """Whether the weights of a folder are all there and whole, by their headers."""
     folder = Path(at.name_or_path)
     if at.gguf_file is not None or not folder.is_dir():
@@ -134,11 +134,11 @@ def weight_faults(at: Source, asked: str | None) -> list[Fault]:
     try:
         named = checkpoint_files.weight_names(index) if index.exists() else set()
     except (OSError, Unsafe) as error:
-        return [Fault("model.path", f"cannot be read: its {index.name} {_one_line(error)}", asked)]
+        return [Fault("model.path", f"cannot be read: its {index.name} {_one_line(error)}", given)]
     absent = sorted(name for name in named if not (folder / name).is_file())
     if absent:
         rule = f"{len(absent)} of its {len(named)} files are missing, {absent[0]} among them"
-        return [Fault("model.path", rule, asked, "copy or download it again")]
+        return [Fault("model.path", rule, given, "copy or download it again")]
     faults = []
     for file in sorted(folder.glob("*.safetensors")):
         try:
@@ -147,10 +147,10 @@ def weight_faults(at: Source, asked: str | None) -> list[Fault]:
             with safe_open(file, framework="pt"):
                 pass
         except Unsafe as error:
-            faults.append(Fault("model.path", f"{file.name} {error}", asked))
+            faults.append(Fault("model.path", f"{file.name} {error}", given))
         except (SafetensorError, OSError) as error:
             rule = f"{file.name} is torn: {_one_line(error)}"
-            faults.append(Fault("model.path", rule, asked, "copy or download it again"))
+            faults.append(Fault("model.path", rule, given, "copy or download it again"))
     return faults
 
 
@@ -158,7 +158,7 @@ MAX_OVERSIZE = 16
 """A base with so many times the numbers that its files hold is not theirs; 4-bit weights hold two to a byte."""
 
 
-def size_faults(at: Source, shape: Any, asked: str | None) -> list[Fault]:
+def size_faults(at: Source, shape: Any, given: str | None) -> list[Fault]:
     """Whether the weights of a folder are as many as its configuration says, `shape` being its modules."""
     folder = Path(at.name_or_path)
     if at.gguf_file is not None or not folder.is_dir():
@@ -167,19 +167,19 @@ def size_faults(at: Source, shape: Any, asked: str | None) -> list[Fault]:
     held = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if described > MAX_OVERSIZE * held:
         rule = f"its config.json describes {described:,} weights, its files have {held:,} bytes"
-        return [Fault("model.path", rule, asked)]
+        return [Fault("model.path", rule, given)]
     return []
 
 
-def _package_fault(asked: str) -> Fault:
-    parts = _package_parts(asked)
+def _package_fault(given: str) -> Fault:
+    parts = _package_parts(given)
     if parts is None:
-        return Fault("model.path", "must be package:NAME/FILE, FILE inside the package", asked)
+        return Fault("model.path", "must be package:NAME/FILE, FILE inside the package", given)
     name = parts[0]
     if importlib.util.find_spec(name) is None:
         remedy = INSTALLED_BY.get(name, "install what provides it")
-        return Fault("model.path", f"the package {name} is not installed", asked, remedy)
-    return Fault("model.path", f"the package {name} holds no such file", asked)
+        return Fault("model.path", f"the package {name} is not installed", given, remedy)
+    return Fault("model.path", f"the package {name} holds no such file", given)
 
 
 def unreadable(error: BaseException, model: ModelConfig, rule: str) -> Fault:
@@ -188,16 +188,16 @@ def unreadable(error: BaseException, model: ModelConfig, rule: str) -> Fault:
     if is_out_of_memory(error):
         return Fault(key, "there is not enough memory to load it", path, "free some, or take model.dtype=bf16")
     if "does not support an attention implementation" in str(error):
-        asked = model.attn_implementation
+        given = model.attn_implementation
         remedy = "model.attn_implementation=eager"
-        return Fault("model.attn_implementation", "this architecture has none of this kind", asked, remedy)
+        return Fault("model.attn_implementation", "this architecture has none of this kind", given, remedy)
     why = refusal(error) if not Path(source(model).name_or_path).exists() else None
     if why is not None:
         return hub_fault(why, "model", str(path), model.revision)
-    told = "it ends in the middle" if isinstance(error, struct.error) else _one_line(error)
+    message = "it ends in the middle" if isinstance(error, struct.error) else _one_line(error)
     if not isinstance(error, UNREADABLE):
-        told = f"{type(error).__name__}: {told}"
-    return Fault(key, f"{rule}: {told}", path)
+        message = f"{type(error).__name__}: {message}"
+    return Fault(key, f"{rule}: {message}", path)
 
 
 def _one_line(error: BaseException) -> str:

@@ -103,16 +103,16 @@ class FirstStep(TrainerCallback):
 
 
 def main(file: Path) -> None:
-    asked = Job(**json.loads(file.read_text()))
-    torch.set_num_threads(asked.threads)
-    device = torch.device(asked.device)
-    model = _base(asked, device)
+    job = Job(**json.loads(file.read_text()))
+    torch.set_num_threads(job.threads)
+    device = torch.device(job.device)
+    model = _base(job, device)
     resident = gauge.reset_peak(device)
-    torch.manual_seed(asked.train["seed"])
-    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **asked.adapter))
-    arrays = np.load(asked.data)
-    settings = asked.train
-    optimizer = _optimizer(model, asked)
+    torch.manual_seed(job.train["seed"])
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **job.adapter))
+    arrays = np.load(job.data)
+    settings = job.train
+    optimizer = _optimizer(model, job)
     schedule = get_scheduler(
         "constant_with_warmup" if settings["schedule"] == "constant" else settings["schedule"],
         optimizer,
@@ -122,17 +122,17 @@ def main(file: Path) -> None:
     first_step = FirstStep()
     trainer = Trainer(
         model,
-        _arguments(asked),
+        _arguments(job),
         data_collator=collate,
         train_dataset=Rows(arrays, "train"),
-        eval_dataset={part: Rows(arrays, part) for part in asked.parts},
+        eval_dataset={part: Rows(arrays, part) for part in job.parts},
         optimizers=(optimizer, schedule),
         callbacks=[first_step],
         preprocess_logits_for_metrics=_sums,
         compute_metrics=_token_mean,
     )
     trainer.train()
-    key = f"eval_{asked.parts[0]}_token_loss"
+    key = f"eval_{job.parts[0]}_token_loss"
     if not any(key in row and row["step"] == settings["max_steps"] for row in trainer.state.log_history):
         trainer.evaluate()
     gauge.wait(device)
@@ -146,20 +146,20 @@ def main(file: Path) -> None:
         "ended_at": ended,
         "peak_bytes": None if resident is None or peak is None else peak - resident,
     }
-    Path(asked.result).write_text(json.dumps(result))
+    Path(job.result).write_text(json.dumps(result))
 
 
-def _base(asked: Job, device: torch.device) -> Any:
-    dtype = getattr(torch, asked.dtype)
-    arguments: dict[str, Any] = dict(asked.base_arguments)
-    if asked.is_quantised:
+def _base(job: Job, device: torch.device) -> Any:
+    dtype = getattr(torch, job.dtype)
+    arguments: dict[str, Any] = dict(job.base_arguments)
+    if job.is_quantised:
         arguments["device_map"] = {"": str(device)}
-    if asked.quantization:
+    if job.quantization:
         from lora_sweep.base import quant
 
-        arguments["quantization_config"] = quant.settings(asked.quantization, dtype)
-    model = AutoModelForCausalLM.from_pretrained(asked.base, dtype=dtype, use_safetensors=True, **arguments)
-    if asked.is_quantised:
+        arguments["quantization_config"] = quant.settings(job.quantization, dtype)
+    model = AutoModelForCausalLM.from_pretrained(job.base, dtype=dtype, use_safetensors=True, **arguments)
+    if job.is_quantised:
         from lora_sweep.base import quant
 
         quant.patch_linears(model, dtype)
@@ -167,23 +167,23 @@ def _base(asked: Job, device: torch.device) -> Any:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # Trainer switches it on; the other ways train without it
-    return model if asked.is_quantised else model.to(device)
+    return model if job.is_quantised else model.to(device)
 
 
-def _optimizer(model: nn.Module, asked: Job) -> torch.optim.AdamW:
+def _optimizer(model: nn.Module, job: Job) -> torch.optim.AdamW:
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     A, B = ([parameter for name, parameter in named if kind in name] for kind in ("lora_A", "lora_B"))
     groups = [
-        {"params": A, "lr": asked.lr_A, "weight_decay": asked.weight_decay_A},
-        {"params": B, "lr": asked.lr_B, "weight_decay": asked.weight_decay_B},
+        {"params": A, "lr": job.lr_A, "weight_decay": job.weight_decay_A},
+        {"params": B, "lr": job.lr_B, "weight_decay": job.weight_decay_B},
     ]
-    return torch.optim.AdamW(groups, betas=asked.betas, eps=asked.eps, fused=True)
+    return torch.optim.AdamW(groups, betas=job.betas, eps=job.eps, fused=True)
 
 
-def _arguments(asked: Job) -> TrainingArguments:
-    settings = asked.train
+def _arguments(job: Job) -> TrainingArguments:
+    settings = job.train
     return TrainingArguments(
-        output_dir=str(Path(asked.result).parent),
+        output_dir=str(Path(job.result).parent),
         max_steps=settings["max_steps"],
         per_device_train_batch_size=settings["batch_size"],
         per_device_eval_batch_size=settings["eval_batch_size"],
@@ -201,7 +201,7 @@ def _arguments(asked: Job) -> TrainingArguments:
         remove_unused_columns=False,
         label_names=["labels"],
         seed=settings["seed"],
-        use_cpu=asked.device == "cpu",
+        use_cpu=job.device == "cpu",
     )
 
 

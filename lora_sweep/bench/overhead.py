@@ -60,7 +60,7 @@ class Clock:
     held_bytes: list[tuple[int, int]] = field(default_factory=list)
     """(trials that had ended, bytes of the process)."""
     reason: str | None = None
-    looking: list[tuple[float, float]] = field(default_factory=list)
+    checking: list[tuple[float, float]] = field(default_factory=list)
     """(begin, end) of each look at the memory, which no trial is charged with."""
 
     def admitted(self, cell: Cell, slot: int, step: int) -> None:
@@ -83,7 +83,7 @@ class Clock:
             held = gauge.reset_peak(self.device)
             if held is not None:
                 self.held_bytes.append((len(self.ends), held))
-            self.looking.append((began, time.perf_counter()))
+            self.checking.append((began, time.perf_counter()))
 
     def passes(self, begin: float, end: float) -> float:
         """Seconds of these in passes; a trial may be told in the middle of one."""
@@ -92,7 +92,7 @@ class Clock:
 
     def between(self, begin: float, end: float) -> float:
         """Seconds, looks aside."""
-        return end - begin - sum(max(0.0, min(b, end) - max(a, begin)) for a, b in self.looking)
+        return end - begin - sum(max(0.0, min(b, end) - max(a, begin)) for a, b in self.checking)
 
 
 @contextmanager
@@ -198,33 +198,33 @@ def _median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
-def lines(made: dict[str, Any]) -> Iterator[str]:
+def lines(measured: dict[str, Any]) -> Iterator[str]:
     """What `measure` returned, for people."""
-    trials = f"{made['trials']} trials of {made['steps']} steps"
-    yield f"{made['model']}, {trials}, tracker {made['tracker']}: {made['device']}"
-    if made["reason"]:
-        yield made["reason"]
-    startup = made["startup_seconds_of_trainer"]
+    trials = f"{measured['trials']} trials of {measured['steps']} steps"
+    yield f"{measured['model']}, {trials}, tracker {measured['tracker']}: {measured['device']}"
+    if measured["reason"]:
+        yield measured["reason"]
+    startup = measured["startup_seconds_of_trainer"]
     share = (
-        f", {made['share_of_startup']:.1%} of the {startup:.2f} s in which an HF Trainer trial starts"
+        f", {measured['share_of_startup']:.1%} of the {startup:.2f} s in which an HF Trainer trial starts"
         if startup
         else ""
     )
-    yield f"overhead   {1e3 * made['overhead_seconds_a_trial']:.0f} ms a trial beyond its passes{share}"
-    pause = made["pause_seconds_a_refill"]
-    if made["pauses"]:
+    yield f"overhead   {1e3 * measured['overhead_seconds_a_trial']:.0f} ms a trial beyond its passes{share}"
+    pause = measured["pause_seconds_a_refill"]
+    if measured["pauses"]:
         told = f"median {1e3 * pause['median']:.0f} ms, longest {1e3 * pause['max']:.0f} ms"
-        yield f"refill     {told} a slot, in {made['pauses']} pauses"
-    if made["occupancy"] is not None:
-        yield f"occupancy  {made['occupancy']:.1%} of the slots until the queue drained"
-    yield f"busy       {made['busy']:.1%} of the time in passes"
-    if made["windows"] is not None:
-        early, late = made["windows"]["first"], made["windows"]["last"]
+        yield f"refill     {told} a slot, in {measured['pauses']} pauses"
+    if measured["occupancy"] is not None:
+        yield f"occupancy  {measured['occupancy']:.1%} of the slots until the queue drained"
+    yield f"busy       {measured['busy']:.1%} of the time in passes"
+    if measured["windows"] is not None:
+        early, late = measured["windows"]["first"], measured["windows"]["last"]
         yield (
             f"scale      {early['seconds']:.3f} s a trial early, {late['seconds']:.3f} s late "
-            f"({made['growth_of_cost']:+.1%}); "
+            f"({measured['growth_of_cost']:+.1%}); "
             f"overhead {1e3 * early['overhead']:.0f} and {1e3 * late['overhead']:.0f} ms"
         )
-    if made["growth_mib"] is not None:
-        (_, _), (early, _), *_, (late, _) = made["held_mib"]
-        yield f"memory     {made['growth_mib']:+.1f} MiB from trial {early} to trial {late}"
+    if measured["growth_mib"] is not None:
+        (_, _), (early, _), *_, (late, _) = measured["held_mib"]
+        yield f"memory     {measured['growth_mib']:+.1f} MiB from trial {early} to trial {late}"

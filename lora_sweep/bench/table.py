@@ -6,13 +6,13 @@ from typing import Any
 from rich.table import Table
 
 
-def table(made: dict[str, Any]) -> Table:
+def table(measured: dict[str, Any]) -> Table:
     """One row a way; what speed.measure returned."""
     shown = Table(box=None, pad_edge=False)
     for title in ("way", "seconds", "ratio", "95 %", "tok/s", "MFU", "MiB", "loss differs"):
         shown.add_column(title, justify="left" if title == "way" else "right")
-    chosen = made["chosen"] and made["chosen"]["slots"]
-    for row in made["rows"]:
+    chosen = measured["chosen"] and measured["chosen"]["slots"]
+    for row in measured["rows"]:
         shown.add_row(
             row["way"] if row["slots"] is None else f"packed {row['slots']}{'*' * (row['slots'] == chosen)}",
             f"{row['median_seconds']:.2f}",
@@ -30,32 +30,32 @@ def _difference(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.1e}"
 
 
-def heading(made: dict[str, Any]) -> Iterator[str]:
+def heading(measured: dict[str, Any]) -> Iterator[str]:
     """What stands above the table."""
-    steps = f"{made['steps']} steps of {made['rows_a_slot_step']} x {made['padded_length']} tokens"
-    quantised = f", {made['quantization']}" if made["quantization"] else ""
-    threads = f", {made['threads']} threads" if made["device_type"] == "cpu" else ""
-    yield f"{made['model']} ({made['base_parameters']:,} parameters, {made['dtype']}{quantised})"
-    work = f"{len(made['trials'])} trials of {steps}, {made['evaluations']} evaluations each"
-    yield f"{work}; medians of {made['repetitions']} repetitions"
+    steps = f"{measured['steps']} steps of {measured['rows_a_slot_step']} x {measured['padded_length']} tokens"
+    quantised = f", {measured['quantization']}" if measured["quantization"] else ""
+    threads = f", {measured['threads']} threads" if measured["device_type"] == "cpu" else ""
+    yield f"{measured['model']} ({measured['base_parameters']:,} parameters, {measured['dtype']}{quantised})"
+    work = f"{len(measured['trials'])} trials of {steps}, {measured['evaluations']} evaluations each"
+    yield f"{work}; medians of {measured['repetitions']} repetitions"
     yield (
-        f"{made['device']}{threads}, torch {made['versions']['torch']}: "
-        f"{made['peak_matmul_flops'] / 1e12:.3g} Tflop/s in a large matmul"
+        f"{measured['device']}{threads}, torch {measured['versions']['torch']}: "
+        f"{measured['peak_matmul_flops'] / 1e12:.3g} Tflop/s in a large matmul"
     )
 
 
-def verdict(made: dict[str, Any]) -> Iterator[str]:
+def verdict(measured: dict[str, Any]) -> Iterator[str]:
     """What stands below it."""
     yield "HF Trainer: a process a trial, Trainer and PEFT; sequential: one process, PEFT; packed K: K slots at once"
     yield "ratio: sequential's seconds over these; MiB: peak above the base; loss: evaluation, against sequential's"
-    if made["chosen"]:
-        yield f"* {made['chosen']['reason']}"
-    for slots, factors in made["factors"].items():
+    if measured["chosen"]:
+        yield f"* {measured['chosen']['reason']}"
+    for slots, factors in measured["factors"].items():
         yield (
             f"HF Trainer over packed {slots}: {factors['total']:.1f} = start-up {factors['start_up']:.2f} x "
             f"Trainer's loop {factors['trainer']:.2f} x packing {factors['packing']:.2f}"
         )
-    if made["losses_agree"]:
-        yield f"evaluation losses agree within {made['tolerance']:g} (relative)"
+    if measured["losses_agree"]:
+        yield f"evaluation losses agree within {measured['tolerance']:g} (relative)"
     else:
-        yield f"EVALUATION LOSSES DISAGREE by more than {made['tolerance']:g}: a speed-up with other losses is none"
+        yield f"EVALUATION LOSSES DISAGREE by more than {measured['tolerance']:g}: a speed-up with other losses is none"

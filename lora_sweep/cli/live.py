@@ -70,7 +70,7 @@ class Show:
         """By number of the cell."""
         self._todo = (cells - done) * max_steps
         self._slot_steps = 0
-        self._settled_steps = 0
+        self._ended_steps = 0
         self._began = time.monotonic()
         self._base: Base | None = None
         self._bar = Progress(TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[eta]}"))
@@ -95,7 +95,7 @@ class Show:
     def admitted(self, cell: Cell, slot: int, step: int) -> None:
         """Also into a slot whose last cell has not ended yet: its result is still being written."""
         self._bays[slot] = self._bay_of[cell.number] = _Bay(cell, step)
-        self._settled_steps += step
+        self._ended_steps += step
 
     def stepped(self) -> None:
         under_way = [bay for bay in self._bays.values() if bay.step < self._max_steps]
@@ -118,7 +118,7 @@ class Show:
         self._done += 1
         bay = self._bay_of.pop(cell.number, None)
         self._bays = {slot: each for slot, each in self._bays.items() if each is not bay}
-        self._settled_steps += self._max_steps - (bay.step if bay else 0)
+        self._ended_steps += self._max_steps - (bay.step if bay else 0)
         self._bar.update(self._task, completed=self._done)
         if self._live is None:
             loss = "-" if value is None else f"{value:.4f}"
@@ -130,7 +130,7 @@ class Show:
             )
 
     def _eta(self) -> float | None:
-        left = self._todo - self._settled_steps - self._slot_steps
+        left = self._todo - self._ended_steps - self._slot_steps
         spent = time.monotonic() - self._began
         return max(left, 0) * spent / self._slot_steps if self._slot_steps else None
 

@@ -35,7 +35,7 @@ def check(messages: Any, loss_from: int = 0) -> None:
             raise ChatFault(f"messages[{place}] is no object with a `role` and a `content`")
         if wrong := _wrong(message):
             raise ChatFault(f"messages[{place}] {wrong}")
-    if not any(_says(message) for message in messages[loss_from:]):
+    if not any(_has_reply(message) for message in messages[loss_from:]):
         raise ChatFault("no message of the assistant has something in it to learn from")
 
 
@@ -67,7 +67,7 @@ def called(call: Any) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _says(message: Message) -> bool:
+def _has_reply(message: Message) -> bool:
     return message["role"] == "assistant" and bool(message.get("tool_calls") or "".join(texts(message)).strip())
 
 

@@ -149,7 +149,7 @@ def _head(path: str) -> Iterator[Row]:
 def load(data: DataConfig, tokenizer: Any, progress: Progress = silent) -> Data:
     """Reads, splits and tokenises, or maps what was prepared before. Raises ConfigError with all faults of the data."""
     if data.name in USER_DATA:
-        train, evaluation, report = _brought(data, tokenizer, progress)
+        train, evaluation, report = _user_data(data, tokenizer, progress)
         bits = 0.0
     else:
         train, evaluation, report, bits = _embedded(data, tokenizer)
@@ -202,7 +202,7 @@ def _embedded(data: DataConfig, tokenizer: Any) -> tuple[TokenSet, TokenSet, Rep
 # -- what the user brings -----------------------------------------------------------------------------------------
 
 
-def _brought(data: DataConfig, tokenizer: Any, progress: Progress) -> tuple[TokenSet, TokenSet, Report]:
+def _user_data(data: DataConfig, tokenizer: Any, progress: Progress) -> tuple[TokenSet, TokenSet, Report]:
     train, evaluation = _sources(data)
     template = _template_text(data)
     settings = {
@@ -217,7 +217,7 @@ def _brought(data: DataConfig, tokenizer: Any, progress: Progress) -> tuple[Toke
     plain = store.report(folder, SETS)
     if plain is None:
         work = _Preparation(data, tokenizer, template, progress)
-        plain = store.write(folder, SETS, lambda aside: work.write(aside, train, evaluation))
+        plain = store.write(folder, SETS, lambda staging: work.write(staging, train, evaluation))
     sources = {each.name: each.digest for each in (train, evaluation) if each is not None}
     if template is not None:
         sources[str(data.chat_template)] = hashlib.sha256(template.encode()).hexdigest()
@@ -230,7 +230,7 @@ def _sources(data: DataConfig) -> tuple[Source, Source | None]:
     """(training, evaluation where it is given). Raises ConfigError."""
     faults: list[Fault] = []
 
-    def found(key: str, got: str, make: Callable[[], Source]) -> Source | None:
+    def opened(key: str, got: str, make: Callable[[], Source]) -> Source | None:
         try:
             return make()
         except Unreadable as error:
@@ -242,16 +242,16 @@ def _sources(data: DataConfig) -> tuple[Source, Source | None]:
 
     path, split = str(data.path), data.split or "train"
     if data.name == "hub":
-        train = found("data.path", path, lambda: source.of_hub(data, split, "data.split"))
+        train = opened("data.path", path, lambda: source.of_hub(data, split, "data.split"))
     else:
-        train = found("data.path", path, lambda: source.of_path(path))
+        train = opened("data.path", path, lambda: source.of_path(path))
     evaluation = None
     if data.eval_path is not None:
         eval_path = data.eval_path
-        evaluation = found("data.eval_path", eval_path, lambda: source.of_path(eval_path))
+        evaluation = opened("data.eval_path", eval_path, lambda: source.of_path(eval_path))
     elif data.eval_split is not None and data.name == "hub":
         eval_split = data.eval_split
-        evaluation = found("data.eval_split", eval_split, lambda: source.of_hub(data, eval_split, "data.eval_split"))
+        evaluation = opened("data.eval_split", eval_split, lambda: source.of_hub(data, eval_split, "data.eval_split"))
     if train is None or faults:
         raise ConfigError(faults)
     return train, evaluation
@@ -334,7 +334,7 @@ class _Preparation:
         if not rows:
             raise ConfigError([Fault(key, "holds no example", read.name)])
         if broken > MOST * rows:
-            rule = f"{broken:,} of {rows:,} rows cannot be used: {report.broken.told()}"
+            rule = f"{broken:,} of {rows:,} rows cannot be used: {report.broken.places()}"
             raise ConfigError([Fault(key, rule, read.name, "is it the right file?")])
 
     def _put(self, name: str, place: str, one: Parsed) -> None:
@@ -359,11 +359,11 @@ def _refuse_nothing(data: DataConfig, report: Report) -> None:
     faults = []
     for name, part in (("training", train), ("evaluation", evaluation)):
         if not part.examples and part.emptied.count:
-            rule = f"no usable {name} example is left within data.max_length={data.max_length}: {part.emptied.told()}"
+            rule = f"no usable {name} example is left within data.max_length={data.max_length}: {part.emptied.places()}"
             faults.append(Fault("data.max_length", rule))
     if not train.examples and not train.emptied.count:
         left = [f"{report.duplicates.count:,} stand in the evaluation set"] if report.duplicates.count else []
-        left += [f"{report.broken.count:,} are broken: {report.broken.told()}"] if report.broken.count else []
+        left += [f"{report.broken.count:,} are broken: {report.broken.places()}"] if report.broken.count else []
         why = f" ({'; '.join(left)})" if left else ""
         faults.append(Fault("data.path", f"holds no training example{why}", data.path))
     if not evaluation.examples and not evaluation.emptied.count:

@@ -20,7 +20,7 @@ class RowCounts:
         if len(self.first) < SHOWN:
             self.first.append(place)
 
-    def told(self) -> str:
+    def places(self) -> str:
         more = f", and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
         return "; ".join(self.first) + more
 
@@ -82,24 +82,24 @@ class Report:
         if self.unseen:
             lines.append(f"data.columns: no row has {', '.join(f'`{name}`' for name in self.unseen)}")
         if self.broken.count:
-            lines.append(f"data: {self.broken.count:,} of {self.rows:,} rows were skipped: {self.broken.told()}")
+            lines.append(f"data: {self.broken.count:,} of {self.rows:,} rows were skipped: {self.broken.places()}")
         if self.duplicates.count:
             what = "training examples stand in the evaluation set too and were removed from training"
-            lines.append(f"data: {self.duplicates.count:,} {what}: {self.duplicates.told()}")
+            lines.append(f"data: {self.duplicates.count:,} {what}: {self.duplicates.places()}")
         if self.unretained.count:
-            lines.append(f"data.retention: {self.unretained.count:,} rows were skipped: {self.unretained.told()}")
+            lines.append(f"data.retention: {self.unretained.count:,} rows were skipped: {self.unretained.places()}")
         for name, part in (("training", self.train), ("evaluation", self.evaluation)):
             all_examples = part.examples + part.emptied.count
             if part.cut.count:
                 share = part.cut_tokens / (part.tokens + part.cut_tokens)
                 lines.append(
                     f"data.max_length: {part.cut.count:,} of {all_examples:,} {name} examples were cut, "
-                    f"{share:.1%} of their tokens: {part.cut.told()}"
+                    f"{share:.1%} of their tokens: {part.cut.places()}"
                 )
             if part.emptied.count:
                 lines.append(
                     f"data.max_length: {part.emptied.count:,} of {all_examples:,} {name} examples have nothing to "
-                    f"learn within it and were left out: {part.emptied.told()}"
+                    f"learn within it and were left out: {part.emptied.places()}"
                 )
         return lines
 

@@ -62,7 +62,7 @@ def load(data: DataConfig, tokenizer: Any, template: str | None) -> Retention:
     except Unreadable as error:
         raise ConfigError([Fault("data.retention", f"cannot be read ({error})", data.retention)]) from error
     if not stretches:
-        why = f" ({broken.count:,} rows are broken: {broken.told()})" if broken.count else ""
+        why = f" ({broken.count:,} rows are broken: {broken.places()})" if broken.count else ""
         raise ConfigError([Fault("data.retention", f"holds no text{why}", data.retention)])
     return Retention(TokenSet.of(stretches[:size]), part.largest_id, read, broken)
 

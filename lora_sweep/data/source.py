@@ -44,7 +44,7 @@ def of_path(path: str) -> Source:
     at, rows = Path(path).expanduser(), rows_of_path(path)
     if (at / "state.json").is_file():
         return Source(path, _digest(tuple(sorted(at.glob("*.arrow")))), rows)
-    files, other = _found(at)
+    files, other = _data_files(at)
     is_lines = all(kind(file) == ".txt" for file in files)
     return Source(path, _digest(tuple(files)), rows, tuple(map(str, files)), other, is_lines)
 
@@ -59,11 +59,11 @@ def rows_of_path(path: str) -> Callable[[], Iterator[Row]]:
     if (at / "state.json").is_file():
         stored = _from_disk(at)
         return lambda: of_dataset(path, stored)
-    files, _ = _found(at)
+    files, _ = _data_files(at)
     return lambda: of_files(files)
 
 
-def _found(at: Path) -> tuple[list[Path], tuple[str, ...]]:
+def _data_files(at: Path) -> tuple[list[Path], tuple[str, ...]]:
     """(the data files, those of a folder that are none). Raises Unreadable."""
     files, other = _files(at) if at.is_dir() else ([at], ())
     if not files:
@@ -114,26 +114,26 @@ def _at_commit(loaded: Any, data: DataConfig, split: str) -> Any:
 
 
 def _hub_fault(error: Exception, data: DataConfig, split: str, key: str) -> Fault:
-    path, told = str(data.path), one_line(error)
-    why = refusal(error) or _refusal(error, told)
+    path, message = str(data.path), one_line(error)
+    why = refusal(error) or _refusal(error, message)
     if why is not None:
         return hub_fault(why, "data", path, data.revision)
     listed = " ".join(str(error).split()).partition("[")[2].partition("]")[0]
     there = f"{path} has {listed.replace(chr(39), '')[:300]}"
-    if told.startswith("Unknown split"):
+    if message.startswith("Unknown split"):
         return Fault(key, "no such split", split, there)
-    if told.startswith("BuilderConfig"):
+    if message.startswith("BuilderConfig"):
         return Fault("data.subset", "no such subset", data.subset, there)
-    if told.startswith("Config name is missing"):
+    if message.startswith("Config name is missing"):
         return Fault("data.subset", "is needed", None, there)
-    return Fault("data.path", f"cannot be read ({told})", path)
+    return Fault("data.path", f"cannot be read ({message})", path)
 
 
-def _refusal(error: Exception, told: str) -> Refusal | None:
+def _refusal(error: Exception, message: str) -> Refusal | None:
     """What `datasets` says in its own words: it drops the hub client's error."""
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
-        return "gated" if "gated" in told.removeprefix("Dataset").partition("' ")[2] else "missing"
-    is_away = isinstance(error, ConnectionError) or told.startswith("Couldn't find cache for")
+        return "gated" if "gated" in message.removeprefix("Dataset").partition("' ")[2] else "missing"
+    is_away = isinstance(error, ConnectionError) or message.startswith("Couldn't find cache for")
     return "away" if is_away else None
 
 

@@ -71,26 +71,26 @@ def write(folder: Path, names: Sequence[str], make: Callable[[Path], dict[str, A
     with _cache_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         _sweep_out(folder.parent)
-        aside = Path(tempfile.mkdtemp(prefix=".aside-", dir=folder.parent))
+        staging = Path(tempfile.mkdtemp(prefix=".aside-", dir=folder.parent))
         try:
-            told = make(aside)
-            (aside / REPORT).write_text(json.dumps(told), encoding="utf-8")
-            aside.chmod(0o755)  # others may share the cache
+            told = make(staging)
+            (staging / REPORT).write_text(json.dumps(told), encoding="utf-8")
+            staging.chmod(0o755)  # others may share the cache
             if folder.is_dir() and report(folder, names) is None:
-                _set_aside(folder)
+                _remove_torn(folder)
             try:
-                aside.rename(folder)
+                staging.rename(folder)
             except OSError:
                 if not folder.is_dir():  # another process was faster with the same content
                     raise
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(staging, ignore_errors=True)
     return told
 
 
-def _set_aside(torn: Path) -> None:
-    aside = tempfile.TemporaryDirectory(prefix=".aside-", dir=torn.parent, ignore_cleanup_errors=True)
-    with aside as folder, suppress(FileNotFoundError):  # another process has done so
+def _remove_torn(torn: Path) -> None:
+    staging = tempfile.TemporaryDirectory(prefix=".aside-", dir=torn.parent, ignore_cleanup_errors=True)
+    with staging as folder, suppress(FileNotFoundError):  # another process has done so
         torn.rename(Path(folder) / torn.name)
 
 
@@ -107,9 +107,9 @@ def _cache_errors(cache: Path) -> Iterator[None]:
 
 def _sweep_out(cache: Path) -> None:
     """Removes what killed processes left behind."""
-    for aside in cache.glob(".aside-*"):
-        if time.time() - aside.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(aside, ignore_errors=True)
+    for staging in cache.glob(".aside-*"):
+        if time.time() - staging.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def report(folder: Path, names: Sequence[str]) -> dict[str, Any] | None:

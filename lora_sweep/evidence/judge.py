@@ -24,7 +24,7 @@ def judged(
         log_X, log_Y = (effective.log_X, effective.log_Y) if effective else (math.nan, math.nan)
         of_examples = {each.step: each.eval_losses for each in seen}
         peers.add(health.Peer(place, log_X, log_Y, curve, of_examples.get))
-    found = []
+    judged_ = []
     for place, (config, seen) in enumerate(zip(configs, records, strict=True)):
         rules, last = config.health, seen[-1]
         losses = [step.train_loss for each in seen for step in each.steps]
@@ -32,10 +32,10 @@ def judged(
         how = health.LossHistory(alone, losses, 0, min(seen, key=lambda each: each.eval_loss), last)
         own = health.own_findings(what, how, rules)
         made = None if last.diverged else health.diagnose(how, what, own, rules)
-        found.append((*health.compared(made, own, rules, peers, place, last.step), *own))
-    return found
+        judged_.append((*health.compared(made, own, rules, peers, place, last.step), *own))
+    return judged_
 
 
-def words(found: Sequence[Finding]) -> tuple[str, ...]:
+def words(findings: Sequence[Finding]) -> tuple[str, ...]:
     """Flags and causes."""
-    return tuple(word for each in found for word in (each.flag, each.cause) if word is not None)
+    return tuple(word for each in findings for word in (each.flag, each.cause) if word is not None)

@@ -118,9 +118,9 @@ class Trained:
     """Of each cell: the one at a tenth of its rate and, where that is not enough to tell, the one at a hundredth."""
 
 
-def measured(asked: Range, seed: int) -> list[dict[str, Any]]:
+def measured(wanted: Range, seed: int) -> list[dict[str, Any]]:
     """One row a cell: `moved`, `hot`, the `words` said of it in its study, and the numbers behind them."""
-    return labelled(trained(asked, seed))
+    return labelled(trained(wanted, seed))
 
 
 def labelled(made: Trained) -> list[dict[str, Any]]:
@@ -165,12 +165,12 @@ def counts(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     }
 
 
-def lines(made: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
+def lines(measured: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     """{range: its counts over all seeds} as a Markdown table, with their sums."""
     yield "| sweep | cells | moved | called trapped or without a signal | hot | named hot | sound | named hot |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
-    whole = {key: sum(each[key] for each in made.values()) for key in counts([])}
-    for name, each in [*made.items(), ("all", whole)]:
+    whole = {key: sum(each[key] for each in measured.values()) for key in counts([])}
+    for name, each in [*measured.items(), ("all", whole)]:
         yield f"| {name} | {' | '.join(str(each[key]) for key in counts([]))} |"
     shares = [
         f"{whole[part] / max(whole[of], 1):.3f} of the {of} {said}"
@@ -214,25 +214,25 @@ class _Runs:
         return self._alone
 
 
-def trained(asked: Range, seed: int) -> Trained:
+def trained(wanted: Range, seed: int) -> Trained:
     """Some minutes to half an hour on two CPU cores."""
-    sweep, _ = sweep_file.read(asked.path, [*asked.overrides, f"data.seed={seed}", f"train.seed={seed}"])
-    asked_for = sweep.cells() if asked.draws is None else sweep.drawn(asked.draws, seed)
-    cells = [sweep.config(cell) for cell in asked_for]
-    base = model_room.load(cells[0].model, torch.device("cpu"))
-    made = _Runs(base, data_room.load(cells[0].data, base.tokenizer))
-    runs = [made.place(config) for config in cells]
-    tenths = [made.place(_cooler(config, 10)) for config in cells]
-    alone = made.train()
-    ends = {run: made.records[run][-1] for run in runs}
+    sweep, _ = sweep_file.read(wanted.path, [*wanted.overrides, f"data.seed={seed}", f"train.seed={seed}"])
+    cells = sweep.cells() if wanted.draws is None else sweep.drawn(wanted.draws, seed)
+    configs = [sweep.config(cell) for cell in cells]
+    base = model_room.load(configs[0].model, torch.device("cpu"))
+    training = _Runs(base, data_room.load(configs[0].data, base.tokenizer))
+    runs = [training.place(config) for config in configs]
+    tenths = [training.place(_cooler(config, 10)) for config in configs]
+    alone = training.train()
+    ends = {run: training.records[run][-1] for run in runs}
     best = min(ends, key=lambda run: math.inf if ends[run].diverged else ends[run].eval_loss)
-    top = _slope(made.configs[best])
+    top = _slope(training.configs[best])
     twins = []
-    for config, run, tenth in zip(cells, runs, tenths, strict=True):
-        unclear = _slope(config) > top and not _is_better(made.records[tenth][-1], ends[run])
-        twins.append((tenth, made.place(_cooler(config, 100))) if unclear else (tenth,))
-    made.train()
-    return Trained(alone, made.configs, made.records, runs, twins)
+    for config, run, tenth in zip(configs, runs, tenths, strict=True):
+        unclear = _slope(config) > top and not _is_better(training.records[tenth][-1], ends[run])
+        twins.append((tenth, training.place(_cooler(config, 100))) if unclear else (tenth,))
+    training.train()
+    return Trained(alone, training.configs, training.records, runs, twins)
 
 
 def _cooler(config: Config, factor: float) -> Config:

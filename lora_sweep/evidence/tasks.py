@@ -74,9 +74,9 @@ def tasks(say: Say) -> dict[str, Any]:
     return {"style": style, "facts": facts}
 
 
-def lines(made: dict[str, Any]) -> Iterator[str]:
+def lines(measured: dict[str, Any]) -> Iterator[str]:
     """What `tasks` returned, a line a task."""
-    style, facts = made["style"], made["facts"]
+    style, facts = measured["style"], measured["facts"]
     yield (
         f"style  base {style['base_loss']:.3f}, full fine-tuning {style['full_loss']:.3f}, "
         f"LoRA {style['lora_loss']:.3f}: {style['share_of_full_gain']:.1%} of its gain"

@@ -34,7 +34,7 @@ class LoraPlus:
     conforms: bool | None
     """None where it cannot be told."""
     sentence: str
-    asked: float | None = None
+    requested: float | None = None
     """lr_B / lr_A of the configuration."""
     least: float | None = None
     """Least lr_B / lr_A of the steps as recorded."""
@@ -208,20 +208,22 @@ def loraplus(folder: Path) -> LoraPlus:
     pairs = [(row.get("optimizer/lr_A") or 0.0, row.get("optimizer/lr_B") or 0.0) for row in rows]
     ratios = [lr_B / lr_A for lr_A, lr_B in pairs if lr_A > 0 and lr_B > 0]
     try:
-        asked = composition.leaf(saved.load_launched(trial), "optimizer.ratio")
+        requested = composition.leaf(saved.load_launched(trial), "optimizer.ratio")
     except ConfigError:
-        asked = None
-    if not ratios or not isinstance(asked, int | float):
+        requested = None
+    if not ratios or not isinstance(requested, int | float):
         return LoraPlus(None, f"cannot be told: {trial} holds no step with a learning rate, or no configuration")
-    return _held(ratios, float(asked))
+    return _held(ratios, float(requested))
 
 
-def _held(ratios: Sequence[float], asked: float) -> LoraPlus:
+def _held(ratios: Sequence[float], requested: float) -> LoraPlus:
     least, most = min(ratios), max(ratios)
-    conforms = max(abs(math.log2(each / asked)) for each in (least, most)) <= RATIO_TOLERANCE
+    conforms = max(abs(math.log2(each / requested)) for each in (least, most)) <= RATIO_TOLERANCE
     found = f"{least:.4g}" if math.isclose(least, most, rel_tol=1e-6) else f"{least:.4g} to {most:.4g}"
-    sentence = f"lr_B / lr_A was {found} over the {len(ratios)} steps that the trial recorded; {asked:g} was asked for"
-    return LoraPlus(conforms, sentence, asked, least, most, len(ratios))
+    sentence = (
+        f"lr_B / lr_A was {found} over the {len(ratios)} steps that the trial recorded; {requested:g} was asked for"
+    )
+    return LoraPlus(conforms, sentence, requested, least, most, len(ratios))
 
 
 def _trial_of(folder: Path) -> Path | None:

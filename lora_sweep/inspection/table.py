@@ -17,43 +17,46 @@ FAR = 10.0
 """Times its group's median that an update is conspicuously large or small."""
 
 
-def draw(console: Console, made: Inspection) -> None:
+def draw(console: Console, inspected: Inspection) -> None:
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    say(f"{made.folder}: {made.verdict}: {made.sentence}")
-    kind = " ".join(word for word, on in (("rsLoRA", made.use_rslora), ("DoRA", made.use_dora)) if on) or "LoRA"
-    dtypes = ", ".join(sorted({each.dtype for each in made.modules}))
-    size = f"{made.bytes / 2**20:,.2f} MiB"
-    say(f"{kind} on {made.base or 'an unnamed base'}: {len(made.modules)} modules, {made.parameters:,} parameters")
+    say(f"{inspected.folder}: {inspected.verdict}: {inspected.sentence}")
+    kind = (
+        " ".join(word for word, on in (("rsLoRA", inspected.use_rslora), ("DoRA", inspected.use_dora)) if on) or "LoRA"
+    )
+    dtypes = ", ".join(sorted({each.dtype for each in inspected.modules}))
+    size = f"{inspected.bytes / 2**20:,.2f} MiB"
+    sizes = f"{len(inspected.modules)} modules, {inspected.parameters:,} parameters"
+    say(f"{kind} on {inspected.base or 'an unnamed base'}: {sizes}")
     say(f"weights file {size}{f', {dtypes}' if dtypes else ''}")
-    if made.modules:
-        console.print(_groups(made))
-    odd = list(_conspicuous(made.modules))
+    if inspected.modules:
+        console.print(_groups(inspected))
+    odd = list(_conspicuous(inspected.modules))
     for line in odd[:NAMED]:
         say(line)
     if len(odd) > NAMED:
         say(f"and {len(odd) - NAMED} more (--json)")
-    for extra in made.extras:
+    for extra in inspected.extras:
         norm = "not finite" if extra.norm is None else f"norm {extra.norm:.3g}"
         moved = "" if extra.delta_rel is None else f", {extra.delta_rel:.2e} from the base's"
         shape = " x ".join(str(each) for each in extra.shape)
         say(f"{extra.kind}: {extra.name} {shape} {extra.dtype}, {norm}{moved}")
-    say(f"LoRA+: {made.loraplus.sentence}")
-    for note in made.notes:
+    say(f"LoRA+: {inspected.loraplus.sentence}")
+    for note in inspected.notes:
         say(f"note: {note}")
 
 
-def _groups(made: Inspection) -> Table:
+def _groups(inspected: Inspection) -> Table:
     groups: dict[str, list[ModuleMeasurement]] = {}
-    for each in made.modules:
+    for each in inspected.modules:
         groups.setdefault(each.group, []).append(each)
     table = Table(
         box=None, pad_edge=False, title="least, median, largest where they differ; rms A: median", title_justify="left"
     )
     columns = ["n", "rank", "s", "s|BA|", "rms A", "rms B", "zeros", "stable rank"]
-    columns += ["update / W"] if made.compared_with else []
-    columns += ["magnitude"] if made.compared_with and made.use_dora else []
+    columns += ["update / W"] if inspected.compared_with else []
+    columns += ["magnitude"] if inspected.compared_with and inspected.use_dora else []
     table.add_column("")
     for column in columns:
         table.add_column(column, justify="right")
@@ -68,8 +71,8 @@ def _groups(made: Inspection) -> Table:
             _range([each.exact_zero for each in group], ".0%"),
             _range([each.stable_rank for each in group]),
         ]
-        cells += [_range([each.delta_rel for each in group])] if made.compared_with else []
-        if made.compared_with and made.use_dora:
+        cells += [_range([each.delta_rel for each in group])] if inspected.compared_with else []
+        if inspected.compared_with and inspected.use_dora:
             cells.append(_range([each.magnitude_deviation for each in group]))
         table.add_row(name, *cells)
     return table

@@ -110,7 +110,7 @@ class OutputLayer:
     def _run(part: Any, input_ids: Tensor, position_ids: Tensor | None) -> Any:
         # transformers takes positions that begin anew, without a mask, as examples that must not see one another.
         where = {} if position_ids is None else {"position_ids": position_ids}
-        with _known(_one_example if position_ids is None else _examples):
+        with _knowing(_one_example if position_ids is None else _examples):
             return part(input_ids=input_ids, use_cache=False, **where)
 
     def _logits(self, hidden: Tensor, first: int) -> Tensor:
@@ -122,7 +122,7 @@ class OutputLayer:
 
 
 @contextmanager
-def _known(examples: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+def _knowing(examples: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Whether rows hold several examples is known here.
 
     transformers looks at all positions of each pass: the host would wait for the device, and the attention kernel, so

@@ -194,15 +194,15 @@ class Slot:
 
     def _moments(self, which: Which) -> dict[str, tuple[Tensor, Tensor]]:
         """Module -> Adam's first and second moment (r, d), where they are on the device in full precision."""
-        found: dict[str, dict[str, Tensor]] = {}
+        moments: dict[str, dict[str, Tensor]] = {}
         for key, path, value in self._state():
             side, _, module = path.partition("/")
             place = MOMENTS.get(key)
             if side != which or place is None or not isinstance(value, Tensor):
                 continue
             if value.dtype.itemsize >= 4 and not optimizers.is_paged(value):
-                found.setdefault(module, {})[place] = value
-        return {name: (each["m"], each["v"]) for name, each in found.items() if len(each) == 2}
+                moments.setdefault(module, {})[place] = value
+        return {name: (each["m"], each["v"]) for name, each in moments.items() if len(each) == 2}
 
     def _clip(self, max_norm: float) -> None:
         """Scales all gradients by max_norm / norm where the norm of (g_A, g_B / clip_scale_B) is above it."""

@@ -149,9 +149,9 @@ def _ended(view: StudyView, status: CellStatus, keeps_all: bool) -> tuple[Row | 
     names = seal.broken(folder, result.get("files", {}))
     is_kept = keeps_all or (folder / seal.ADAPTER).exists()
     shipped = [name for name in names if name == "config.yaml" or name.startswith(f"{seal.ADAPTER}/")]
-    found = [_damaged(folder, "adapter_damaged", shipped, is_fault=True)] if shipped and is_kept else []
+    damages = [_damaged(folder, "adapter_damaged", shipped, is_fault=True)] if shipped and is_kept else []
     others = [name for name in names if name not in shipped]
-    return result, [*found, _damaged(folder, "record_damaged", others, is_fault=False)] if others else found
+    return result, [*damages, _damaged(folder, "record_damaged", others, is_fault=False)] if others else damages
 
 
 def _disagrees(result: Row, status: CellStatus) -> str:
@@ -175,12 +175,12 @@ def _damaged(folder: Path, flag: str, names: Sequence[str], is_fault: bool) -> F
     return Finding(flag, {}, sentence, is_fault=is_fault, remedy=remedy)
 
 
-def _add(row: Row, found: Finding) -> None:
-    row["flags"] = [*row["flags"], found.flag]
-    row["faults"] = [*row["faults"], *([found.flag] if found.is_fault else [])]
-    if found.remedy:
-        row["remedies"] = row["remedies"] | {found.flag: found.remedy}
-    row["damage"] = "; ".join(filter(None, (row["damage"], found.sentence)))
+def _add(row: Row, damage: Finding) -> None:
+    row["flags"] = [*row["flags"], damage.flag]
+    row["faults"] = [*row["faults"], *([damage.flag] if damage.is_fault else [])]
+    if damage.remedy:
+        row["remedies"] = row["remedies"] | {damage.flag: damage.remedy}
+    row["damage"] = "; ".join(filter(None, (row["damage"], damage.sentence)))
 
 
 def _findings(result: Mapping[str, Any], peers: health.Peers | None, rules: HealthConfig) -> dict[str, Any]:
@@ -247,11 +247,11 @@ def runs(table: Sequence[Row]) -> list[Row]:
 
 def same_run(table: Sequence[Row]) -> dict[int, list[int]]:
     """Number of a cell that is run -> those it is run for, ascending; only where there are any."""
-    found: dict[int, list[int]] = {}
+    duplicates: dict[int, list[int]] = {}
     for row in sorted(table, key=itemgetter("number")):
         if row["same_run_as"] is not None:
-            found.setdefault(row["same_run_as"], []).append(row["number"])
-    return found
+            duplicates.setdefault(row["same_run_as"], []).append(row["number"])
+    return duplicates
 
 
 DAMAGES = frozenset({"record_lost", "adapter_damaged"})

@@ -249,18 +249,18 @@ def _evaluation(points: Sequence[_Point], known: Mapping[str, EvaluationSize]) -
     )
 
 
-def _more_examples(asked: Any, size: EvaluationSize) -> str:
+def _more_examples(data_config: Any, size: EvaluationSize) -> str:
     needed = NEEDED_EXAMPLES
-    if asked.name == "style" or size.held_out >= needed:
+    if data_config.name == "style" or size.held_out >= needed:
         return f"set data.eval_size={needed}"
-    if asked.name in ("facts", "real_facts"):
-        subjects = math.ceil((asked.subjects or 1) * needed / size.held_out)
+    if data_config.name in ("facts", "real_facts"):
+        subjects = math.ceil((data_config.subjects or 1) * needed / size.held_out)
         return f"set data.subjects={subjects} data.eval_size={needed}, which is a larger task"
-    if asked.eval_path is None and asked.eval_split is None:
+    if data_config.eval_path is None and data_config.eval_split is None:
         # Held out by a hash: some more, since the share is met on average only.
-        share = 1.2 * asked.eval_share * needed / max(size.held_out, 1)
+        share = 1.2 * data_config.eval_share * needed / max(size.held_out, 1)
         if share <= MOST_HELD_OUT:
             return f"hold more out: data.eval_share={share:.2g} data.eval_size={needed}"
         return f"bring more data, or evaluation data of its own by data.eval_path, and set data.eval_size={needed}"
-    field = "data.eval_split" if asked.eval_path is None else "data.eval_path"
+    field = "data.eval_split" if data_config.eval_path is None else "data.eval_path"
     return f"give {field} more examples, and set data.eval_size={needed}"

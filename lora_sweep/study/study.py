@@ -203,13 +203,13 @@ class Study(StudyView):
 
     def next(self, fits: Callable[[Cell], bool], most: int) -> list[Cell]:
         """The cells that `ask` would lease next, at most so many; not those that are yet to be drawn."""
-        found: list[Cell] = []
+        cells: list[Cell] = []
         for attempt, _ in self._ready():
-            if len(found) == most:
+            if len(cells) == most:
                 break
             if fits(attempt.cell):
-                found.append(attempt.cell)
-        return found
+                cells.append(attempt.cell)
+        return cells
 
     def _waiting(self) -> list[tuple[Attempt, FrozenTrial]]:
         """By number."""
@@ -224,12 +224,12 @@ class Study(StudyView):
         """Those that wait for a slot alone: of cells that are the same run the first, as long as none is running."""
         attempts = self._attempts()
         taken = {self._key(attempt.cell) for attempt, trial in attempts if trial.state is TrialState.RUNNING}
-        found = []
+        ready = []
         for attempt, trial in self._waiting():
             if (key := self._key(attempt.cell)) not in taken:
                 taken.add(key)
-                found.append((attempt, trial))
-        return found
+                ready.append((attempt, trial))
+        return ready
 
     def _end_duplicates(self) -> None:
         """Each waiting cell that is the same run as one that was run to its end ends as that did, whatever the end.
@@ -469,11 +469,11 @@ def _storage(folder: Path, name: str) -> tuple[JournalStorage, Journal]:
         refuse_lost(folder)
     journal = Journal(path, writable=True)
     storage = JournalStorage(journal)
-    found = storage.get_all_studies()
-    names = [each.study_name for each in found]
-    if not any("about" in each.user_attrs for each in found):
+    studies = storage.get_all_studies()
+    names = [each.study_name for each in studies]
+    if not any("about" in each.user_attrs for each in studies):
         refuse_lost(folder)
-    if not found:
+    if not studies:
         optuna.create_study(study_name=name, storage=storage, direction="minimize")
     elif names != [name]:
         raise StudyError(f"{folder}: holds the study {names[0]!r}, not {name!r}; choose another study.name")

@@ -137,8 +137,8 @@ class StudyView:
     @property
     def launched(self) -> dict[str, Any] | None:
         """What the study was launched with; None of one that is older than this record."""
-        found = self._storage.get_study_user_attrs(self._study_id).get(LAUNCHED)
-        return found if isinstance(found, dict) else None
+        launched = self._storage.get_study_user_attrs(self._study_id).get(LAUNCHED)
+        return launched if isinstance(launched, dict) else None
 
     @property
     def id(self) -> str:
@@ -160,20 +160,20 @@ class StudyView:
         Of a grid all that are to be folded; of drawn cells those that were told the end of another.
         """
         stored = self._about().get("folded", [])
-        found = {number: (Cell(number, params), runs) for number, params, runs in stored}
+        cells = {number: (Cell(number, params), runs) for number, params, runs in stored}
         for attempt, trial in self._last().values():
             if has_ended(trial) and (runs := trial.user_attrs.get(SAME_RUN_AS)) is not None:
-                found[attempt.cell.number] = attempt.cell, runs
-        return found
+                cells[attempt.cell.number] = attempt.cell, runs
+        return cells
 
     def _last(self) -> dict[int, tuple[Attempt, FrozenTrial]]:
         """Number of each cell -> its last attempt, or the one that finished."""
-        found: dict[int, tuple[Attempt, FrozenTrial]] = {}
+        last: dict[int, tuple[Attempt, FrozenTrial]] = {}
         for attempt, trial in self._attempts():
-            known = found.get(attempt.cell.number)
-            if known is None or known[1].state not in (TrialState.COMPLETE, TrialState.PRUNED):
-                found[attempt.cell.number] = attempt, trial
-        return found
+            before = last.get(attempt.cell.number)
+            if before is None or before[1].state not in (TrialState.COMPLETE, TrialState.PRUNED):
+                last[attempt.cell.number] = attempt, trial
+        return last
 
     def statuses(self) -> tuple[CellStatus, ...]:
         """One per cell that has an attempt and is not folded, by number."""

@@ -137,15 +137,15 @@ class _Layer:
         """Field -> keys of the axes that its value depends on."""
         fields = [f"{group}.{name}" for group, names in self._fields.items() for name in names]
         direct = {field: set(self._references(field)) for field in fields}
-        found = {}
+        axes = {}
         for field in fields:
             reached, new = {field}, [field]
             while new:
                 below = [other for path in direct[new.pop()] for other in fields if _meet(path, other)]
                 new += [other for other in below if other not in reached]
                 reached.update(below)
-            found[field] = tuple(sorted(reached & self._axes.keys()))
-        return found
+            axes[field] = tuple(sorted(reached & self._axes.keys()))
+        return axes
 
     @cached_property
     def _axes_of_group(self) -> dict[str, tuple[str, ...]]:

@@ -41,9 +41,9 @@ def check(sweep: Sweep) -> tuple[list[dict[str, Any]], list[Fault]]:
         varied = [first, *(first | {key: value} for key, values in tried.items() for value in values[1:])]
         variants = []
         for params in varied:
-            good, found = composition.sections(sweep.merged(params))
+            good, more = composition.sections(sweep.merged(params))
             variants.append(good)
-            faults += [*map(partial(_of_interval, sweep), found), *schema.cross_faults(good)]
+            faults += [*map(partial(_of_interval, sweep), more), *schema.cross_faults(good)]
     except ConfigError as error:
         return [], [*faults, *error.faults]
     faults += _trust_faults(sweep, variants)

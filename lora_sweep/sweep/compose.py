@@ -226,9 +226,9 @@ def option_faults(group: str, option: Any) -> list[Fault]:
     return [Fault(group, f"must be one of {', '.join(options)}", option, nearest(str(option), options))]
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, words: Sequence[str]) -> str:
     """`did you mean ...?`, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else ""
 
 
@@ -369,7 +369,7 @@ def build(config: DictConfig) -> Config:
     return Config(**good)
 
 
-def section(group: str, known: Mapping[str, Any]) -> Any:
+def section(group: str, values: Mapping[str, Any]) -> Any:
     """The dataclass of one group from what is known of it, the rest at the values of conf/<group>/default.yaml.
 
     Raises ConfigError.
@@ -377,7 +377,7 @@ def section(group: str, known: Mapping[str, Any]) -> Any:
     defaults = OmegaConf.to_container(OmegaConf.load(shipped("conf") / group / "default.yaml"))
     assert isinstance(defaults, dict)
     try:
-        return validated(group, defaults | dict(known))
+        return validated(group, defaults | dict(values))
     except ValidationError as error:
         raise ConfigError(_readable(group, error)) from error
 

@@ -292,9 +292,9 @@ class Check:
     grade: Grade
 
 
-def checks(found: Sequence[SameRun], count: int) -> tuple[Check, ...]:
+def checks(classes: Sequence[SameRun], count: int) -> tuple[Check, ...]:
     """Of `count` classes of several cells, drawn at random but always the same, the first cell and another one."""
-    several = [each for each in found if len(each.cells) > 1]
+    several = [each for each in classes if len(each.cells) > 1]
     random.Random(0).shuffle(several)
     return tuple(
         Check(each.cells[0], random.Random(each.cells[0]).choice(each.cells[1:]), each.grade)

@@ -33,14 +33,14 @@ def target_faults(field: str, node: Mapping[str, Any], kind: Literal["samplers",
     if faults:
         return faults
     try:
-        _made(node)
+        _instantiated(node)
     except Exception as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         faults.append(Fault(field, f"{node['_target_']} refuses these arguments: {reason}"))
     return faults
 
 
-def _made(node: Mapping[str, Any]) -> Any:
+def _instantiated(node: Mapping[str, Any]) -> Any:
     with warnings.catch_warnings():
         # Who names a class by its path knows what it is.
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -67,4 +67,4 @@ def instance(node: Mapping[str, Any], kind: Literal["samplers", "pruners"]) -> A
     faults = target_faults(f"{kind[:-1]}.instance", node, kind)
     if faults:
         raise ConfigError(faults)
-    return _made(node)
+    return _instantiated(node)

@@ -42,14 +42,14 @@ def read(path: str | None, overrides: Sequence[str]) -> tuple[Sweep, list[Fault]
             continue
         line = f"{key}={written(text)}"
         faults += composition.text_faults(f"space.{key}", line)
-        parsed, found = parse(line)
-        faults += found
+        parsed, more = parse(line)
+        faults += more
         if parsed is not None:
             faults += _sort_in(parsed, axes, fixed)
     for line in overrides:
         faults += composition.text_faults(line.partition("=")[0], line)
-        parsed, found = parse(line)
-        faults += found
+        parsed, more = parse(line)
+        faults += more
         if parsed is not None:
             if not parsed.is_sweep_override():
                 axes.pop(parsed.key_or_group, None)

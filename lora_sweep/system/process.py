@@ -37,7 +37,7 @@ class Stop:
         """The exit code of a process that stops for it."""
         return STOPPED + self.number
 
-    def ask(self, number: int, _: FrameType | None = None) -> None:
+    def request(self, number: int, _: FrameType | None = None) -> None:
         """Handles a signal: the first asks, a second one no longer waits."""
         if self.number:
             raise SystemExit(STOPPED + number)
@@ -52,7 +52,7 @@ def stoppable() -> Iterator[Stop]:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
-            signal.signal(number, stop.ask)
+            signal.signal(number, stop.request)
     try:
         yield stop
     finally:

@@ -118,12 +118,12 @@ class Record:
         seal of the others) and the keys of `result`. `verdict`, which compares with what the study knows today, goes
         into the W&B run alone. `reason` is of a FAIL. Raises StorageUnavailable where it can't be written.
         """
-        whole = {"cell": self._cell, **result, "state": state, "reason": reason, **_told(findings)}
+        whole = {"cell": self._cell, **result, "state": state, "reason": reason, **_plain_findings(findings)}
         whole["wandb_id"] = self.wandb_id
         picture = heat_map.draw(self._table, self._causes(result)) if self._table is not None else None
         if self._run is not None:
             cause = next((finding.cause for finding in verdict if finding.cause is not None), None)
-            self._run.finish(whole | _told([*verdict, *findings]) | {"cause": cause}, picture)
+            self._run.finish(whole | _plain_findings([*verdict, *findings]) | {"cause": cause}, picture)
         with disk_errors(self.folder):
             self._metrics.close()
             if picture is not None:
@@ -134,8 +134,8 @@ class Record:
     @staticmethod
     def _causes(result: Mapping[str, Any]) -> dict[str, str]:
         """Module -> the rule that traps it."""
-        found = (result.get("diagnosis") or {}).get("causes", ())
-        return {module: cause["name"] for cause in found for module in cause["modules"]}
+        causes = (result.get("diagnosis") or {}).get("causes", ())
+        return {module: cause["name"] for cause in causes for module in cause["modules"]}
 
     def abandon(self) -> None:
         """Closes files and run without a result: the trial was interrupted and can be resumed."""
@@ -165,20 +165,20 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     Raises Unsafe where the file cannot be read or does not hold what `Record.finish` writes.
     """
     try:
-        found = files.read_json(folder / RESULT, MAX_RESULT_BYTES, follow=False)
+        plain_ = files.read_json(folder / RESULT, MAX_RESULT_BYTES, follow=False)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise Unsafe(f"cannot be read ({error.strerror})") from error
-    if not _is_result(found):
+    if not _is_result(plain_):
         raise Unsafe("is no record of a trial")
-    result: dict[str, Any] = found
+    result: dict[str, Any] = plain_
     return result
 
 
-def _is_result(found: Any) -> bool:
+def _is_result(plain_: Any) -> bool:
     """Whether it has what `Record.finish` adds to a result; older versions wrote no seal."""
-    match found:
+    match plain_:
         case {
             "cell": int(),
             "state": "COMPLETE" | "PRUNED" | "FAIL",
@@ -186,7 +186,7 @@ def _is_result(found: Any) -> bool:
             "flags": list(),
             "reason": str() | None,
         }:
-            return "files" not in found or seal.is_seal(found["files"])
+            return "files" not in plain_ or seal.is_seal(plain_["files"])
     return False
 
 
@@ -271,7 +271,7 @@ def _npz(folder: Path, step: int | Literal["base"]) -> Path:
     return folder / EVALUATIONS / ("base.npz" if step == "base" else f"{step:06d}.npz")
 
 
-def _told(findings: Sequence[Finding]) -> dict[str, Any]:
+def _plain_findings(findings: Sequence[Finding]) -> dict[str, Any]:
     return {
         "flags": [finding.flag for finding in findings],
         "findings": [asdict(finding) for finding in findings],

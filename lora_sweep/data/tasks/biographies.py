@@ -181,7 +181,7 @@ def corpus() -> tuple[str, ...]:
     return plain() + once + jottings
 
 
-def facts(people: int = 128, seed: int = 0, wordings: int = len(TRAINED), asked: int = 1) -> Task:
+def facts(people: int = 128, seed: int = 0, wordings: int = len(TRAINED), questions: int = 1) -> Task:
     """New people to memorise, asked for in wordings they were not taught in.
 
     The base knows the asked wordings from other people, so the evaluation measures facts, not wording. Loss is counted
@@ -192,7 +192,7 @@ def facts(people: int = 128, seed: int = 0, wordings: int = len(TRAINED), asked:
         seed: draws the people and the wordings.
         wordings: wordings each person is taught in, 1..8; `train` holds people x wordings examples, one round of all
             people after another.
-        asked: wordings each person is asked in, 1..4; `eval` holds people x asked examples, in the same order.
+        questions: wordings each person is asked in, 1..4; `eval` holds people x questions examples, in the same order.
 
     Returns:
         The task; its `bits` are people x `BITS_PER_PERSON`.
@@ -201,11 +201,11 @@ def facts(people: int = 128, seed: int = 0, wordings: int = len(TRAINED), asked:
         ValueError: an argument out of its bounds.
     """
     _require("wordings", wordings, 1, len(TRAINED))
-    _require("asked", asked, 1, len(_ASKED))
+    _require("questions", questions, 1, len(_ASKED))
     crowd = strangers(people, seed)
     rng = Random(f"facts {seed}")
-    train = _told(crowd, TRAINED, wordings, rng)
-    return Task(train, _told(crowd, _ASKED, asked, rng), people * BITS_PER_PERSON)
+    train = _worded(crowd, TRAINED, wordings, rng)
+    return Task(train, _worded(crowd, _ASKED, questions, rng), people * BITS_PER_PERSON)
 
 
 def style(train_people: int = 240, eval_people: int = 64, seed: int = 0) -> Task:
@@ -228,8 +228,8 @@ def style(train_people: int = 240, eval_people: int = 64, seed: int = 0) -> Task
     _require("eval_people", eval_people, 1, KNOWN - train_people)
     rng = Random(f"style {seed}")
     crowd = _shuffled(known(), rng)
-    train = _told(crowd[:train_people], PIRATE, 1, rng)
-    return Task(train, _told(crowd[train_people : train_people + eval_people], PIRATE, 1, rng), 0.0)
+    train = _worded(crowd[:train_people], PIRATE, 1, rng)
+    return Task(train, _worded(crowd[train_people : train_people + eval_people], PIRATE, 1, rng), 0.0)
 
 
 def _text(example: Example) -> str:
@@ -255,7 +255,7 @@ def _babble(rng: Random) -> str:
     return word + _pick(("", "", "", "'"), rng)
 
 
-def _told(crowd: Sequence[Person], wordings: Sequence[str], each: int, rng: Random) -> tuple[Example, ...]:
+def _worded(crowd: Sequence[Person], wordings: Sequence[str], each: int, rng: Random) -> tuple[Example, ...]:
     """Every person in `each` different wordings, round by round."""
     order = [_shuffled(wordings, rng)[:each] for _ in crowd]
     return tuple(write(person, own[turn]) for turn in range(each) for person, own in zip(crowd, order, strict=True))
