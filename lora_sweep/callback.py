@@ -23,13 +23,12 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from lora_sweep import health
-from lora_sweep.adapters import keys as adapter_keys
-from lora_sweep.adapters import reader as adapters
+from lora_sweep.adapters import keys, reader
 from lora_sweep.base import quant
 from lora_sweep.errors import UserError
 from lora_sweep.health import AdaptedModule, HealthHistory, Logged, Side, Stepped, TrainerSettings, WeightSamples
 from lora_sweep.records import Diagnosis, Finding
-from lora_sweep.sweep import compose as composition
+from lora_sweep.sweep import compose
 from lora_sweep.system.disk import write_whole
 from lora_sweep.tracking.wandb_run import plain
 
@@ -103,7 +102,7 @@ class HealthCallback(TrainerCallback, ExportableState):
     def __init__(self, ratio: float | None = None, action: str = "flag", **rules: Any) -> None:
         self.findings: tuple[Finding, ...] = ()
         self._given = {"ratio": ratio, "action": action, **rules}
-        self._rules = composition.section("health", {"action": action, **rules})
+        self._rules = compose.section("health", {"action": action, **rules})
         self._ratio = ratio
         self._modules: list[_Lora] = []
         self._history: HealthHistory | None = None
@@ -298,18 +297,18 @@ class HealthCallback(TrainerCallback, ExportableState):
         modules = {each.path: each for each in self._modules if each.adapter == adapter}
         *_, one = modules.values()
         # PEFT saves `default` in the folder itself, others in folders of their names; transformers the only one so.
-        folder = root / adapter if (root / adapter / adapters.CONFIG).is_file() else root
+        folder = root / adapter if (root / adapter / reader.CONFIG).is_file() else root
         is_its_own = folder != root or adapter == "default" or len(one.layer.lora_A) == 1
-        if not is_its_own or not (folder / adapters.CONFIG).is_file():
+        if not is_its_own or not (folder / reader.CONFIG).is_file():
             return
-        foreign = [field for field in adapters.FOREIGN if getattr(one.config, field, None)]
-        pickled = (folder / adapters.PICKLE).is_file() and not (folder / adapters.WEIGHTS).is_file()
+        foreign = [field for field in reader.FOREIGN if getattr(one.config, field, None)]
+        pickled = (folder / reader.PICKLE).is_file() and not (folder / reader.WEIGHTS).is_file()
         if foreign or pickled:
             inputs = f"{foreign[0]} is set" if foreign else "the weights are a pickle"
             _log.warning("HealthCallback: %s: %s, so what was saved is not compared with memory", folder, inputs)
             return
         try:
-            lost = adapters.lost(folder, {path: (each.A, each.B) for path, each in modules.items()})
+            lost = reader.lost(folder, {path: (each.A, each.B) for path, each in modules.items()})
         except UserError as error:
             _log.warning("HealthCallback: %s", error)
             lost = tuple(modules)
@@ -351,7 +350,7 @@ def _loras(model: Any) -> Iterator[_Lora]:
             if adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear):
                 weight = quant.dequantised(layer.get_base_layer())
                 norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
-                yield _Lora(path.removeprefix(adapter_keys.PREFIX), layer, adapter, configs.get(adapter), norm)
+                yield _Lora(path.removeprefix(keys.PREFIX), layer, adapter, configs.get(adapter), norm)
 
 
 def _side(optimizer: Any, groups: Mapping[int, dict[str, Any]], module: _Lora, which: str) -> Side:

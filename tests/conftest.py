@@ -22,11 +22,11 @@ import pytest
 import torch
 
 from lora_sweep import __main__
-from lora_sweep import data as data_room
-from lora_sweep.base import cpu_bf16 as frozen
-from lora_sweep.base import load as model_room
+from lora_sweep.base import cpu_bf16
 from lora_sweep.base.load import LoadedBase
+from lora_sweep.base.load import load as load_base
 from lora_sweep.data import Data
+from lora_sweep.data import load as load_data
 from lora_sweep.pack import Trial
 from lora_sweep.records import Cell
 from lora_sweep.sweep import sweep_file
@@ -120,7 +120,7 @@ def bf16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     """With `processor.either(BF16_PRODUCTS, BF16_ATTENTION)` as its parameter: whether both sides of a comparison use
     the processor's bf16 instructions, this package's bases and torch's own kernels."""
     if not request.param:
-        monkeypatch.setattr(frozen, "_has_bf16", lambda: False)
+        monkeypatch.setattr(cpu_bf16, "_has_bf16", lambda: False)
     before, *_ = torch.backends.mkldnn.set_flags(request.param)
     yield request.param
     torch.backends.mkldnn.set_flags(before)
@@ -143,17 +143,17 @@ def config_of(*overrides: str) -> Any:
 
 @pytest.fixture(scope="session")
 def base() -> LoadedBase:
-    return model_room.load(config_of().model, torch.device("cpu"))
+    return load_base(config_of().model, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
 def base64() -> LoadedBase:
-    return model_room.load(config_of("model.dtype=fp64").model, torch.device("cpu"))
+    return load_base(config_of("model.dtype=fp64").model, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
 def style(base: LoadedBase) -> Data:
-    return data_room.load(config_of("data.subjects=64", "data.eval_size=16", "data.probe_size=8").data, base.tokenizer)
+    return load_data(config_of("data.subjects=64", "data.eval_size=16", "data.probe_size=8").data, base.tokenizer)
 
 
 @pytest.fixture

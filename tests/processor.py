@@ -31,9 +31,9 @@ class Path(NamedTuple):
 
 
 def _has_bf16() -> bool:
-    from lora_sweep.base import cpu_bf16 as frozen
+    from lora_sweep.base import cpu_bf16
 
-    return frozen._has_bf16()
+    return cpu_bf16._has_bf16()
 
 
 def _has_avx512() -> bool:

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from tokenizers.processors import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
 
-from lora_sweep.base import load as model_room
+from lora_sweep.base import source as base_source
 from lora_sweep.data.chat import ChatFault, Conversation, check, encode, template
 from lora_sweep.data.encoding import _turns
 from lora_sweep.errors import ConfigError
@@ -646,7 +646,7 @@ def test_a_strangers_template_runs_no_code(attack: str, tmp_path: Path) -> None:
 
 @pytest.mark.real
 def test_smollm2s_own_tokenizer_and_template() -> None:
-    at = model_room.source(config_of("model=smollm2_gguf").model)
+    at = base_source.source(config_of("model=smollm2_gguf").model)
     tokenizer = AutoTokenizer.from_pretrained(at.name_or_path, gguf_file=at.gguf_file)
     conversations = [Conversation(TALK), *talks(60)]
     results = encode(conversations, tokenizer)

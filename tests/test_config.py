@@ -15,8 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_sweep import config as schema
 from lora_sweep.errors import ConfigError
-from lora_sweep.sweep import check, sweep_file
-from lora_sweep.sweep import compose as composition
+from lora_sweep.sweep import check, compose, sweep_file
 
 REPOSITORY = Path(__file__).parents[1]
 OPTIONS = [f"{file.parent.name}={file.stem}" for file in sorted((REPOSITORY / "conf").glob("*/*.yaml"))]
@@ -179,13 +178,13 @@ KNOBS: dict[str, tuple[list[Any], list[Any]]] = {
 
 @pytest.fixture(scope="module")
 def plain() -> DictConfig:
-    return composition.compose([])
+    return compose.compose([])
 
 
 def with_knob(plain: DictConfig, key: str, value: Any) -> list[str]:
     config = plain.copy()
     OmegaConf.update(config, key, value, merge=False)
-    return [str(fault) for fault in composition.sections(config)[1]]
+    return [str(fault) for fault in compose.sections(config)[1]]
 
 
 def test_no_knob_is_left_out_of_the_table_below() -> None:
@@ -244,7 +243,7 @@ def test_several_faults_are_told_at_once() -> None:
 )
 def test_fields_are_held_against_each_other(overrides: list[str], field: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        composition.build(composition.compose([f"++{line}" if "." in line else line for line in overrides]))
+        compose.build(compose.compose([f"++{line}" if "." in line else line for line in overrides]))
     assert [fault.field for fault in caught.value.faults] == [field]
 
 
@@ -325,7 +324,7 @@ def test_two_halves_of_a_reference_that_meet_are_refused(in_folder: Path, canary
 def test_derived_values_are_resolved(plain: DictConfig, text: str, value: float) -> None:
     config = plain.copy()
     OmegaConf.update(config, "method.alpha", text)
-    assert composition.build(config).method.alpha == value
+    assert compose.build(config).method.alpha == value
 
 
 @pytest.mark.parametrize(
@@ -335,7 +334,7 @@ def test_a_derived_value_that_cannot_be_had_is_a_fault_and_soon(plain: DictConfi
     config = plain.copy()
     OmegaConf.update(config, "method.alpha", text)
     began = time.monotonic()
-    (fault,) = composition.sections(config)[1]
+    (fault,) = compose.sections(config)[1]
     assert fault.field == "method.alpha"
     assert time.monotonic() - began < 5
 
@@ -393,13 +392,13 @@ def test_ones_own_option_may_be_a_value_of_an_axis(in_folder: Path) -> None:
 
 def test_ones_own_option_comes_before_the_shipped_one_of_its_name(in_folder: Path) -> None:
     own_group("train", "default", max_steps=77)
-    assert composition.build(composition.compose([])).train.max_steps == 77
+    assert compose.build(compose.compose([])).train.max_steps == 77
 
 
 def test_another_programs_config_yaml_in_the_working_directory_is_not_ours(in_folder: Path) -> None:
     own_group("data", "mine", name="style", subjects=32)
     Path("conf/config.yaml").write_text("defaults: [{database: mysql}]\nport: 3306\n")
-    assert composition.build(composition.compose(["data=mine"])).data.subjects == 32
+    assert compose.build(compose.compose(["data=mine"])).data.subjects == 32
 
 
 def test_faults_in_ones_own_groups_are_told_like_any_other(in_folder: Path, canary: str) -> None:
@@ -420,9 +419,9 @@ def test_groups_and_sweeps_inside_the_package_come_before_those_beside_it(
 ) -> None:
     package = tmp_path / "site-packages" / "lora_sweep"
     (package / "conf").mkdir(parents=True)
-    monkeypatch.setattr(composition, "__file__", str(package / "sweep" / "compose.py"))
-    assert composition.shipped("conf") == package / "conf"
-    assert composition.shipped("sweeps") == package.parent / "sweeps"
+    monkeypatch.setattr(compose, "__file__", str(package / "sweep" / "compose.py"))
+    assert compose.shipped("conf") == package / "conf"
+    assert compose.shipped("sweeps") == package.parent / "sweeps"
 
 
 @pytest.mark.slow
@@ -467,4 +466,4 @@ def test_yaml_and_back_changes_no_value() -> None:
         "h": ["x", 2],
         "i": "a: b",
     }
-    assert OmegaConf.to_container(OmegaConf.create(composition.to_yaml(awkward))) == awkward
+    assert OmegaConf.to_container(OmegaConf.create(compose.to_yaml(awkward))) == awkward

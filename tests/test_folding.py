@@ -17,8 +17,8 @@ from test_pack import losses, packed, short_examples
 from test_worker import run, write_sweep
 from transformers import AutoModelForCausalLM, LlamaConfig, get_scheduler
 
-from lora_sweep.base import load as model_room
 from lora_sweep.base.load import LoadedBase
+from lora_sweep.base.load import load as load_base
 from lora_sweep.config import Config, OptimizerConfig
 from lora_sweep.data import Data, TokenSet
 from lora_sweep.errors import ConfigError, StudyError
@@ -27,8 +27,7 @@ from lora_sweep.production.pick import pick
 from lora_sweep.records import Cell, Evaluation
 from lora_sweep.study.study import Study
 from lora_sweep.study.view import StudyView
-from lora_sweep.sweep import equivalence as folding
-from lora_sweep.sweep import sweep_file
+from lora_sweep.sweep import equivalence, sweep_file
 from lora_sweep.sweep.sweep import Sweep
 
 MakeTrial = Callable[..., Trial]
@@ -47,9 +46,9 @@ def pair(first: Iterable[str], second: Iterable[str], shared: Iterable[str] = SC
     return {number: sweep_of(*shared, *words).base() for number, words in enumerate((first, second))}
 
 
-def grades(*configs: dict[int, Config], fold: folding.Fold = "exact") -> list[str | None]:
+def grades(*configs: dict[int, Config], fold: equivalence.Fold = "exact") -> list[str | None]:
     """The grade of each pair; None where it is two classes."""
-    found = [folding.classes(each, fold) for each in configs]
+    found = [equivalence.classes(each, fold) for each in configs]
     return [str(classes[0].grade) if len(classes) == 1 else None for classes in found]
 
 
@@ -136,7 +135,7 @@ def test_what_eps_may_move_decides_whether_it_is_near(eps: str, grade: str | Non
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("fold", ["exact", "near"])
-def test_no_class_holds_cells_whose_losses_may_differ_by_a_hundredth(fold: folding.Folding, seed: int) -> None:
+def test_no_class_holds_cells_whose_losses_may_differ_by_a_hundredth(fold: equivalence.Folding, seed: int) -> None:
     """Of random grids; and two cells share a class where their keys are equal, and nowhere else."""
     draw = random.Random(seed)
     choices = {
@@ -163,13 +162,13 @@ def test_no_class_holds_cells_whose_losses_may_differ_by_a_hundredth(fold: foldi
             ),
             train=replace(base.train, max_grad_norm=None if norm == "null" else norm),
         )  # fmt: skip
-    found = folding.classes(configs, fold)
+    found = equivalence.classes(configs, fold)
     assert sorted(number for each in found for number in each.cells) == list(configs)
-    keys = [{folding.run_key(configs[number], fold) for number in each.cells} for each in found]
+    keys = [{equivalence.run_key(configs[number], fold) for number in each.cells} for each in found]
     assert all(len(each) == 1 for each in keys)
     assert len(set().union(*keys)) == len(found)
     for each in found:
-        assert each.grade.size <= folding.LARGEST_SIZE
+        assert each.grade.size <= equivalence.LARGEST_SIZE
         assert (
             set(each.grade.reasons) <= {"eps", "rounding"}
             if fold == "near"
@@ -190,7 +189,7 @@ def scaled_by(s: str, ratio: str, *shared: str) -> dict[int, Config]:
 def test_what_leaves_the_range_of_floats_shares_no_class() -> None:
     far = (("1e-20", "1e20"), ("1.6e-6", "625000"), ("2e12", "5e-13"), ("1e20", "1e-20"))
     within = (("2e-6", "5e5"), ("1e-3", "1e3"), ("1e3", "1e-3"), ("1e12", "1e-12"))
-    folds: tuple[folding.Folding, ...] = ("exact", "near")
+    folds: tuple[equivalence.Folding, ...] = ("exact", "near")
     for fold in folds:
         assert grades(*(scaled_by(*each) for each in far), fold=fold) == [None] * 4
         assert grades(*(scaled_by(*each) for each in within), fold=fold) == ["exact"] * 4
@@ -201,7 +200,7 @@ def test_what_leaves_the_range_of_floats_shares_no_class() -> None:
     # Two cells with one s are the same run wherever it lies.
     same = ("method.rank=4", "method.alpha=4e20"), ("method.rank=4", "method.alpha=2e20", "method.use_rslora=true")
     assert grades(pair(*same)) == ["bitwise"]
-    assert str(folding.in_form(scaled_by(*far[-1])[1], "lora")[1]) == "near: range, up to inf"
+    assert str(equivalence.in_form(scaled_by(*far[-1])[1], "lora")[1]) == "near: range, up to inf"
 
 
 def test_rslora_is_a_choice_of_alpha_where_the_root_of_the_rank_is_whole() -> None:
@@ -245,7 +244,7 @@ def test_each_optimizer_folds_only_what_is_proved_for_it() -> None:
     thirds = ("method.alpha=48", "optimizer.ratio=1"), ("method.alpha=16", "optimizer.ratio=3")
     one_s = ("method.rank=4", "method.alpha=8"), ("method.rank=4", "method.alpha=4", "method.use_rslora=true")
 
-    def under(optim: str, fold: folding.Fold = "exact") -> list[str | None]:
+    def under(optim: str, fold: equivalence.Fold = "exact") -> list[str | None]:
         shared = (*SCALED, f"optimizer.optim={optim}")
         return grades(*(pair(*each, shared=shared) for each in (powers, thirds, one_s)), fold=fold)
 
@@ -261,24 +260,24 @@ def test_each_optimizer_folds_only_what_is_proved_for_it() -> None:
     assert under("adamw_8bit", "near") == ["bitwise", None, "bitwise"]
     assert under("sgd", "near") == [None, None, "bitwise"]
     eight = sweep_of(*SCALED, "optimizer.optim=adamw_8bit", "method.alpha=16", "optimizer.ratio=3").base()
-    assert str(folding.in_form(eight, "lora")[1]) == f"near: rounding, up to {folding.ROUNDING_SIZE:.0e}"
+    assert str(equivalence.in_form(eight, "lora")[1]) == f"near: rounding, up to {equivalence.ROUNDING_SIZE:.0e}"
 
 
 @pytest.mark.parametrize("form", ["lora", "rslora", "loraplus"])
-def test_under_sgd_there_are_no_effective_coordinates_and_no_other_form(form: folding.Form) -> None:
+def test_under_sgd_there_are_no_effective_coordinates_and_no_other_form(form: equivalence.Form) -> None:
     config = sweep_of(*SCALED, "optimizer.optim=sgd", "optimizer.ratio=4").base()
-    assert folding.coordinates(config) is None
+    assert equivalence.coordinates(config) is None
     with pytest.raises(ConfigError, match=r"pick\.form: under optimizer\.optim=sgd no other form .*\(leave it out"):
-        folding.in_form(config, form)
+        equivalence.in_form(config, form)
 
 
 def test_the_key_of_a_run_is_that_of_its_class() -> None:
     sweep = sweep_of("method.alpha=choice(8,12,16)", "optimizer.ratio=choice(1,1.5,2)", "model.dtype=choice(fp32,bf16)")
-    folds: tuple[folding.Folding, ...] = ("exact", "near")
+    folds: tuple[equivalence.Folding, ...] = ("exact", "near")
     for fold in folds:
         keys: dict[Any, list[int]] = {}
         for cell in sweep.cells():
-            keys.setdefault(folding.run_key(sweep.config(cell), fold), []).append(cell.number)
+            keys.setdefault(equivalence.run_key(sweep.config(cell), fold), []).append(cell.number)
         assert [each.cells for each in sweep.classes(fold)] == [tuple(numbers) for numbers in keys.values()]
 
 
@@ -292,7 +291,7 @@ def test_the_effective_coordinates_are_those_of_the_class(schedule: str, warmup:
         ("method.rank=16", "method.alpha=128"),
         shared,
     ).values()
-    mine, twin = folding.coordinates(one), folding.coordinates(other)
+    mine, twin = equivalence.coordinates(one), equivalence.coordinates(other)
     assert mine is not None
     assert mine.log_X == pytest.approx(math.log(8 / 4 * 16 * 4 * 2e-4))
     assert mine.log_Y == pytest.approx(-math.log(2e-4))
@@ -408,7 +407,7 @@ def twins(trial: MakeTrial, **knobs: Any) -> list[Trial]:
 
 def difference(on: tuple[LoadedBase, Data], trials: list[Trial]) -> float:
     one, two = (losses(evaluation).tolist() for evaluation in packed(*on, trials))
-    return folding.largest_difference(one, two)
+    return equivalence.largest_difference(one, two)
 
 
 def test_each_rule_is_needed_and_torchs_own_is_near(stranger: tuple[LoadedBase, Data], trial: MakeTrial) -> None:
@@ -417,9 +416,9 @@ def test_each_rule_is_needed_and_torchs_own_is_near(stranger: tuple[LoadedBase, 
     eps = difference(stranger, twins(trial, **knobs, **RULES | {"eps_rule": "torch"}))
     clip = difference(stranger, twins(trial, **knobs, **RULES | {"clip_rule": "torch"}))
     decay = difference(stranger, twins(trial, **knobs, **RULES | {"decay_rule": "torch"}))
-    assert 0 < eps < folding.EPS_SIZE
-    assert folding.EXACT_SIZE < clip < folding.CLIP_SIZE
-    assert decay > folding.EXACT_SIZE
+    assert 0 < eps < equivalence.EPS_SIZE
+    assert equivalence.EXACT_SIZE < clip < equivalence.CLIP_SIZE
+    assert decay > equivalence.EXACT_SIZE
 
 
 def test_where_s_and_ratio_are_one_the_scaled_rules_are_torchs(
@@ -433,7 +432,7 @@ def test_where_s_and_ratio_are_one_the_scaled_rules_are_torchs(
 def test_members_of_an_exact_class_differ_by_rounding_only(stranger: tuple[LoadedBase, Data], trial: MakeTrial) -> None:
     knobs: dict[str, Any] = {"eps_rule": "scaled", "rank": 4, "base_lr": 1e-3, "batch_size": 2}
     found = difference(stranger, [trial(0, alpha=12.0, ratio=1.0, **knobs), trial(1, alpha=4.0, ratio=3.0, **knobs)])
-    assert 0 < found < folding.EXACT_SIZE
+    assert 0 < found < equivalence.EXACT_SIZE
 
 
 def test_eight_bit_moments_keep_the_bits_of_powers_of_two_and_of_nothing_else(
@@ -449,13 +448,13 @@ def test_eight_bit_moments_keep_the_bits_of_powers_of_two_and_of_nothing_else(
         return [trial(0, alpha=96.0, ratio=1.0, **asked), trial(1, alpha=32.0, ratio=3.0, **asked)]
 
     exact, rounded = (difference((base, style), thirds(optim)) for optim in ("adamw", "adamw_8bit"))
-    assert 0 < exact < folding.EXACT_SIZE < rounded < folding.ROUNDING_SIZE
+    assert 0 < exact < equivalence.EXACT_SIZE < rounded < equivalence.ROUNDING_SIZE
 
 
 def test_under_sgd_members_of_an_adamw_class_are_other_runs(
     stranger: tuple[LoadedBase, Data], trial: MakeTrial
 ) -> None:
-    assert difference(stranger, twins(trial, optim="sgd", base_lr=0.1)) > folding.LARGEST_SIZE
+    assert difference(stranger, twins(trial, optim="sgd", base_lr=0.1)) > equivalence.LARGEST_SIZE
 
 
 @pytest.mark.parametrize("s", [2.0**-18, 2.0**40])
@@ -469,13 +468,13 @@ def test_at_the_edge_of_the_range_bits_are_the_same_and_beyond_it_losses_part(
 
     assert difference(stranger, [member(0, 1.0), member(1, s)]) == 0
     far = 2.0**-70 if s < 1 else 2.0**75
-    assert difference(stranger, [member(0, 1.0), member(1, far)]) > folding.LARGEST_SIZE
+    assert difference(stranger, [member(0, 1.0), member(1, far)]) > equivalence.LARGEST_SIZE
 
 
 @pytest.mark.parametrize("bf16", either(BF16_PRODUCTS, BF16_ATTENTION), indirect=True)
 def test_a_base_in_bf16_keeps_the_bits_of_a_class(trial: MakeTrial, bf16: bool) -> None:
     model = replace(sweep_of().base().model, dtype="bf16")
-    base = model_room.load(model, torch.device("cpu"))
+    base = load_base(model, torch.device("cpu"))
     part = short_examples(8, 0)
     knobs: dict[str, Any] = {"max_steps": 8, "eval_every": 8, "weight_decay": 0.5, "max_grad_norm": 0.1}
     assert difference((base, Data(part, part, part)), twins(trial, base_lr=1e-3, **knobs, **RULES)) == 0
@@ -636,17 +635,17 @@ def test_off_is_off_in_yaml_and_on_the_command_line(in_folder: Path) -> None:
 
 @pytest.mark.parametrize("form", ["lora", "rslora", "loraplus"])
 @pytest.mark.parametrize("decay_rule", ["torch", "scaled"])
-def test_the_winner_can_be_written_in_any_form_of_the_same_run(form: folding.Form, decay_rule: str) -> None:
+def test_the_winner_can_be_written_in_any_form_of_the_same_run(form: equivalence.Form, decay_rule: str) -> None:
     shared = (*SCALED, f"optimizer.decay_rule={decay_rule}", "optimizer.weight_decay=0.1", "method.rank=16")
     config = sweep_of(*shared, "method.alpha=8", "method.use_rslora=true", "optimizer.ratio=8").base()
-    written, grade = folding.in_form(config, form)
+    written, grade = equivalence.in_form(config, form)
     expected = {"lora": (256, False, 1), "rslora": (64, True, 1), "loraplus": (16, False, 16)}[form]
     assert (written.method.alpha, written.method.use_rslora, written.optimizer.ratio) == expected
     assert str(grade) == grades({0: config, 1: written})[0] == "bitwise"
     # Rank 8 has no whole root: the same but for the rounding of alpha.
     odd = replace(config, method=replace(config.method, rank=8))
-    written, grade = folding.in_form(odd, form)
-    one, other = folding.coordinates(odd), folding.coordinates(written)
+    written, grade = equivalence.in_form(odd, form)
+    one, other = equivalence.coordinates(odd), equivalence.coordinates(written)
     assert one is not None
     assert other is not None
     assert (other.log_X, other.kappa_B) == pytest.approx((one.log_X, one.kappa_B))

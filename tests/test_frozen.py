@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from lora_sweep.base import cpu_bf16 as frozen
+from lora_sweep.base import cpu_bf16
 
 SMALL = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def model(kind: str) -> nn.Module:
 
 def assert_rounded_once(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x with its gradient, output, the output's gradient), both products held to one rounding of those in fp64."""
-    weight = frozen.weight(linear, torch.bfloat16)
+    weight = cpu_bf16.weight(linear, torch.bfloat16)
     x = torch.randn(3, 5, weight.shape[1]).bfloat16().requires_grad_()
     y = linear(x)
     exact = x.double() @ weight.double().T
@@ -51,16 +51,16 @@ def assert_rounded_once(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor, 
 def test_every_linear_gives_the_rounded_product_and_passes_the_rounded_gradient_down(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frozen, "_has_bf16", lambda: False)
+    monkeypatch.setattr(cpu_bf16, "_has_bf16", lambda: False)
     base = model(kind)
-    frozen.patch_linears(base, CPU)
+    cpu_bf16.patch_linears(base, CPU)
     linears = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     assert len(linears) >= 5
-    assert frozen.multiplied_dtype(base) == torch.float32
+    assert cpu_bf16.multiplied_dtype(base) == torch.float32
     for linear in linears.values():
         x, y, gradient = assert_rounded_once(linear)
-        assert torch.equal(frozen.input_gradient(linear, frozen.widened(linear, gradient)), x.grad)
-        assert torch.equal(frozen.product(linear, frozen.widened(linear, x)), y)
+        assert torch.equal(cpu_bf16.input_gradient(linear, cpu_bf16.widened(linear, gradient)), x.grad)
+        assert torch.equal(cpu_bf16.product(linear, cpu_bf16.widened(linear, x)), y)
 
 
 @on(BF16_PRODUCTS)
@@ -68,9 +68,9 @@ def test_every_linear_gives_the_rounded_product_and_passes_the_rounded_gradient_
 def test_with_bf16_instructions_the_products_are_rounded_once_too(kind: str) -> None:
     """So a base gives the same numbers on either processor, but for the order of its sums."""
     base = model(kind)
-    frozen.patch_linears(base, CPU)
+    cpu_bf16.patch_linears(base, CPU)
     linears = [module for module in base.modules() if isinstance(module, nn.Linear | Conv1D)]
-    assert frozen.multiplied_dtype(base) == torch.bfloat16
+    assert cpu_bf16.multiplied_dtype(base) == torch.bfloat16
     for linear in linears:
         assert "forward" not in vars(linear)
         assert_rounded_once(linear)
@@ -90,29 +90,29 @@ def test_instructions_that_onednn_is_told_to_leave_alone_are_as_good_as_absent(
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setenv(variable, isa)
     base = model("llama")
-    frozen.patch_linears(base, CPU)
-    assert (frozen.multiplied_dtype(base) == torch.bfloat16) == has_bf16
+    cpu_bf16.patch_linears(base, CPU)
+    assert (cpu_bf16.multiplied_dtype(base) == torch.bfloat16) == has_bf16
 
 
 @pytest.mark.parametrize(("has_bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_where_there_is_nothing_to_widen_all_stays_as_it_is(
     has_bf16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(frozen, "_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(cpu_bf16, "_has_bf16", lambda: has_bf16)
     base = model("llama").to(dtype)
-    frozen.patch_linears(base, CPU)
+    cpu_bf16.patch_linears(base, CPU)
     linear = next(module for module in base.modules() if isinstance(module, nn.Linear))
     x = torch.randn(2, 3, 32, dtype=dtype)
     assert "forward" not in vars(linear)
-    assert frozen.multiplied_dtype(base) == dtype
+    assert cpu_bf16.multiplied_dtype(base) == dtype
     assert torch.equal(linear(x), functional.linear(x, linear.weight))
-    assert torch.equal(frozen.input_gradient(linear, x), x @ linear.weight)
+    assert torch.equal(cpu_bf16.input_gradient(linear, x), x @ linear.weight)
 
 
 def test_a_gpu_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen, "_has_bf16", lambda: False)
+    monkeypatch.setattr(cpu_bf16, "_has_bf16", lambda: False)
     base = model("llama")
-    frozen.patch_linears(base, torch.device("cuda"))
+    cpu_bf16.patch_linears(base, torch.device("cuda"))
     assert not any("forward" in vars(module) for module in base.modules() if isinstance(module, nn.Linear))
 
 
@@ -139,9 +139,9 @@ def attended(base: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor, list
 
 @off(BF16_ATTENTION)
 def test_a_widened_base_attends_in_fp32_and_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen, "_has_bf16", lambda: False)
+    monkeypatch.setattr(cpu_bf16, "_has_bf16", lambda: False)
     base = model("llama")
-    frozen.patch_linears(base, CPU)
+    cpu_bf16.patch_linears(base, CPU)
     for y, exact, gradients in attended(base):
         assert torch.allclose(y, exact, rtol=2.0**-8, atol=1e-6)
         for mine, wanted in gradients:
@@ -152,7 +152,7 @@ def test_a_widened_base_attends_in_fp32_and_is_rounded_once(monkeypatch: pytest.
 def test_with_bf16_instructions_attention_is_torchs_own() -> None:
     """Its probabilities are rounded to bf16 as well."""
     base = model("llama")
-    frozen.patch_linears(base, CPU)
+    cpu_bf16.patch_linears(base, CPU)
     assert base.config._attn_implementation == "sdpa"
     for y, exact, gradients in attended(base):
         assert torch.allclose(y, exact, rtol=2.0**-8, atol=2.0**-8 * float(exact.abs().max()))
@@ -161,8 +161,8 @@ def test_with_bf16_instructions_attention_is_torchs_own() -> None:
 
 
 def test_a_base_whose_attention_somebody_chose_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frozen, "_has_bf16", lambda: False)
+    monkeypatch.setattr(cpu_bf16, "_has_bf16", lambda: False)
     base = model("llama")
     base.set_attn_implementation("eager")
-    frozen.patch_linears(base, CPU)
+    cpu_bf16.patch_linears(base, CPU)
     assert base.config._attn_implementation == "eager"

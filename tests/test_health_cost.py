@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import config_of
 
-from lora_sweep import data as data_room
 from lora_sweep import health
-from lora_sweep.base import load as model_room
 from lora_sweep.base.load import LoadedBase
+from lora_sweep.base.load import load as load_base
 from lora_sweep.data import Data
+from lora_sweep.data import load as load_data
 from lora_sweep.health import HealthHistory, LossHistory
 from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.records import Cell
@@ -85,7 +85,7 @@ def share(base: LoadedBase, data: Data, trials: list[Trial], spent: list[float])
 def test_looking_costs_at_most_two_percent_of_the_embedded_base(base: LoadedBase, spent: list[float]) -> None:
     """500 steps of 4 x 32 tokens, evaluated every 50."""
     config = config_of("data=style", "train.max_steps=500", "train.slots=8", "optimizer.ratio=4")
-    data = data_room.load(config.data, base.tokenizer)
+    data = load_data(config.data, base.tokenizer)
     trial = Trial.of(Cell(0), config)
     trials = [replace(trial, cell=Cell(n), method=replace(trial.method, rank=r)) for n, r in enumerate((4, 4, 8, 16))]
     found = share(base, data, trials, spent)
@@ -101,8 +101,8 @@ def test_looking_costs_at_most_two_percent_of_smollm2(spent: list[float]) -> Non
         "model=smollm2_gguf", "model.dtype=bf16", "data=real_facts", "data.subjects=200", "data.eval_size=16",
         "data.probe_size=8", "train.max_steps=100", "train.batch_size=2", "train.slots=4",
     )  # fmt: skip
-    base = model_room.load(config.model, torch.device("cpu"))
-    data = data_room.load(config.data, base.tokenizer)
+    base = load_base(config.model, torch.device("cpu"))
+    data = load_data(config.data, base.tokenizer)
     trial = Trial.of(Cell(0), config)
     trials = [replace(trial, cell=Cell(n), method=replace(trial.method, rank=r)) for n, r in enumerate((4, 16))]
     found = share(base, data, trials, spent)

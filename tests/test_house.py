@@ -100,6 +100,24 @@ def test_imports_go_down_only_never_sideways(file: Path) -> None:
             assert FLOOR[there] < FLOOR[here], f"{here} imports {there}"
 
 
+MOST_LINES, MOST_FUNCTION_LINES = 400, 60
+
+
+def test_no_file_has_two_nouns_and_no_function_two_verbs() -> None:
+    lengths = {name(file): len(file.read_text().splitlines()) for file in FILES}
+    functions = {
+        f"{name(file)}: {node.name}": (node.end_lineno or 0) - node.lineno + 1
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    for kind, found in (("file", lengths), ("function", functions)):
+        longest = max(found, key=lambda each: found[each])
+        print(f"{len(found)} {kind}s, the longest {longest} with {found[longest]} lines")
+    assert [each for each, lines in lengths.items() if lines > MOST_LINES] == []
+    assert [each for each, lines in functions.items() if lines > MOST_FUNCTION_LINES] == []
+
+
 def loops(graph: Mapping[str, set[str]]) -> list[str]:
     """What keeps the files from having an order."""
     try:

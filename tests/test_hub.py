@@ -18,9 +18,9 @@ from huggingface_hub import HfApi, HfFileSystem
 from safetensors.torch import load, save
 from test_pack import mean_loss
 
-from lora_sweep import data as data_room
-from lora_sweep.base import load as model_room
+from lora_sweep.base.load import load as load_base
 from lora_sweep.cli import main as cli
+from lora_sweep.data import load as load_data
 from lora_sweep.tiny.pretrain import WEIGHTS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -231,8 +231,8 @@ def test_a_launch_on_the_hub_trains_each_pinned_commit_and_names_it_in_its_adapt
             "model=local", f"model.path={at}", "model.dtype=fp32", "data=files", "data.probe_size=4",
             f"data.path={at}/small-train.jsonl", f"data.eval_path={at}/small-test.jsonl",
         )  # fmt: skip
-        base = model_room.load(config.model, torch.device("cpu"))
-        lost.append(mean_loss(base.model, data_room.load(config.data, base.tokenizer).evaluation))
+        base = load_base(config.model, torch.device("cpu"))
+        lost.append(mean_loss(base.model, load_data(config.data, base.tokenizer).evaluation))
         assert row["base_loss"] == pytest.approx(lost[-1], rel=1e-5)
     assert abs(lost[1] - lost[0]) > 0.01
 

@@ -20,8 +20,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, Lfm2Config, Lfm2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lora_sweep.adapters import keys as adapter_keys
-from lora_sweep.adapters import reader as adapters
+from lora_sweep.adapters import keys, reader
 from lora_sweep.cli import main as cli
 from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.inspection import Inspection, inspect
@@ -413,17 +412,17 @@ UNLOADED: dict[str, Rename] = {
 def test_names_that_peft_does_not_load_leave_the_base_and_the_remedy_helps(make: Make, variant: str) -> None:
     folder, model = make()
     weights = {name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for name, layer in layers(model)}
-    assert adapters.lost(folder, weights) == ()
+    assert reader.lost(folder, weights) == ()
     right = rename(folder, UNLOADED[variant])
     assert torch.equal(outputs(loaded_by_peft(folder)), outputs(llama())), "PEFT loads nothing"
     made = one(folder)
     assert (made.verdict, made.modules, len(made.passed_over)) == ("empty", (), 16)
     assert "PEFT passes over 16 of the file's tensors for their names" in made.sentence
     assert "save again with save_pretrained" in made.sentence
-    assert adapters.lost(folder, weights) == tuple(weights)
+    assert reader.lost(folder, weights) == tuple(weights)
     wrong = list(load_file(folder / WEIGHTS))
-    assert {adapter_keys.parse(key).saved_as for key in wrong} == set(right)
-    rename(folder, lambda key: adapter_keys.parse(key).saved_as)
+    assert {keys.parse(key).saved_as for key in wrong} == set(right)
+    rename(folder, lambda key: keys.parse(key).saved_as)
     assert torch.equal(outputs(loaded_by_peft(folder)), outputs(model))
     assert one(folder).verdict == "healthy"
 
@@ -451,7 +450,7 @@ def test_a_magnitude_named_as_no_peft_has_it_is_missing(make: Make, base: str) -
     for made in (one(folder), one(folder, base)):
         assert made.verdict == "incomplete" and len(made.passed_over) == 8
         assert "no lora_magnitude_vector, though use_dora is true: " in made.sentence
-    rename(folder, lambda key: adapter_keys.parse(key).saved_as)
+    rename(folder, lambda key: keys.parse(key).saved_as)
     assert one(folder, base).verdict == "healthy"
     assert torch.equal(outputs(loaded_by_peft(folder)), outputs(model))
 
@@ -483,7 +482,7 @@ def test_modules_saved_under_the_names_of_the_model_are_refused_by_peft_and_told
     for made in (one(folder), one(folder, base)):
         assert made.verdict == "incomplete" and made.passed_over == (f"{PREFIX}lm_head{ending}weight",)
         assert "PEFT refuses to load it (KeyError)" in made.sentence
-    rename(folder, lambda key: adapter_keys.parse(key).saved_as)
+    rename(folder, lambda key: keys.parse(key).saved_as)
     assert torch.equal(outputs(loaded_by_peft(folder)), outputs(model))
     assert one(folder, base).verdict == "healthy"
 

@@ -21,8 +21,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GPT2Config
 
-from lora_sweep.adapters import reader as adapters
+from lora_sweep.adapters import reader
 from lora_sweep.adapters.peft_template import PeftTemplate, peft_config
+from lora_sweep.base import base_config, skeleton, source
 from lora_sweep.base import load as model_room
 from lora_sweep.base.load import LoadedBase
 from lora_sweep.config import ModelConfig
@@ -39,7 +40,7 @@ def model_config(**knobs: Any) -> ModelConfig:
 
 
 def faults_of(targets: Any = "all-linear", **knobs: Any) -> list[str]:
-    return [str(fault) for fault in model_room.check(model_config(**knobs), targets)]
+    return [str(fault) for fault in skeleton.check(model_config(**knobs), targets)]
 
 
 class Touch:
@@ -106,7 +107,7 @@ def test_a_file_in_an_installed_package_is_found_without_running_the_package(
     shutil.copytree(checkpoint(), package / "folder")
     (package / "base.gguf").touch()
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    assert model_room.source(model_config(path="package:carries_a_base/base.gguf")) == model_room.Source(
+    assert source.source(model_config(path="package:carries_a_base/base.gguf")) == source.Source(
         str(package), "base.gguf"
     )
     assert faults_of(path="package:carries_a_base/folder") == []
@@ -238,13 +239,13 @@ def test_code_beside_a_checkpoint_makes_base_and_skeleton_when_it_is_trusted(
     (folder / "tokenizer_config.json").write_text(json.dumps(tokens | {"tokenizer_class": "PreTrainedTokenizerFast"}))
     (folder / "mine.py").write_text(OWN_CODE)
     trusted = model_config(path=str(folder), trust_remote_code=True)
-    assert model_room.source(trusted).arguments["trust_remote_code"] is True
-    assert model_room.check(trusted, "all-linear") == []
+    assert source.source(trusted).arguments["trust_remote_code"] is True
+    assert skeleton.check(trusted, "all-linear") == []
     loaded = model_room.load(trusted, CPU)
     for made in (loaded.model, loaded.skeleton()):
         assert type(made).__name__ == "Model"
         assert type(made).__module__.startswith("transformers_modules.")
-    assert model_room.check(replace(trusted, trust_remote_code=False), "all-linear") != []
+    assert skeleton.check(replace(trusted, trust_remote_code=False), "all-linear") != []
 
 
 @pytest.mark.parametrize(
@@ -362,26 +363,26 @@ def test_an_architecture_without_sdpa_is_a_fault_of_the_attention(tmp_path: Path
 
 
 def test_ids_beyond_the_embedding_are_a_fault() -> None:
-    config = model_room.read_config(model_config())
-    assert model_room.input_faults("here", config, 64, 1023) == []
-    (fault,) = model_room.input_faults("here", config, 64, 1024)
+    config = base_config.read_config(model_config())
+    assert base_config.input_faults("here", config, 64, 1023) == []
+    (fault,) = base_config.input_faults("here", config, 64, 1024)
     assert str(fault).startswith(
         "model.path: its tokenizer gives the id 1024, its embedding ends at 1023, got 'here' (save the checkpoint after"
     )
 
 
 def test_learned_positions_end_and_rotary_ones_go_on_with_a_warning() -> None:
-    rotary, learned = model_room.read_config(model_config()), GPT2Config(vocab_size=1024, n_positions=30)
+    rotary, learned = base_config.read_config(model_config()), GPT2Config(vocab_size=1024, n_positions=30)
     assert rotary.max_position_embeddings == 128
-    assert model_room.input_faults(None, rotary, 256, 5) == []
-    assert model_room.beyond_training(rotary, 128) == ""
-    assert model_room.beyond_training(rotary, 256) == (
+    assert base_config.input_faults(None, rotary, 256, 5) == []
+    assert base_config.beyond_training(rotary, 128) == ""
+    assert base_config.beyond_training(rotary, 256) == (
         "data.max_length: rows have up to 256 tokens, the base was made for 128"
     )
-    assert model_room.input_faults(None, learned, 24, 5) == []
-    (fault,) = model_room.input_faults(None, learned, 32, 5)
+    assert base_config.input_faults(None, learned, 24, 5) == []
+    (fault,) = base_config.input_faults(None, learned, 32, 5)
     assert str(fault) == "data.max_length: must be at most 24: the base has 30 positions, rows have up to 32"
-    assert model_room.beyond_training(learned, 32) == ""
+    assert base_config.beyond_training(learned, 32) == ""
 
 
 # -- target modules ------------------------------------------------------------------------------------------------
@@ -442,7 +443,7 @@ def test_the_skeleton_has_the_bases_shapes_and_no_memory(base: LoadedBase) -> No
     def parameters(model: Any) -> dict[str, Any]:
         return {name: (each.shape, each.dtype) for name, each in model.named_parameters(remove_duplicate=False)}
 
-    assert parameters(shape) == parameters(base.model) == parameters(model_room.skeleton(base.model.config))
+    assert parameters(shape) == parameters(base.model) == parameters(skeleton.skeleton(base.model.config))
     assert all(tensor.untyped_storage().nbytes() <= 8 for tensor in shape.parameters())
 
 
@@ -591,7 +592,7 @@ def fresh_base() -> Any:
 
 def test_an_adapter_comes_back_from_disk_as_it_was_written(written: Any) -> None:
     folder, weights = written
-    loaded = adapters.load(fresh_base(), folder)
+    loaded = reader.load(fresh_base(), folder)
     layers = {name: layer for name, layer in loaded.base_model.model.named_modules() if isinstance(layer, LoraLayer)}
     assert layers.keys() == weights.keys()
     for name, (A, B) in weights.items():
@@ -628,24 +629,24 @@ def test_a_pickled_adapter_is_refused_and_never_opened(written: Any, tmp_path: P
     (folder / "adapter_model.safetensors").unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Touch(alarm)))
     with pytest.raises(UserError, match="refused, its weights are a pickle, which can run code"):
-        adapters.load(fresh_base(), folder)
+        reader.load(fresh_base(), folder)
     assert not alarm.exists()
 
 
 def test_a_pickle_beside_the_safetensors_is_left_alone(written: Any, tmp_path: Path) -> None:
     folder, _ = written
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Touch(tmp_path / "alarm")))
-    assert isinstance(adapters.load(fresh_base(), folder), PeftModel)
+    assert isinstance(reader.load(fresh_base(), folder), PeftModel)
     assert not (tmp_path / "alarm").exists()
 
 
 def test_a_folder_that_is_no_adapter_is_refused(written: Any, tmp_path: Path) -> None:
     folder, _ = written
     with pytest.raises(UserError, match=r"holds no adapter_config\.json, so it is no PEFT adapter"):
-        adapters.load(fresh_base(), tmp_path)
+        reader.load(fresh_base(), tmp_path)
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"adapter_model\.safetensors is missing"):
-        adapters.load(fresh_base(), folder)
+        reader.load(fresh_base(), folder)
 
 
 @pytest.mark.parametrize("harm", ["torn", "of another shape", "config"])
@@ -659,7 +660,7 @@ def test_an_adapter_that_peft_cannot_load_is_the_users_to_mend(written: Any, har
     else:
         config.write_text("{")
     with pytest.raises(UserError, match="PEFT cannot load it") as caught:
-        adapters.load(fresh_base(), folder)
+        reader.load(fresh_base(), folder)
     assert "\n" not in str(caught.value)
 
 
@@ -769,9 +770,9 @@ def test_an_index_names_safetensors_of_its_folder_alone(checkpoint: Checkpoint, 
 
 
 def test_a_pattern_of_targets_that_never_ends_is_named(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_sweep.base.load.PATTERN_SECONDS", 0.5)
-    shape = model_room.skeleton(model_room.read_config(model_config(path=str(checkpoint()))))
-    (fault,) = model_room.target_faults(shape, r"((\w|\.)+)+!")
+    monkeypatch.setattr("lora_sweep.base.skeleton.PATTERN_SECONDS", 0.5)
+    shape = skeleton.skeleton(base_config.read_config(model_config(path=str(checkpoint()))))
+    (fault,) = skeleton.target_faults(shape, r"((\w|\.)+)+!")
     assert fault.rule == "takes longer than 0.5 s to match the modules of the base"
 
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lora_sweep.base import load as model_room
+from lora_sweep.base import source
 from lora_sweep.base.load import LoadedBase
 from lora_sweep.config import ModelConfig
 from lora_sweep.data import Data, TokenSet, order
@@ -466,7 +467,7 @@ def test_other_architectures_train_like_peft_alone(kind: str, trial: MakeTrial, 
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(tiny_stranger(kind)).save_pretrained(tmp_path)
     config = ModelConfig("local", str(tmp_path), None, "fp32", None, "sdpa", False)
-    at = model_room.source(config)
+    at = source.source(config)
     attention = "eager" if kind == "gemma2" else "sdpa"
     loaded = AutoModelForCausalLM.from_pretrained(at.name_or_path, dtype=torch.float32, attn_implementation=attention)
     loaded.requires_grad_(False).eval()
@@ -752,12 +753,12 @@ def test_a_slot_refilled_with_its_rank_is_refilled_in_place(base: LoadedBase, st
     leaves = pack.admit(trial(1, rank=4, **knobs))
     pack.advance()
     (bank,) = pack._banks
-    where, linears = bank.values.data_ptr(), dict(pack._linears)
+    where, linears = bank.values.data_ptr(), dict(pack._wrapped.linears)
     pack.evict(leaves)
     assert pack.admit(trial(2, rank=4, seed=9, **knobs)) == leaves
     pack.advance()
     assert [each.values.data_ptr() for each in pack._banks] == [where]
-    assert pack._linears == linears
+    assert pack._wrapped.linears == linears
     pack.evict(leaves)
     pack.admit(trial(3, rank=16, **knobs))
     pack.advance()

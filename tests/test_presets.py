@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_sweep.adapters.peft_template import PeftTemplate
-from lora_sweep.base import load as model_room
-from lora_sweep.base import quant
+from lora_sweep.base import base_config, quant, skeleton
+from lora_sweep.base.load import load as load_base
 from lora_sweep.config import ModelConfig
 from lora_sweep.data import Data, TokenSet
 from lora_sweep.pack import Pack, Settings
@@ -149,7 +149,7 @@ def whole(name: str) -> Any:
     """The skeleton in full size."""
     config = AutoConfig.for_model(**public(name).config)
     config._attn_implementation, config.dtype = preset(name).attn_implementation, torch.bfloat16
-    return model_room.skeleton(config)
+    return skeleton.skeleton(config)
 
 
 def test_every_file_of_the_group_is_in_the_table() -> None:
@@ -213,13 +213,13 @@ def test_target_modules_resolve_on_the_full_dimensions(name: str) -> None:
     blueprint = PeftTemplate(shape, name)
     first_two = r".*layers\.[01]\.mlp\.(up|down)_proj"
     for targets, number in (("all-linear", 7 * layers), (["q_proj", "v_proj"], 2 * layers), (first_two, 4)):
-        assert model_room.target_faults(shape, targets) == []
+        assert skeleton.target_faults(shape, targets) == []
         shapes = blueprint.shapes(targets)
         assert len(shapes) == number
         assert targets != "all-linear" or shapes.keys() == linears(shape).keys()
         for module, (d_in, d_out) in shapes.items():
             assert shape.get_submodule(module).weight.shape == (d_out, d_in)
-    assert len(model_room.target_faults(shape, ["query_key_value"])) == 1
+    assert len(skeleton.target_faults(shape, ["query_key_value"])) == 1
 
 
 def reduced(name: str) -> dict[str, Any]:
@@ -260,10 +260,10 @@ def test_a_preset_is_checked_loaded_and_trained_from_the_hubs_cache_without_a_ne
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     model = preset(name)
-    assert "HF_HUB_OFFLINE is set" in str(model_room.check(model, "all-linear")[0])
+    assert "HF_HUB_OFFLINE is set" in str(skeleton.check(model, "all-linear")[0])
     put_into_cache(tmp_path, str(model.path), reduced(name))
-    assert model_room.check(model, "all-linear") == []
-    base = model_room.load(model, CPU)
+    assert skeleton.check(model, "all-linear") == []
+    base = load_base(model, CPU)
     assert type(base.model).__name__ == public(name).model_class
     assert base.name_or_path == model.path
     assert base.dtype == torch.bfloat16
@@ -284,7 +284,7 @@ def test_a_quantised_preset_holds_what_its_header_reckons_with(tmp_path: Path, m
     model = preset("llama31_8b_nf4")
     wide = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128}
     put_into_cache(tmp_path, str(model.path), reduced("llama31_8b_nf4") | wide)
-    base = model_room.load(model, CPU)
+    base = load_base(model, CPU)
     linear = sum(quant.dequantised(module).numel() for module in linears(base.model).values())
     reckoned = linear * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + (base.parameters - linear) * 2
     # The tables of the two codes (1,088 bytes) and buffers are not reckoned with.
@@ -293,8 +293,8 @@ def test_a_quantised_preset_holds_what_its_header_reckons_with(tmp_path: Path, m
 
 @pytest.mark.real
 def test_the_gguf_preset_is_the_model_that_its_header_says() -> None:
-    assert model_room.check(preset("smollm2_gguf"), "all-linear") == []
-    config = model_room.read_config(preset("smollm2_gguf"))
+    assert skeleton.check(preset("smollm2_gguf"), "all-linear") == []
+    config = base_config.read_config(preset("smollm2_gguf"))
     expected = {key: value for key, value in SMOLLM2.config.items() if key.startswith(("num_", "hidden", "inter"))}
     assert {key: getattr(config, key) for key in expected} == expected
     assert config.vocab_size == SMOLLM2.config["vocab_size"]

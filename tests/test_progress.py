@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lora_sweep.cli import live as progress
+from lora_sweep.cli import live
 from lora_sweep.records import Base, Cell, Evaluation, HealthSnapshot, UpdateSums
 from lora_sweep.report import plan_table, tables
 
@@ -26,7 +26,7 @@ def evaluation(cell: int, step: int, loss: float) -> Evaluation:
 def watch(console: Console) -> None:
     """Three cells in two slots: two finish, one diverges."""
     cells = [Cell(number, {"method.rank": 4 + number, "optimizer.base_lr": 1e-3}) for number in range(3)]
-    with progress.Show(console, 3, 0, 2) as show:
+    with live.Show(console, 3, 0, 2) as show:
         for slot in (0, 1):
             show.admitted(cells[slot], slot, 0)
         for _ in range(2):
@@ -43,10 +43,10 @@ def watch(console: Console) -> None:
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_a_preparation_is_shown_where_it_takes_long(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(live.time, "monotonic", lambda: now)
     out = io.StringIO()
     console = Console(file=out, force_terminal=is_terminal, width=100)
-    with progress.Preparing(console) as show:
+    with live.Preparing(console) as show:
         show("mine.jsonl", 0.1)
         assert out.getvalue() == ""
         for now in (21.0, 22.0, 43.0):
@@ -74,7 +74,7 @@ def test_a_log_gets_one_plain_line_a_cell() -> None:
 def test_a_cell_may_end_after_its_slot_has_the_next_one() -> None:
     out = io.StringIO()
     first, second = Cell(0, {"method.rank": 4}), Cell(1, {"method.rank": 8})
-    with progress.Show(Console(file=out, width=60), 2, 0, 2) as show:
+    with live.Show(Console(file=out, width=60), 2, 0, 2) as show:
         show.admitted(first, 0, 0)
         show.stepped()
         show.stepped()
@@ -94,20 +94,20 @@ def test_a_cell_may_end_after_its_slot_has_the_next_one() -> None:
 
 def test_a_terminal_shows_the_slots_the_losses_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = []
-    draw = progress.Show._draw
+    draw = live.Show._draw
 
-    def kept(show: progress.Show) -> Any:
+    def kept(show: live.Show) -> Any:
         group = draw(show)
         frame = Console(file=io.StringIO(), width=100)
         frame.print(group)
         frames.append(frame.file.getvalue())  # type: ignore[attr-defined]
         return group
 
-    monkeypatch.setattr(progress.Show, "_draw", kept)
+    monkeypatch.setattr(live.Show, "_draw", kept)
     out = io.StringIO()
     console = Console(file=out, width=100, force_terminal=True)
     cell = Cell(7, {"method.rank": 4})
-    with progress.Show(console, 2, 1, 10) as show:
+    with live.Show(console, 2, 1, 10) as show:
         show.admitted(cell, 3, 0)
         show.stepped()
         show.evaluated(cell, evaluation(7, 5, 2.0), BASE)

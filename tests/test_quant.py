@@ -21,10 +21,9 @@ from test_pack import IGNORED, MakeTrial, largest_difference, losses, mean_loss,
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from lora_sweep.adapters.peft_template import PeftTemplate, peft_config
-from lora_sweep.base import cpu_bf16 as frozen
-from lora_sweep.base import load as model_room
-from lora_sweep.base import quant
+from lora_sweep.base import cpu_bf16, quant, skeleton
 from lora_sweep.base.load import LoadedBase
+from lora_sweep.base.load import load as load_base
 from lora_sweep.data import Data
 from lora_sweep.errors import ConfigError
 from lora_sweep.pack import Pack, Settings, Trial
@@ -46,10 +45,10 @@ def bases() -> Bases:
     made: dict[tuple[str, str, bool], LoadedBase] = {}
 
     def of(kind: str, dtype: str) -> LoadedBase:
-        key = kind, dtype, frozen._has_bf16()
+        key = kind, dtype, cpu_bf16._has_bf16()
         if key not in made:
             model = config_of(f"model.quantization={kind}", f"model.dtype={dtype}").model
-            made[key] = model_room.load(model, CPU)
+            made[key] = load_base(model, CPU)
         return made[key]
 
     return of
@@ -199,7 +198,7 @@ def test_the_4bit_kernel_of_bitsandbytes_gives_an_exported_adapter_another_loss(
     even: Path, few: Data, trial: MakeTrial, tmp_path: Path
 ) -> None:
     """It rounds activations and scales to bf16 in an fp32 base too; README.md states the size and the switch."""
-    base = model_room.load(
+    base = load_base(
         config_of("model=local", f"model.path={even}", "model.dtype=fp32", "model.quantization=nf4").model, CPU
     )
     recorded = exported(base, few, short(trial), tmp_path)
@@ -331,7 +330,7 @@ def test_a_4bit_weight_is_its_code_times_the_scale_of_its_block(bases: Bases, dt
 
 
 def test_a_quantised_base_says_what_it_really_holds(bases: Bases) -> None:
-    plain = {dtype: model_room.load(config_of(f"model.dtype={dtype}").model, CPU) for dtype in DTYPE}
+    plain = {dtype: load_base(config_of(f"model.dtype={dtype}").model, CPU) for dtype in DTYPE}
     assert plain["fp32"].bytes == sum(
         each.numel() * each.element_size()
         for each in [*plain["fp32"].model.parameters(), *plain["fp32"].model.buffers()]
@@ -354,12 +353,12 @@ def test_plan_reports_the_memory_of_the_quantised_base(bases: Bases) -> None:
 
 def test_the_unquantised_weights_are_kept_and_the_quantised_base_is_made_from_them(tmp_path: Path) -> None:
     model = config_of("model.quantization=nf4").model
-    base = model_room.load(model, CPU, tmp_path)
+    base = load_base(model, CPU, tmp_path)
     assert base.name_or_path == str(tmp_path / "base")
     assert "quantization_config" not in json.loads((tmp_path / "base/config.json").read_text())
     with safe_open(tmp_path / "base/model.safetensors", framework="pt") as file:
         assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F32"}  # noqa: SIM118
-    again = model_room.load(replace(model, quantization=None), CPU, tmp_path)
+    again = load_base(replace(model, quantization=None), CPU, tmp_path)
     assert again.name_or_path == base.name_or_path, "both are made from one"
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
@@ -370,14 +369,14 @@ def test_a_checkpoint_that_is_quantised_on_disk_loads_as_it_is(bases: Bases, tmp
     theirs("nf4", "bf16").save_pretrained(tmp_path)
     bases("nf4", "bf16").tokenizer.save_pretrained(tmp_path)
     model = replace(config_of("model=local", f"model.path={tmp_path}").model, dtype="auto")
-    assert model_room.check(model, "all-linear") == []
-    base = model_room.load(model, CPU)
+    assert skeleton.check(model, "all-linear") == []
+    base = load_base(model, CPU)
     assert base.dtype == torch.bfloat16
     assert (base.bytes, base.parameters) == (bases("nf4", "bf16").bytes, bases("nf4", "bf16").parameters)
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         assert torch.equal(base.model(input_ids=ids).logits, bases("nf4", "bf16").model(input_ids=ids).logits)
-    (fault,) = model_room.check(replace(model, quantization="nf4"), "all-linear")
+    (fault,) = skeleton.check(replace(model, quantization="nf4"), "all-linear")
     assert str(fault).startswith("model.quantization: the checkpoint is quantised already, got 'nf4'")
 
 
@@ -387,18 +386,18 @@ def test_a_checkpoint_that_is_quantised_on_disk_loads_as_it_is(bases: Bases, tmp
 def test_without_bitsandbytes_a_quantised_base_is_a_fault_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     model = config_of("model.quantization=int8").model
-    (fault,) = model_room.check(model, "all-linear")
+    (fault,) = skeleton.check(model, "all-linear")
     assert str(fault) == ("model.quantization: needs the extra `quant`, got 'int8' (pip install \"lora-sweep[quant]\")")
     with pytest.raises(ConfigError, match="needs the extra `quant`"):
-        model_room.load(model, CPU)
+        load_base(model, CPU)
 
 
 def test_double_precision_and_other_methods_of_quantisation_are_faults(tmp_path: Path) -> None:
-    (fault,) = model_room.check(config_of("model.quantization=nf4", "model.dtype=fp64").model, "all-linear")
+    (fault,) = skeleton.check(config_of("model.quantization=nf4", "model.dtype=fp64").model, "all-linear")
     assert str(fault).startswith("model.quantization: computes in fp32 or bf16, not in fp64")
     config = json.loads((WEIGHTS / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").touch()
-    (fault,) = model_room.check(config_of("model=local", f"model.path={tmp_path}").model, "all-linear")
+    (fault,) = skeleton.check(config_of("model=local", f"model.path={tmp_path}").model, "all-linear")
     assert str(fault).startswith("model.path: is quantised by gptq; only bitsandbytes is supported")

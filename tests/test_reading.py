@@ -15,8 +15,8 @@ import pytest
 from pyarrow import parquet
 from test_data import faults_of, of_file, rows, whole, words
 
-from lora_sweep import data as data_room
 from lora_sweep.data import example, source
+from lora_sweep.data import load as load_data
 from lora_sweep.data.file_rows import Row, Unreadable, of_files
 from lora_sweep.system.bounds import bounded
 
@@ -105,7 +105,7 @@ def test_a_date_in_a_message_is_no_fault(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(said), tmp_path / "mine.parquet")
     (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m['content'] }} {{ eos_token }}{% endfor %}")
     config = whole(of_file(tmp_path / "mine.parquet", chat_template=str(tmp_path / "chat.jinja")))
-    assert data_room.load(config, words(None)).report.train.examples == 4
+    assert load_data(config, words(None)).report.train.examples == 4
 
 
 def test_an_archive_with_a_wrong_byte_is_one_fault(tmp_path: Path) -> None:
@@ -149,10 +149,10 @@ def test_what_is_told_of_a_folder_is_of_the_folder_as_it_is(tmp_path: Path) -> N
     folder.mkdir()
     (folder / "a.jsonl").write_text('{"text": "a"}\n' * 3 + "broken\n")
     config = whole(of_file(folder))
-    first = data_room.load(config, words(None))
+    first = load_data(config, words(None))
     (folder / "a.jsonl").rename(folder / "z.jsonl")
     (folder / "b.xlsx").write_bytes(b"PK")
-    again = data_room.load(config, words(None))
+    again = load_data(config, words(None))
     assert rows(again.train) == rows(first.train)
     told = " ".join(again.report.warnings())
     assert "z.jsonl:4" in told

@@ -16,8 +16,8 @@ from test_pack import IGNORED
 from test_worker import environment
 from torch.nn import functional
 
-from lora_sweep import data as data_room
 from lora_sweep.data import TokenSet
+from lora_sweep.data import load as load_data
 from lora_sweep.data.tasks import real_facts
 from lora_sweep.records import Example
 from lora_sweep.sweep import sweep_file
@@ -96,7 +96,7 @@ def test_the_shipped_sweep_teaches_smollm2_facts_that_peft_alone_completes(
     tokenizer = AutoTokenizer.from_pretrained(loaded.peft_config["default"].base_model_name_or_path)
     config = sweep_file.read(SWEEP, [])[0].base()
     assert config.model.dtype == "bf16"
-    data = data_room.load(config.data, tokenizer)
+    data = load_data(config.data, tokenizer)
     adapted, ends = token_losses(loaded, data.evaluation)
     assert float(adapted.mean()) == pytest.approx(best["eval_loss"], abs=LOSS_TOLERANCE_NATS)
     with loaded.disable_adapter():

@@ -11,7 +11,7 @@ import pytest
 from conftest import config_of
 
 from lora_sweep import data as data_room
-from lora_sweep.base import load as model_room
+from lora_sweep.base import source
 from lora_sweep.data.tasks import real_facts
 from lora_sweep.records import Example
 
@@ -122,7 +122,7 @@ def test_a_missing_package_is_a_fault_that_names_the_extra(package: str, monkeyp
 def test_examples_are_short_and_tokens_of_prompt_and_completion_do_not_merge() -> None:
     from transformers import AutoTokenizer
 
-    at = model_room.source(config_of("model=smollm2_gguf").model)
+    at = source.source(config_of("model=smollm2_gguf").model)
     tokenizer = AutoTokenizer.from_pretrained(at.name_or_path, gguf_file=at.gguf_file)
     task = real_facts.facts(300, seed=0)
     for example in (*task.train, *task.eval):

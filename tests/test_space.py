@@ -15,9 +15,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from lora_sweep.errors import ConfigError
 from lora_sweep.records import Cell
-from lora_sweep.sweep import check, saved, sweep_file
-from lora_sweep.sweep import compose as composition
-from lora_sweep.sweep import optuna_classes as samplers
+from lora_sweep.sweep import check, compose, optuna_classes, saved, sweep_file
 from lora_sweep.sweep.axis import Axis
 from lora_sweep.sweep.sweep import Sweep
 
@@ -259,7 +257,7 @@ def test_the_study_is_named_for_its_file_unless_it_says_otherwise(write: Write) 
 
 
 def test_a_shipped_sweep_is_found_from_anywhere_and_ones_own_comes_first(in_folder: Path) -> None:
-    shipped = composition.shipped("sweeps") / "quickstart.yaml"
+    shipped = compose.shipped("sweeps") / "quickstart.yaml"
     for name in ("sweeps/quickstart.yaml", "quickstart.yaml", "quickstart"):
         assert sweep_file.find(name) == shipped
     (in_folder / "sweeps").mkdir()
@@ -436,7 +434,7 @@ LAUNCHED = """
 
 
 def relaunch(folder: Path, first: Sweep, second: Sweep) -> list[str]:
-    (folder / "config.yaml").write_text(composition.to_yaml(first.as_launched()))
+    (folder / "config.yaml").write_text(compose.to_yaml(first.as_launched()))
     before = saved.load_launched(folder)
     assert before is not None
     return saved.differences(before, second.as_launched())
@@ -444,7 +442,7 @@ def relaunch(folder: Path, first: Sweep, second: Sweep) -> list[str]:
 
 def test_what_was_launched_comes_back_equal_from_yaml(write: Write, tmp_path: Path) -> None:
     sweep = read("sampler=tpe", "pruner=asha", file=write(LAUNCHED))
-    (tmp_path / "config.yaml").write_text(composition.to_yaml(sweep.as_launched()))
+    (tmp_path / "config.yaml").write_text(compose.to_yaml(sweep.as_launched()))
     assert saved.load_launched(tmp_path) == sweep.as_launched()
     assert relaunch(tmp_path, sweep, read("sampler=tpe", "pruner=asha", file="mine.yaml")) == []
 
@@ -545,7 +543,7 @@ def test_a_target_outside_optunas_own_classes_is_refused_and_never_run(write: Wr
     told = faults_of(file=file)
     assert any(fault.startswith(f"sampler.instance.{refused}") for fault in told), told
     with pytest.raises(ConfigError):
-        samplers.instance(instance, "samplers")
+        optuna_classes.instance(instance, "samplers")
     assert not alarm.exists()
     assert os.system(f"touch {alarm}") == 0
     assert alarm.exists(), "the canary sings when it is let out"
@@ -581,7 +579,7 @@ def test_a_target_elsewhere_in_a_configuration_is_an_unknown_key(alarm: Path) ->
     ],
 )
 def test_optunas_own_classes_are_made_nested_ones_too(kind: Any, node: Mapping[str, Any], made: type) -> None:
-    assert type(samplers.instance(node, kind)) is made
+    assert type(optuna_classes.instance(node, kind)) is made
 
 
 def test_arguments_that_a_class_does_not_take_are_a_fault() -> None:

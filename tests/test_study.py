@@ -33,8 +33,9 @@ import lora_sweep.study.study as study_module
 from lora_sweep.errors import ConfigError, StorageUnavailable, StudyError
 from lora_sweep.records import Cell
 from lora_sweep.study.asha import Asha
+from lora_sweep.study.lease import Lease, StaleLease
 from lora_sweep.study.search import Search
-from lora_sweep.study.study import Lease, StaleLease, Study
+from lora_sweep.study.study import Study
 from lora_sweep.study.view import StudyView, status_of
 
 SPACE = {

@@ -23,10 +23,10 @@ from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 from test_pack import IGNORED, mean_loss
 
-from lora_sweep import data as data_room
 from lora_sweep.adapters.peft_template import PeftTemplate
 from lora_sweep.base.load import LoadedBase
 from lora_sweep.cli.live import Show
+from lora_sweep.data import load as load_data
 from lora_sweep.errors import NoEligibleTrial, StorageUnavailable, StudyError
 from lora_sweep.pack import Capacity, Pack
 from lora_sweep.pack.passes import Passes
@@ -98,7 +98,7 @@ def test_a_grid_runs_every_cell_once_and_leaves_what_the_readme_promises(in_fold
     assert sorted(number for number, _ in watcher.ends) == list(range(8))
     assert [row["state"] for row in table] == ["COMPLETE"] * 8
     assert table == [json.loads(line) for line in (in_folder / "outputs/ask/trials.jsonl").read_text().splitlines()]
-    evaluation = data_room.load(sweep_file.read("ask.yaml", [])[0].base().data, base.tokenizer).evaluation
+    evaluation = load_data(sweep_file.read("ask.yaml", [])[0].base().data, base.tokenizer).evaluation
     for row in table:
         assert set(row["params"]) == set(GRID)
         assert row["gap"] is not None

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_sweep.base import load as model_room
+from lora_sweep.base import base_config
 from lora_sweep.base.load import LoadedBase
 from lora_sweep.bench import sequential
 from lora_sweep.bench.hf_trainer import Job
@@ -29,7 +29,7 @@ class TrainerProcess:
         self._config, self._data, self._folder = config, data, folder
         self._device = base.model.device
         self._dtype = str(base.dtype).removeprefix("torch.")
-        self._is_quantised = model_room.stored_quantisation(base.model.config) is not None
+        self._is_quantised = base_config.stored_quantisation(base.model.config) is not None
         self._name, self._revision = base.name_or_path, base.revision
         if base.tokenizer is None:
             self._name = str(folder / "drawn")

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from lora_sweep import data as data_room
-from lora_sweep.base import load as model_room
+from lora_sweep.base.load import load as load_base
 from lora_sweep.bench import gauge
 from lora_sweep.bench.hf_trainer_process import TrainerProcess
+from lora_sweep.data import load as load_data
 from lora_sweep.pack import Pack, Trial
 from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.runner import launch, worker
@@ -129,8 +129,8 @@ def measure(sweep: Sweep, trials: int, trainer_repetitions: int, say: Say) -> di
             launch.launch(study, clock, lambda: False)
         startup: list[float] = []
         if trainer_repetitions:
-            base = model_room.load(config.model, device, Path(aside))
-            process = TrainerProcess(config, base, data_room.load(config.data, base.tokenizer), Path(aside))
+            base = load_base(config.model, device, Path(aside))
+            process = TrainerProcess(config, base, load_data(config.data, base.tokenizer), Path(aside))
             for repetition in range(trainer_repetitions):
                 say(f"HF Trainer {repetition + 1} of {trainer_repetitions}")
                 startup.append(process.run(Trial.of(Cell(0), config)).startup_seconds)

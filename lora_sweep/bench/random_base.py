@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lora_sweep.base.load import DTYPES, LoadedBase
+from lora_sweep.base.base_config import DTYPES
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.config import DataConfig, ModelConfig
 from lora_sweep.data import Data, TokenSet
 from lora_sweep.errors import ConfigError, Fault

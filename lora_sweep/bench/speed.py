@@ -21,16 +21,16 @@ import peft
 import torch
 import transformers
 
-from lora_sweep import data as data_room
-from lora_sweep.base import cpu_bf16 as frozen
-from lora_sweep.base import load as model_room
+from lora_sweep.base import cpu_bf16, skeleton
 from lora_sweep.base.load import LoadedBase
+from lora_sweep.base.load import load as load_base
 from lora_sweep.bench import gauge, packed, random_base, sequential
 from lora_sweep.bench.hf_trainer_process import TrainerProcess, chosen, parts
 from lora_sweep.bench.question import Question, trials_of
 from lora_sweep.bench.reduction import Run, TrainerRun, Work, reduce
 from lora_sweep.config import Config
 from lora_sweep.data import Data
+from lora_sweep.data import load as load_data
 from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.pack import Pack, PackOutOfMemory, Settings, Trial
 from lora_sweep.runner import worker
@@ -131,7 +131,7 @@ def measure(config: Config, question: Question, say: Say) -> dict[str, Any]:
             for repetition in range(question.trainer_repetitions):
                 say(f"HF Trainer {repetition + 1} of {question.trainer_repetitions}: {len(trials)} processes")
                 trainer_runs.append([process.run(trial) for trial in trials])
-        peak = gauge.peak_flops(device, frozen.multiplied_dtype(base.model))
+        peak = gauge.peak_flops(device, cpu_bf16.multiplied_dtype(base.model))
         described = _described(config, question, base, data, trials, peak) | {"chosen": chosen_slots}
         return described | reduce(runs, trainer_runs, _work(base, data, trials), peak, TOLERANCE[base.dtype])
 
@@ -139,12 +139,12 @@ def measure(config: Config, question: Question, say: Say) -> dict[str, Any]:
 def _loaded(config: Config, question: Question, device: torch.device, folder: Path) -> tuple[LoadedBase, Data]:
     if question.dimensions is not None:
         base = random_base.load(question.dimensions, config.model, config.data, device)
-        faults = model_room.target_faults(base.skeleton(), config.method.target_modules)
+        faults = skeleton.target_faults(base.skeleton(), config.method.target_modules)
         if faults:
             raise ConfigError(faults)
         return base, random_base.tokens(question.dimensions, config.data)
-    base = model_room.load(config.model, device, folder)
-    return base, data_room.load(config.data, base.tokenizer)
+    base = load_base(config.model, device, folder)
+    return base, load_data(config.data, base.tokenizer)
 
 
 def _work(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> Work:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_sweep import data, pack
-from lora_sweep.base import load as model
+from lora_sweep.base import base_config, skeleton
+from lora_sweep.base.load import tokenizer as load_tokenizer
 from lora_sweep.cli.live import Preparing
 from lora_sweep.data import provenance
 from lora_sweep.errors import ConfigError, Fault
@@ -70,7 +71,7 @@ def _prepared(variants: list[dict[str, Any]], folder: Path | None) -> list[Fault
         if pair[0].trust_remote_code:
             say(console, f"model.trust_remote_code is on: code that lies beside {pair[0].path} runs with your rights")
         if pair[1].name in data.USER_DATA:
-            tokenizer = model.tokenizer(pair[0])
+            tokenizer = load_tokenizer(pair[0])
             try:
                 with Preparing(console) as show:
                     loaded = data.load(pair[1], tokenizer, show)
@@ -79,9 +80,9 @@ def _prepared(variants: list[dict[str, Any]], folder: Path | None) -> list[Fault
                 continue
             if folder is not None:
                 provenance.refuse_changed(folder, loaded.report.sources)
-            base = model.read_config(pair[0])
-            faults += model.input_faults(pair[0].path, base, loaded.length, loaded.largest_id)
-            beyond = model.beyond_training(base, loaded.length)
+            base = base_config.read_config(pair[0])
+            faults += base_config.input_faults(pair[0].path, base, loaded.length, loaded.largest_id)
+            beyond = base_config.beyond_training(base, loaded.length)
             for line in [*loaded.report.warnings(), *([beyond] if beyond else [])]:
                 say(console, line)
     return faults
@@ -96,7 +97,7 @@ def _module_faults(variants: list[dict[str, Any]]) -> list[Fault]:
             models.append((groups["model"], targets))
         if "data" in groups and groups["data"] not in sets:
             sets.append(groups["data"])
-    faults = [fault for each in models for fault in model.check(*each)]
+    faults = [fault for each in models for fault in skeleton.check(*each)]
     faults += [fault for each in sets for fault in data.check(each)]
     launcher = next((groups["launcher"] for groups in variants if "launcher" in groups), None)
     for optimizer in {groups["optimizer"] for groups in variants if "optimizer" in groups}:

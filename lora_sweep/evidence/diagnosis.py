@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from lora_sweep import data as data_room
 from lora_sweep import health
-from lora_sweep.base import load as model_room
 from lora_sweep.base.load import LoadedBase
+from lora_sweep.base.load import load as load_base
 from lora_sweep.bench import packed
+from lora_sweep.data import load as load_data
 from lora_sweep.evidence import faults, judge, ranges
 from lora_sweep.evidence.faults import FAULTS, PACKED, Fault, Outcome, Training
 from lora_sweep.evidence.ranges import RANGES, REAL, Range
@@ -85,7 +85,7 @@ def _kept(keep: Path | None, name: str, measure: Callable[[], Any]) -> Any:
 
 
 def _faults(say: Say, seeds: Sequence[int]) -> dict[str, Any]:
-    base = model_room.load(sweep_file.read(None, ["model=tiny"])[0].base().model, torch.device("cpu"))
+    base = load_base(sweep_file.read(None, ["model=tiny"])[0].base().model, torch.device("cpu"))
     rows, twins = [], _Twins(base)
     for fault in FAULTS:
         say(f"{fault.name}, by transformers' Trainer")
@@ -226,7 +226,7 @@ def _judged(
     configs = [
         sweep_file.read(None, [*cell, *shared, "train.slots=8", "train.eval_every=20"])[0].base() for cell in cells
     ]
-    data = data_room.load(configs[0].data, base.tokenizer)
+    data = load_data(configs[0].data, base.tokenizer)
     trials = [Trial.of(Cell(number), config) for number, config in enumerate(configs)]
     alone, records = packed.recorded(base, data, trials)
     said = judge.judged(alone, configs, records)

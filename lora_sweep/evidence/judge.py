@@ -7,7 +7,7 @@ from lora_sweep import health
 from lora_sweep.config import Config
 from lora_sweep.pack import Trial
 from lora_sweep.records import Base, Cell, Evaluation, Finding
-from lora_sweep.sweep import equivalence as folding
+from lora_sweep.sweep import equivalence
 
 
 def judged(
@@ -20,7 +20,7 @@ def judged(
     peers = health.Peers(alone.eval_loss)
     for place, (config, seen) in enumerate(zip(configs, records, strict=True)):
         curve = {each.step: each.eval_loss for each in seen if not each.diverged}
-        effective = folding.coordinates(config)
+        effective = equivalence.coordinates(config)
         log_X, log_Y = (effective.log_X, effective.log_Y) if effective else (math.nan, math.nan)
         of_examples = {each.step: each.eval_losses for each in seen}
         peers.add(health.Peer(place, log_X, log_Y, curve, of_examples.get))

@@ -15,17 +15,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lora_sweep import data as data_room
-from lora_sweep.base import load as model_room
 from lora_sweep.base.load import LoadedBase
+from lora_sweep.base.load import load as load_base
 from lora_sweep.bench import packed
 from lora_sweep.config import Config
 from lora_sweep.data import Data
+from lora_sweep.data import load as load_data
 from lora_sweep.evidence import judge
 from lora_sweep.pack import Trial
 from lora_sweep.records import Base, Cell, Evaluation
-from lora_sweep.sweep import equivalence as folding
-from lora_sweep.sweep import sweep_file
+from lora_sweep.sweep import equivalence, sweep_file
 
 SURE = 2.0
 """Standard errors."""
@@ -198,7 +197,7 @@ class _Runs:
         self._alone: Base | None = None
 
     def place(self, config: Config) -> int:
-        key = folding.run_key(config, "exact")
+        key = equivalence.run_key(config, "exact")
         if key not in self._places:
             self._places[key] = len(self.configs)
             self.configs.append(config)
@@ -219,8 +218,8 @@ def trained(wanted: Range, seed: int) -> Trained:
     sweep, _ = sweep_file.read(wanted.path, [*wanted.overrides, f"data.seed={seed}", f"train.seed={seed}"])
     cells = sweep.cells() if wanted.draws is None else sweep.drawn(wanted.draws, seed)
     configs = [sweep.config(cell) for cell in cells]
-    base = model_room.load(configs[0].model, torch.device("cpu"))
-    training = _Runs(base, data_room.load(configs[0].data, base.tokenizer))
+    base = load_base(configs[0].model, torch.device("cpu"))
+    training = _Runs(base, load_data(configs[0].data, base.tokenizer))
     runs = [training.place(config) for config in configs]
     tenths = [training.place(_cooler(config, 10)) for config in configs]
     alone = training.train()
@@ -241,7 +240,7 @@ def _cooler(config: Config, factor: float) -> Config:
 
 
 def _slope(config: Config) -> float:
-    effective = folding.coordinates(config)
+    effective = equivalence.coordinates(config)
     return effective.log_X if effective else math.log(config.optimizer.base_lr)
 
 

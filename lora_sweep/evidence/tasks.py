@@ -10,11 +10,11 @@ import torch
 from torch.nn import functional
 from transformers import get_scheduler
 
-from lora_sweep import data as data_room
-from lora_sweep.base import load as model_room
 from lora_sweep.base.load import LoadedBase
+from lora_sweep.base.load import load as load_base
 from lora_sweep.config import Config
 from lora_sweep.data import Batch, Data, TokenSet, order
+from lora_sweep.data import load as load_data
 from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.records import Cell
 from lora_sweep.sweep import sweep_file
@@ -38,9 +38,9 @@ def tasks(say: Say) -> dict[str, Any]:
     rank 2 minus that of rank 16, each at its better rate, paired by seed, in standard errors. Losses in nats per token.
     """
     config = _config(STYLE)
-    base = model_room.load(config.model, torch.device("cpu"))
+    base = load_base(config.model, torch.device("cpu"))
     say("style: full fine-tuning, then LoRA")
-    data = data_room.load(config.data, base.tokenizer)
+    data = load_data(config.data, base.tokenizer)
     start = _mean_loss(base.model, data.evaluation)
     full = {lr: _train_whole(config, data, lr) for lr in STYLE_FULL}
     lora = dict(zip(STYLE_LORA, _train_packed(config, base, data, [(*cell, 0) for cell in STYLE_LORA]), strict=True))
@@ -54,7 +54,7 @@ def tasks(say: Say) -> dict[str, Any]:
     }
     say("facts: rank 2 against rank 16, three seeds")
     config = _config(FACTS)
-    data = data_room.load(config.data, base.tokenizer)
+    data = load_data(config.data, base.tokenizer)
     cells = [(rank, lr, seed) for rank, lr in FACTS_LORA for seed in SEEDS]
     losses = dict(zip(cells, _train_packed(config, base, data, cells), strict=True))
     low, high = (_best_of_rank(losses, rank) for rank in (2, 16))
@@ -120,7 +120,7 @@ def _train_packed(
 
 def _train_whole(config: Config, data: Data, lr: float) -> float:
     """Final evaluation loss of full fine-tuning on the same examples in the same order."""
-    model = model_room.load(config.model, torch.device("cpu")).model.requires_grad_(True)
+    model = load_base(config.model, torch.device("cpu")).model.requires_grad_(True)
     train = config.train
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=train.max_steps)

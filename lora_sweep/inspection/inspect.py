@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_sweep.adapters import keys as adapter_keys
-from lora_sweep.adapters import reader as adapters
+from lora_sweep.adapters import keys, reader
 from lora_sweep.adapters import targets as adapter_targets
 from lora_sweep.adapters.reader import Saved
 from lora_sweep.adapters.targets import Missing
@@ -81,9 +80,9 @@ def inspect(folder: Path, base: str | None = None, allow_pickle: bool = False) -
     Raises UserError where no adapter is found, or the base cannot be read.
     """
     saved, errors = [], []
-    for each in adapters.find(folder):
+    for each in reader.find(folder):
         try:
-            saved.append(adapters.read(each, allow_pickle))
+            saved.append(reader.read(each, allow_pickle))
         except UserError as error:
             errors.append(str(error))
     loaded = _base(base) if base is not None and saved else None
@@ -97,10 +96,10 @@ def inspect(folder: Path, base: str | None = None, allow_pickle: bool = False) -
 
 
 def _base(path: str) -> Any:
-    from lora_sweep.base import load as model
+    from lora_sweep.base import weights
 
     try:
-        return model.weights(path)
+        return weights.weights(path)
     except ConfigError as error:
         own = [replace(fault, field="--base") if fault.field == "model.path" else fault for fault in error.faults]
         raise ConfigError(own) from error
@@ -159,7 +158,7 @@ def _inspected(saved: Saved, base: str | None, loaded: Any) -> Inspection:
 
 def _clauses(saved: Saved, missing: Sequence[Missing], homeless: Sequence[str]) -> list[str]:
     """What a person would miss after loading, the cause first."""
-    clauses = [adapter_keys.passed_over(saved.misnamed)] if saved.misnamed else []
+    clauses = [keys.passed_over(saved.misnamed)] if saved.misnamed else []
     for unasked in saved.unasked:
         clauses.append(
             f"PEFT passes over {len(unasked.names)} of the file's tensors, as {unasked.why}: {named(unasked.names)}; "
@@ -176,9 +175,9 @@ def _weight(saved: Saved, name: str, loaded: Any) -> Any:
     """The base's weight for one module. Raises ConfigError where the adapter is of another base."""
     if loaded is None:
         return None
-    from lora_sweep.base import load as model
+    from lora_sweep.base import weights
 
-    weight, factors = model.weight_of(loaded, name), saved.factors[name]
+    weight, factors = weights.weight_of(loaded, name), saved.factors[name]
     if weight is None:
         raise ConfigError([Fault("--base", f"has no weight {name}, which {saved.folder} adapts")])
     wanted = (factors.B.shape[0], factors.A.shape[1])
@@ -199,8 +198,7 @@ def loraplus(folder: Path) -> LoraPlus:
     trial = _trial_of(folder)
     if trial is None:
         return LoraPlus(None, UNTOLD)
-    from lora_sweep.sweep import compose as composition
-    from lora_sweep.sweep import saved
+    from lora_sweep.sweep import compose, saved
     from lora_sweep.tracking import read_rows
 
     # Other programs write files of these names too.
@@ -208,7 +206,7 @@ def loraplus(folder: Path) -> LoraPlus:
     pairs = [(row.get("optimizer/lr_A") or 0.0, row.get("optimizer/lr_B") or 0.0) for row in rows]
     ratios = [lr_B / lr_A for lr_A, lr_B in pairs if lr_A > 0 and lr_B > 0]
     try:
-        requested = composition.leaf(saved.load_launched(trial), "optimizer.ratio")
+        requested = compose.leaf(saved.load_launched(trial), "optimizer.ratio")
     except ConfigError:
         requested = None
     if not ratios or not isinstance(requested, int | float):

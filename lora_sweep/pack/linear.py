@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_sweep.base import cpu_bf16 as frozen
+from lora_sweep.base import cpu_bf16
 from lora_sweep.pack.bank import Bank
 from lora_sweep.pack.dropout import keep_mask
 from lora_sweep.pack.slot import Slot
@@ -101,8 +101,8 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, _: Tensor, linear: PackedLinear) -> Tensor:
         now, name = linear.now, linear.name
-        wide = frozen.widened(linear.base, x)
-        y = frozen.product(linear.base, wide).contiguous()
+        wide = cpu_bf16.widened(linear.base, x)
+        y = cpu_bf16.product(linear.base, wide).contiguous()
         rows, out = _by_slot(wide, now.slots_per_pass), _by_slot(y, now.slots_per_pass)
         lows = []
         for segment in now.segments:
@@ -126,8 +126,8 @@ class _Adapted(torch.autograd.Function):
         x, *lows = ctx.saved_tensors
         linear: PackedLinear = ctx.linear
         slots_per_pass, name = ctx.slots_per_pass, linear.name
-        wide = frozen.widened(linear.base, gradient)
-        below = frozen.input_gradient(linear.base, wide).contiguous() if ctx.needs_input_grad[0] else None
+        wide = cpu_bf16.widened(linear.base, gradient)
+        below = cpu_bf16.input_gradient(linear.base, wide).contiguous() if ctx.needs_input_grad[0] else None
         rows, above = _by_slot(x, slots_per_pass), _by_slot(wide, slots_per_pass)
         for segment, low in zip(ctx.segments, lows, strict=True):
             upper = _in(segment.dtype, above[segment.places])

@@ -16,25 +16,24 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_sweep import health
-from lora_sweep.adapters import reader as adapters
+from lora_sweep.adapters import reader
 from lora_sweep.adapters.peft_template import PeftTemplate, peft_config
-from lora_sweep.base import quant
-from lora_sweep.base.load import LoadedBase, input_faults
+from lora_sweep.base.base_config import input_faults
+from lora_sweep.base.load import LoadedBase
 from lora_sweep.data import Data
 from lora_sweep.errors import ConfigError, UserError
 from lora_sweep.pack import memory
 from lora_sweep.pack.bank import Banks
 from lora_sweep.pack.capacity import MOST_SLOTS, Capacity
-from lora_sweep.pack.linear import PackedLinear, Pass
+from lora_sweep.pack.checkpoint import CHECKPOINT
+from lora_sweep.pack.linear import Pass
 from lora_sweep.pack.loss import OutputLayer
 from lora_sweep.pack.passes import Passes
-from lora_sweep.pack.slot import CHECKPOINT, Slot
+from lora_sweep.pack.slot import Slot
 from lora_sweep.pack.trial import PackOutOfMemory, Settings, Trial
+from lora_sweep.pack.wrap import WrappedBase
 from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.system.out_of_memory import is_out_of_memory
 
@@ -84,19 +83,7 @@ class Pack:
         fixed = (bank_rank, self.capacity.slots) if settings.fixed_shapes else None
         self._banks = Banks(shapes, dtype, self._device, fixed)
         now = Pass(anchor=torch.zeros((), device=self._device, requires_grad=True))
-        self._linears = self._wrap(shapes, now)
-        if settings.compile:
-            # What is compiled is the base between its linears. A packed linear reads its pass under way and adds to the
-            # banks' gradients: a trace would keep what was there when it was made.
-            for linear in self._linears.values():
-                linear.forward = torch.compiler.disable(linear.forward)  # type: ignore[method-assign]
-        self._base_norms = {name: _weight_norm(linear.base) for name, linear in self._linears.items()}
-        self._layers = [layer for layer in self._model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-        for layer in self._layers:
-            if settings.compile:
-                layer.forward = torch.compile(layer.forward)
-            if settings.gradient_checkpointing:
-                layer.forward = partial(_checkpointed, layer.forward)
+        self._wrapped = WrappedBase(self._model, shapes, now, settings.compile, settings.gradient_checkpointing)
         output = OutputLayer(self._model, now)
         if data.train.starts is not None and not output.separates():
             self.close()
@@ -180,21 +167,20 @@ class Pack:
         That returns the modules that the file, read again, does not hold.
         """
         at = self._at(slot)
-        weights = {name: (at.A[name].to("cpu", copy=True), at.B[name].T.to("cpu", copy=True)) for name in self._linears}
+        weights = {
+            name: (at.A[name].to("cpu", copy=True), at.B[name].T.to("cpu", copy=True)) for name in self._wrapped.linears
+        }
         config = self._peft_config(at.trial)
 
         def write(folder: Path) -> tuple[str, ...]:
             self._template.write(folder, config, weights)
-            return adapters.lost(folder, weights)
+            return reader.lost(folder, weights)
 
         return write
 
     def close(self) -> None:
         """Unwraps the base."""
-        for name, linear in self._linears.items():
-            _replace(self._model, name, linear.base)
-        for layer in self._layers:
-            layer.__dict__.pop("forward", None)
+        self._wrapped.close()
         self._template.close()
 
     # -- the way forward --------------------------------------------------------------------------------------------
@@ -243,36 +229,57 @@ class Pack:
         return Base(evaluation[0][0], probe[0][0], evaluation[1][0], kept, probe[1][0])
 
     def _train_step(self, measures: bool = False) -> None:
+        """One optimizer step of each slot. `measures`: whether its cost is recorded in any case.
+
+        1. choose how many slots go through the base at once
+        2. forward and backward: the gradients of each slot lie in its row of the banks
+        3. sample the weights of the slots whose health is checked after this step
+        4. clip, step and schedule each slot by itself
+        5. check health
+        6. record what the step has cost
+        """
         began = time.monotonic()
-        live = self._passes.order(self._live())
-        capacity = self.capacity
-        if math.isinf(capacity.free_bytes) and not capacity.is_chosen:
-            capacity.free_bytes = memory.free_bytes(self._device)
-        slots_per_pass = capacity.next_slots_per_pass(len(live))
-        measures = measures or not capacity.is_chosen
+        measures = measures or not self.capacity.is_chosen
         peak = memory.Peak(self._device) if measures else None
-        steps = [
-            each for slots in _split(live, slots_per_pass) for each in self._within_memory(self._passes.train, slots)
+
+        # 1. K slots, those of one rank beside one another; with fixed shapes None where a place is empty
+        slots = self._passes.order(self._live())
+        slots_per_pass = self._slots_per_pass(len(slots))
+
+        # 2. of each pass (its k slots, mean losses (k,) on the device, loss tokens of each slot)
+        passes = [
+            each for part in _split(slots, slots_per_pass) for each in self._within_memory(self._passes.train, part)
         ]
         peak_bytes = None if peak is None else peak.bytes
-        checked = [slot for slot in live if slot is not None and slot.is_checked_next]
+
+        # 3. (about 1024,) elements of A and of B of each module
+        checked = [slot for slot in slots if slot is not None and slot.is_checked_next]
         before = health.sample_weights([each for slot in checked for each in slot.factors()])
-        tokens = 0
-        for slots, means, counts in steps:
-            capacity.fitted(len(slots))
-            for slot, mean, count in zip(slots, means.unbind(), counts, strict=True):
+
+        # 4. A (r, d_in) and B (r, d_out) of each module, views of the slot's row, are stepped in place
+        for part, mean_losses, loss_tokens in passes:
+            self.capacity.fitted(len(part))
+            for slot, mean_loss, tokens in zip(part, mean_losses.unbind(), loss_tokens, strict=True):
                 if slot is not None:
-                    slot.update(mean, count)
-                    tokens += count
+                    slot.update(mean_loss, tokens)
+                    self._trained_tokens += tokens
+
+        # 5. (modules of all checked slots, health.METRICS), still on the device
         self._check_health(checked, before)
+
+        # 6. the only point at which a step waits for the device
         if measures:
             self._wait()
-            capacity.took(slots_per_pass, len(live), time.monotonic() - began, peak_bytes)
-        self._trained_tokens += tokens
+            self.capacity.took(slots_per_pass, len(slots), time.monotonic() - began, peak_bytes)
         self._training_since = self._training_since or began
 
+    def _slots_per_pass(self, live: int) -> int:
+        if math.isinf(self.capacity.free_bytes) and not self.capacity.is_chosen:
+            self.capacity.free_bytes = memory.free_bytes(self._device)
+        return self.capacity.next_slots_per_pass(live)
+
     def _check_health(self, slots: Sequence[Slot], before: health.WeightSamples) -> None:
-        """Health looks at these slots at once, on the device."""
+        """Measures the adapters of these slots at once, on the device."""
         if slots:
             rows = health.measure([module for slot in slots for module in slot.adapted_modules()], before)
             for slot, each in zip(slots, rows.chunk(len(slots)), strict=True):
@@ -337,9 +344,9 @@ class Pack:
             eval_losses=each,
             grad_norm_A=float(grad_A),
             grad_norm_B_over_s=float(grad_B) / slot.trial.scaling,
-            measurements=health.measurements(snapshot, factors, slot.trial.scaling, self._base_norms),
+            measurements=health.measurements(snapshot, factors, slot.trial.scaling, self._wrapped.norms),
             snapshot=snapshot,
-            delta_rel=health.delta_rel(snapshot, slot.trial.scaling, self._base_norms),
+            delta_rel=health.delta_rel(snapshot, slot.trial.scaling, self._wrapped.norms),
             steps=steps,
             seconds=slot.seconds,
             tokens_per_second=speed,
@@ -375,33 +382,9 @@ class Pack:
         method = trial.method
         return peft_config(method.rank, method.alpha, method.use_rslora, method.dropout, method.target_modules)
 
-    def _wrap(self, shapes: Any, now: Pass) -> dict[str, PackedLinear]:
-        linears = {}
-        for name in shapes:
-            linears[name] = PackedLinear(name, self._model.get_submodule(name), now)
-            _replace(self._model, name, linears[name])
-        return linears
-
 
 def _split(slots: Sequence[Slot | None], slots_per_pass: int) -> list[Sequence[Slot | None]]:
     """In parts of at most `slots_per_pass`, as equal as can be."""
     parts = -(-len(slots) // slots_per_pass)
     ends = [len(slots) * part // parts for part in range(parts + 1)]
     return [slots[a:b] for a, b in pairwise(ends)]
-
-
-def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    # Masks are counter-based, so no generator's state has to be kept for the recomputation.
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-
-def _weight_norm(linear: nn.Module) -> float:
-    """|W|_F of the weight that is computed with, de-quantised where it is quantised."""
-    return float(torch.linalg.vector_norm(quant.dequantised(linear), dtype=torch.float64))
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)

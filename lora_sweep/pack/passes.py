@@ -70,10 +70,11 @@ class Passes:
     def train(self, slots: Slots) -> tuple[Slots, Tensor, list[int]]:
         """Leaves the gradients of one optimizer step in the banks.
 
-        Returns (slots, their mean losses (K,) on the device, counted tokens of each).
+        Returns (slots, their mean losses (K,) on the device, loss tokens of each).
         """
         K, b, micro_batches = len(slots), self.settings.batch_size, self.settings.gradient_accumulation_steps
-        ids, weights, positions, loss_mask, tokens = self._batch(slots)
+        # (micro-batches, K, b, T) ids and positions, (micro-batches, K, b, T - 1) weights: 1 / loss tokens, or 0
+        ids, weights, positions, loss_places, loss_tokens = self._batch(slots)
         T = ids.shape[-1]
         means = torch.zeros(K, dtype=self.dtype, device=self.device)
         self._enter(slots)
@@ -81,16 +82,19 @@ class Passes:
             segment.gradients.zero_()
         for micro_batch in range(micro_batches):
             self.now.keys = self._mask_keys(slots, micro_batch)
-            share = weights[micro_batch].view(K * b, T - 1)
-            where = None if positions is None else positions[micro_batch].view(K * b, T)
-            losses = self.output.backward(ids[micro_batch].view(K * b, T), share, where, loss_mask[micro_batch])
-            means += (losses.to(self.dtype) * share).view(K, -1).sum(dim=1)
+            # The base sees K b rows, slot k's at [k b, (k + 1) b).
+            rows = ids[micro_batch].view(K * b, T)
+            row_weights = weights[micro_batch].view(K * b, T - 1)
+            row_positions = None if positions is None else positions[micro_batch].view(K * b, T)
+            # (K b, T - 1) nats of each next token; backward runs with the sum of row_weights x losses as the loss.
+            losses = self.output.backward(rows, row_weights, row_positions, loss_places[micro_batch])
+            means += (losses.to(self.dtype) * row_weights).view(K, -1).sum(dim=1)
         self.leave()
-        return slots, means, tokens
+        return slots, means, loss_tokens
 
     def _batch(self, slots: Slots) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor | None], list[int]]:
         """(ids (micro-batches, K, b, T), weights (..., T - 1), positions like ids or None, where a next token counts of
-        each micro-batch, counted tokens of each slot)."""
+        each micro-batch, loss tokens of each slot)."""
         train = self.data.train
         K, b, micro_batches = len(slots), self.settings.batch_size, self.settings.gradient_accumulation_steps
         rows = {
@@ -114,9 +118,9 @@ class Passes:
             weights[:, place] = targets.view(micro_batches, b, T - 1) / tokens[place]
             if positions is not None and batch.position_ids is not None:
                 positions[:, place] = batch.position_ids.view(micro_batches, b, T)
-        loss_mask = [self._places(each.view(K * b, T - 1) != 0) for each in weights]
+        loss_places = [self._places(each.view(K * b, T - 1) != 0) for each in weights]
         where = None if positions is None else self._there(positions)
-        return self._there(ids), self._there(weights), where, loss_mask, tokens
+        return self._there(ids), self._there(weights), where, loss_places, tokens
 
     def _places(self, loss_mask: Tensor) -> Tensor | None:
         """(n,) places in the flattened (rows, T) before those of (rows, T - 1) that count, on the device.
@@ -190,8 +194,8 @@ class Passes:
         """Adds the losses of these rows to the sums (K, examples) of their examples."""
         K, batch = len(sums), part.batch(rows, None if self.settings.fixed_shapes else part.padded_length(rows))
         positions = None if batch.position_ids is None else self._there(batch.position_ids).repeat(K, 1)
-        loss_mask = self._places(batch.loss_mask[:, 1:].repeat(K, 1))
-        losses = self.output.losses(self._there(batch.input_ids).repeat(K, 1), positions, loss_mask)
+        loss_places = self._places(batch.loss_mask[:, 1:].repeat(K, 1))
+        losses = self.output.losses(self._there(batch.input_ids).repeat(K, 1), positions, loss_places)
         by_token = losses.view(K, len(rows), -1).double() * self._there(batch.loss_mask[:, 1:].contiguous())
         if batch.examples is None:
             sums[:, rows.to(self.device)] = by_token.sum(dim=2)

@@ -1,33 +1,20 @@
 """One slot: views into a bank, an optimizer and schedule of its own, and what it has done so far."""
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import get_scheduler
 
 from lora_sweep import health
-from lora_sweep.adapters.peft_template import save
 from lora_sweep.health import MOMENTS, AdaptedModule, HealthHistory, Side, Stepped
-from lora_sweep.pack import optimizers
+from lora_sweep.pack import checkpoint, optimizers
 from lora_sweep.pack.bank import Bank, Banks, Which
 from lora_sweep.pack.trial import Trial
 from lora_sweep.records import Step
-from lora_sweep.system import files
-from lora_sweep.system.out_of_memory import is_out_of_memory
-
-CHECKPOINT = "checkpoint.safetensors"
-
-
-class DamagedCheckpoint(Exception):
-    """The checkpoint cannot be gone on from; the message is one clause that begins with a verb."""
 
 
 class Slot:
@@ -237,25 +224,10 @@ class Slot:
         history, rows = self.history.state()
         tensors["chart"] = rows
         counters = {"step": self.step, "tokens": self.tokens, "chart": history}
-        metadata = {
-            "counters": json.dumps(counters | {"seconds": self.seconds}),
-            "numbers": json.dumps(numbers),
-            "trial": _identity(self.trial),
-        }
-        # Copies too because bitsandbytes lets all tensors share their quantisation maps, which a file cannot.
+        texts = checkpoint.metadata(self.trial, counters | {"seconds": self.seconds}, numbers)
+        # Copies too because bitsandbytes lets all tensors share their quantization maps, which a file cannot.
         copies = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
-
-        def write(folder: Path) -> None:
-            if folder.is_symlink() or not folder.is_dir():
-                files.remove(folder)
-                folder.mkdir(parents=True)
-            staging = files.staging(folder / CHECKPOINT)
-            save(copies, staging, metadata)
-            with staging.open("rb") as file:
-                os.fsync(file.fileno())
-            staging.rename(folder / CHECKPOINT)
-
-        return write
+        return lambda folder: checkpoint.write(folder, copies, texts)
 
     def _state(self) -> Iterator[tuple[str, str, Any]]:
         """(key of the optimizer's state, parameter or module, tensor or number).
@@ -280,31 +252,18 @@ class Slot:
 
     def load(self, folder: Path) -> None:
         """Goes on from a checkpoint of the same trial. Raises DamagedCheckpoint, and leaves the slot unusable then."""
+        tensors, counters, numbers = checkpoint.read(folder, self.trial)
         try:
-            with files.open_file(folder / CHECKPOINT, follow=False):  # no link, no FIFO
-                pass
-            self._load(folder / CHECKPOINT)
-        except files.Unsafe as error:
-            raise DamagedCheckpoint(str(error)) from error
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise
-            reason = " ".join(str(error).split())[:200]
-            raise DamagedCheckpoint(f"cannot be read ({type(error).__name__}: {reason})") from error
+            self._take(tensors, counters, numbers)
+        except checkpoint.UNREADABLE as error:
+            raise checkpoint.damaged(error) from error
 
-    def _load(self, path: Path) -> None:
-        with safe_open(str(path), framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            if metadata.get("trial") != _identity(self.trial):
-                raise files.Unsafe("is of a trial with other settings")
-            keys: list[str] = file.keys()
-            tensors = {key: file.get_tensor(key) for key in keys}
+    def _take(self, tensors: dict[str, Tensor], counters: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
         rows = tensors.pop("chart")
         for side, views in (("A", self.A), ("B", self.B)):
             for name, view in views.items():
                 view.copy_(tensors.pop(f"{side}/{name}"))
-        self._load_state(tensors | json.loads(metadata["numbers"]))
-        counters = json.loads(metadata["counters"])
+        self._load_state({**tensors, **numbers})
         self.step, self.tokens = counters["step"], counters["tokens"]
         self.history.restore(counters["chart"], rows)
         self._seconds_before = counters["seconds"]
@@ -329,12 +288,3 @@ class Slot:
             if key not in state:
                 state[key] = torch.zeros_like(parameter)
             self._modules(cast(Which, side), state[key])[module].copy_(value)
-
-
-def _identity(trial: Trial) -> str:
-    whole: dict[str, Any] = asdict(trial) | {"cell": trial.cell.number}
-    # How many share the pack changes no trial.
-    whole["train"].pop("slots")
-    # Nor does looking at it.
-    whole.pop("health")
-    return json.dumps(whole, sort_keys=True)

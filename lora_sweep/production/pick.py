@@ -6,16 +6,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_sweep.adapters import reader as adapters
+from lora_sweep.adapters import reader
 from lora_sweep.errors import ConfigError, Fault, NoEligibleTrial, StudyError
 from lora_sweep.records import cell_name
 from lora_sweep.report import results
 from lora_sweep.report.results import Row
 from lora_sweep.report.trial_result import read_ended
-from lora_sweep.runner import kept_base as bases
+from lora_sweep.runner import kept_base
 from lora_sweep.study.view import StudyView
-from lora_sweep.sweep import check, compose, saved, sweep_file
-from lora_sweep.sweep import equivalence as folding
+from lora_sweep.sweep import check, compose, equivalence, saved, sweep_file
 from lora_sweep.sweep.equivalence import Form
 from lora_sweep.system import files
 from lora_sweep.system.disk import disk_errors, refuse_links
@@ -57,7 +56,7 @@ def pick(folder: Path, form: Form | None = None) -> Picked:
     """
     view = StudyView.read(folder)
     refuse_links(view.folder)
-    repaired = bases.repair(view.folder)
+    repaired = kept_base.repair(view.folder)
     table = results.rows(view)
     ranking = results.ranked(table)
     if not ranking:
@@ -124,7 +123,7 @@ def _export(view: StudyView, winner: Row, table: list[Row], form: Form | None) -
                     files.flush(target)
             if changed := seal.changed(staging, copied):
                 raise StudyError(f"{trial}: changed while it was copied: {', '.join(changed)}; pick again")
-            adapters.read(staging / seal.ADAPTER)
+            reader.read(staging / seal.ADAPTER)
             files.write_whole(staging / "production.yaml", compose.to_yaml(written).encode())
             files.write_whole(staging / "evidence.md", _evidence(view.name, winner, table).encode())
             before = files.staging(production)
@@ -142,7 +141,7 @@ def _production(study: str, winner: Row, trial: Path, form: Form | None) -> dict
     plain = saved.load_launched(trial) or {}
     head = {"study": study, "cell": winner["number"], **{key: winner[key] for key in ("eval_loss", "base_loss")}}
     if form is not None:
-        written, grade = folding.in_form(saved.of_launched(plain), form)
+        written, grade = equivalence.in_form(saved.of_launched(plain), form)
         trained = {key: plain[group][key] for group, key in REWRITTEN}
         # The same training in other words: the adapter beside it keeps the scaling that it was trained with.
         head |= {"form": form, "same_run": str(grade), "adapter_trained_with": trained}

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from lora_sweep import data as data_room
-from lora_sweep.base import load as model_room
 from lora_sweep.base.load import LoadedBase
+from lora_sweep.base.load import load as load_base
 from lora_sweep.config import Config, DataConfig, ModelConfig
 from lora_sweep.data import Data, provenance
+from lora_sweep.data import load as load_data
 from lora_sweep.errors import UserError
 from lora_sweep.pack import Capacity, Pack, PackOutOfMemory, Settings, Trial, device_kind
 from lora_sweep.records import Base, Cell
@@ -35,12 +35,12 @@ class LoadedDevice:
     def base(self, model: ModelConfig) -> LoadedBase:
         if self._model is None or self._model[0] != model:
             self._model = self._data = None
-            self._model = (model, model_room.load(model, self.device, self.folder))
+            self._model = (model, load_base(model, self.device, self.folder))
         return self._model[1]
 
     def data(self, data: DataConfig, base: LoadedBase) -> Data:
         if self._data is None or self._data[0] != data or self._data[1] is not base:
-            loaded = data_room.load(data, base.tokenizer)
+            loaded = load_data(data, base.tokenizer)
             provenance.refuse_changed(self.folder, loaded.report.sources)
             provenance.keep(self.folder, loaded.report)
             self._data = (data, base, loaded)

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from lora_sweep import data as data_room
 from lora_sweep.adapters.peft_template import PeftTemplate
-from lora_sweep.base import load as model_room
+from lora_sweep.base import base_config
 from lora_sweep.base.load import LoadedBase
+from lora_sweep.base.load import load as load_base
 from lora_sweep.data import Data
+from lora_sweep.data import load as load_data
 from lora_sweep.errors import UserError
 from lora_sweep.pack import Capacity, Pack, PackOutOfMemory, Settings, Trial
 from lora_sweep.pack.pack import BYTES_A_PARAMETER
@@ -18,7 +19,7 @@ from lora_sweep.records import Cell
 from lora_sweep.runner import worker
 from lora_sweep.runner.pitfalls import EvaluationSize, data_key, pitfalls
 from lora_sweep.runner.verify_equivalence import GridRuns
-from lora_sweep.sweep import equivalence as folding
+from lora_sweep.sweep import equivalence
 from lora_sweep.sweep.equivalence import SameRun
 from lora_sweep.sweep.sweep import Sweep
 
@@ -34,8 +35,8 @@ def plan(sweep: Sweep) -> dict[str, Any]:
     """
     config = sweep.base()
     device = worker.device(config.launcher)
-    base = model_room.load(config.model, device)
-    data = data_room.load(config.data, base.tokenizer)
+    base = load_base(config.model, device)
+    data = load_data(config.data, base.tokenizer)
     train, is_grid = config.train, config.sampler.name == "grid"
     grid = GridRuns.of(sweep) if is_grid else None
     classes = () if grid is None else grid.classes
@@ -65,7 +66,7 @@ def plan(sweep: Sweep) -> dict[str, Any]:
         "slots": slots,
         "slots_reason": capacity.reason,
         "device": str(device),
-        "dtype": next(word for word, dtype in model_room.DTYPES.items() if dtype == base.dtype),
+        "dtype": next(word for word, dtype in base_config.DTYPES.items() if dtype == base.dtype),
         "quantization": config.model.quantization,
         "base_parameters": base.parameters,
         "base_mib": stored / 2**20,
@@ -126,7 +127,7 @@ def _scaled_runs(sweep: Sweep, runs: int) -> int | None:
         config = sweep.config(cell)
         rules = replace(config.optimizer, eps_rule="scaled", decay_rule="scaled", clip_rule="scaled")
         scaled[cell.number] = replace(config, optimizer=rules)
-    found = len(folding.classes(scaled, "exact"))
+    found = len(equivalence.classes(scaled, "exact"))
     return found if found < runs else None
 
 

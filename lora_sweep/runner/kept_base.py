@@ -8,8 +8,7 @@ from typing import Any
 
 from lora_sweep.base.source import EMBEDDED
 from lora_sweep.errors import ConfigError
-from lora_sweep.sweep import compose as composition
-from lora_sweep.sweep import saved
+from lora_sweep.sweep import compose, saved
 from lora_sweep.system import files
 from lora_sweep.system.disk import disk_errors
 from lora_sweep.tracking import seal
@@ -66,5 +65,5 @@ def _is_kept(adapter: Path) -> bool:
         launched = saved.load_launched(around, "production.yaml" if around.name == "production" else "config.yaml")
     except ConfigError:
         return False
-    path = str(composition.leaf(launched or {}, "model.path"))
+    path = str(compose.leaf(launched or {}, "model.path"))
     return path.startswith(EMBEDDED) or path.endswith(".gguf")

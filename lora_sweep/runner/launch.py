@@ -14,7 +14,7 @@ from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.report import results
 from lora_sweep.report.results import StudyTable
 from lora_sweep.report.trials_file import TrialsFile
-from lora_sweep.runner import kept_base as bases
+from lora_sweep.runner import kept_base
 from lora_sweep.runner.verify_equivalence import GridRuns, verify
 from lora_sweep.runner.worker import Stop, Watcher, device, work
 from lora_sweep.runner.worker import train as train_one
@@ -22,9 +22,7 @@ from lora_sweep.study.asha import Asha
 from lora_sweep.study.search import Search
 from lora_sweep.study.study import Study
 from lora_sweep.study.view import JOURNAL, Outcome, StudyView
-from lora_sweep.sweep import equivalence as folding
-from lora_sweep.sweep import optuna_classes as samplers
-from lora_sweep.sweep import saved
+from lora_sweep.sweep import equivalence, optuna_classes, saved
 from lora_sweep.sweep.compose import to_yaml
 from lora_sweep.sweep.sweep import Sweep
 from lora_sweep.system.disk import refuse_links, write_whole
@@ -110,7 +108,7 @@ def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:
     grid = None if asked.name == "optuna" else sweep.cells()
     search = None
     if asked.name == "optuna":
-        sampler = samplers.instance(asked.instance or {}, "samplers")
+        sampler = optuna_classes.instance(asked.instance or {}, "samplers")
         search = Search(
             sampler,
             sweep.distributions(),
@@ -130,8 +128,8 @@ def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:
         launched=launched,
     ) as study:
         write_whole(folder / "config.yaml", to_yaml(launched))
-        if count := bases.repair(folder):
-            watcher.noticed(bases.moved(folder, count))
+        if count := kept_base.repair(folder):
+            watcher.noticed(kept_base.moved(folder, count))
         recorded = _Recorded(watcher, study, config.health)
         wandb_runs = tracker(config, folder, study.id)
         try:
@@ -170,9 +168,9 @@ def launched_before(folder: Path) -> dict[str, Any] | None:
     return before
 
 
-def _same_run(sweep: Sweep, fold: folding.Fold) -> Callable[[Cell], Hashable] | None:
+def _same_run(sweep: Sweep, fold: equivalence.Fold) -> Callable[[Cell], Hashable] | None:
     """By which drawn cells are held against those before them."""
-    return None if fold == "off" else lambda cell: folding.run_key(sweep.config(cell), fold)
+    return None if fold == "off" else lambda cell: equivalence.run_key(sweep.config(cell), fold)
 
 
 def amounts(sweep: Sweep) -> tuple[int, int, int]:
@@ -197,7 +195,7 @@ def _pruner(config: Config) -> Any:
     asked, train = config.pruner, config.train
     if asked.name == "asha":
         return Asha(asked.eta or 0, asked.min_steps or 0, train.max_steps, train.eval_every)
-    return None if asked.instance is None else samplers.instance(asked.instance, "pruners")
+    return None if asked.instance is None else optuna_classes.instance(asked.instance, "pruners")
 
 
 def train(config: Config, watcher: Watcher, stop: Stop) -> bool:

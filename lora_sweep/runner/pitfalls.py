@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_sweep import data
-from lora_sweep.base import load as model
+from lora_sweep.base import base_config
+from lora_sweep.base.load import tokenizer as load_tokenizer
 from lora_sweep.config import Config
 from lora_sweep.errors import ConfigError
 from lora_sweep.health import window
 from lora_sweep.study.asha import Asha
-from lora_sweep.sweep import compose as composition
+from lora_sweep.sweep import compose
 from lora_sweep.sweep.axis import Axis, written
 from lora_sweep.sweep.sweep import Sweep
 
@@ -106,7 +107,7 @@ def _points(sweep: Sweep) -> list[_Point]:
         return [_Point(cell.name, vars(sweep.config(cell))) for cell in sweep.cells()]
     points = []
     for params in _corners(sweep.axes):
-        groups, faults = composition.sections(sweep.merged(params))
+        groups, faults = compose.sections(sweep.merged(params))
         shown = " ".join(f"{key}={written(value)}" for key, value in params.items())
         if not faults:
             points.append(_Point(shown, groups))
@@ -161,8 +162,8 @@ def _is_below_fp32(base: Any) -> bool:
         return True
     if base.dtype != "auto":
         return False
-    config = model.read_config(base)
-    return config.dtype.itemsize < 4 or model.stored_quantisation(config) is not None
+    config = base_config.read_config(base)
+    return config.dtype.itemsize < 4 or base_config.stored_quantisation(config) is not None
 
 
 def _warmup(points: Sequence[_Point]) -> Iterator[Pitfall]:
@@ -232,7 +233,7 @@ def _evaluation(points: Sequence[_Point], known: Mapping[str, EvaluationSize]) -
     hit: list[_Point] = []
     for key, those in sets.items():
         asked = those[0].groups["data"]
-        size = known.get(key) or EvaluationSize.of(data.load(asked, model.tokenizer(those[0].groups["model"])))
+        size = known.get(key) or EvaluationSize.of(data.load(asked, load_tokenizer(those[0].groups["model"])))
         if size.examples < NEEDED_EXAMPLES:
             hit += those
             if smallest is None or size.examples < smallest[0].examples:

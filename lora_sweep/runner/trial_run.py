@@ -19,7 +19,7 @@ from lora_sweep.pack import DamagedCheckpoint, Pack, Trial
 from lora_sweep.records import Base, Cell, Diagnosis, Evaluation, Finding
 from lora_sweep.report.trial_result import peer
 from lora_sweep.study.view import Outcome, Reason
-from lora_sweep.sweep import equivalence as folding
+from lora_sweep.sweep import equivalence
 from lora_sweep.sweep.compose import to_yaml
 from lora_sweep.system import files
 from lora_sweep.system.disk import disk_errors, write_whole
@@ -145,7 +145,7 @@ class Run:
 
     def peer(self) -> health.Peer:
         """The trial as the others of its study see it."""
-        effective = folding.coordinates(self._config)
+        effective = equivalence.coordinates(self._config)
         known = {"cell": self.cell.number, "effective": effective and asdict(effective), "curve": self.before}
         return peer(self.folder, known)
 
@@ -227,7 +227,7 @@ class Run:
         diagnosis, own = (None, ()) if last is None else self._diagnosed(last, was_pruned)
         rules, cell = self._config.health, self.cell.number
         verdict = health.compared(diagnosis, own, rules, peers, cell, self.step, was_pruned)
-        effective = folding.coordinates(self._config)
+        effective = equivalence.coordinates(self._config)
         result = {
             "params": dict(self.cell.params),
             "eval_loss": value,

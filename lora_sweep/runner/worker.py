@@ -20,7 +20,8 @@ from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.report.trial_result import peer, read_ended
 from lora_sweep.runner.device import LoadedDevice
 from lora_sweep.runner.trial_run import Ended, Run
-from lora_sweep.study.study import Lease, Study
+from lora_sweep.study.lease import Lease
+from lora_sweep.study.study import Study
 from lora_sweep.study.view import Outcome, Reason
 from lora_sweep.sweep.sweep import Sweep
 from lora_sweep.system import files

@@ -15,16 +15,15 @@ import logging
 import math
 import os
 import secrets
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast, get_args
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.pruners import BasePruner, HyperbandPruner, SuccessiveHalvingPruner
+from optuna.pruners import BasePruner
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
@@ -32,7 +31,9 @@ from lora_sweep.errors import StudyError
 from lora_sweep.records import Cell
 from lora_sweep.study.asha import Asha
 from lora_sweep.study.journal import Journal, hold
+from lora_sweep.study.lease import Lease, StaleLease, held
 from lora_sweep.study.search import Search
+from lora_sweep.study.storage import check_arguments, grid_duplicates, open_storage, refuse_other_cells
 from lora_sweep.study.view import (
     JOURNAL,
     LAUNCHED,
@@ -43,30 +44,8 @@ from lora_sweep.study.view import (
     StudyView,
     has_ended,
     journal_errors,
-    refuse_lost,
 )
 from lora_sweep.system.disk import disk_errors, refuse_links
-
-
-class StaleLease(StudyError):
-    """The attempt was reaped or told meanwhile: nothing of it was overwritten. `lease` says which."""
-
-    def __init__(self, lease: "Lease", now: str) -> None:
-        super().__init__(
-            f"cell {lease.cell.number}: attempt {lease.attempt} is no longer held here, it is {now}; not recorded"
-        )
-        self.lease = lease
-
-
-@dataclass(frozen=True)
-class Lease:
-    """The right to run one attempt at a cell: a plain value, hashable, picklable."""
-
-    cell: Cell = field(hash=False)
-    attempt: int
-    """1 for the first attempt at the cell, 2 after one loss, ..."""
-    trial: int
-    """Optuna's trial id: names the attempt in the storage."""
 
 
 class Study(StudyView):
@@ -121,17 +100,7 @@ class Study(StudyView):
         """
         if (cells is None) == (search is None):
             raise ValueError("give either cells or search")
-        grid = None if cells is None else tuple(cells)
-        if grid is not None and not 0 < len(grid) == len({cell.number for cell in grid}):
-            raise ValueError("cells must not be empty and every number must be there once")
-        for cell in grid or ():
-            _as_json(cell.params)
-        inner = pruner
-        while inner is not None:
-            if isinstance(inner, SuccessiveHalvingPruner | HyperbandPruner):
-                raise ValueError(f"{type(inner).__name__} keeps too few or all, by the order of calls: use Asha")
-            inner = getattr(inner, "_wrapped_pruner", None)
-
+        grid = check_arguments(cells, pruner)
         if optuna.logging.get_verbosity() == logging.INFO:  # Its default: one line per study and trial on stderr.
             optuna.logging.set_verbosity(logging.WARNING)
         folder = Path(folder).absolute()
@@ -144,7 +113,7 @@ class Study(StudyView):
                     left.unlink(missing_ok=True)
                 refuse_links(folder)
                 with journal_errors(folder / JOURNAL):
-                    storage, journal = _storage(folder, name)
+                    storage, journal = open_storage(folder, name)
                     study = cls(folder, storage, journal, name, search, pruner)
                     if study._about():
                         study.check()
@@ -203,13 +172,7 @@ class Study(StudyView):
 
     def next(self, fits: Callable[[Cell], bool], most: int) -> list[Cell]:
         """The cells that `ask` would lease next, at most so many; not those that are yet to be drawn."""
-        cells: list[Cell] = []
-        for attempt, _ in self._ready():
-            if len(cells) == most:
-                break
-            if fits(attempt.cell):
-                cells.append(attempt.cell)
-        return cells
+        return list(islice((attempt.cell for attempt, _ in self._ready() if fits(attempt.cell)), most))
 
     def _waiting(self) -> list[tuple[Attempt, FrozenTrial]]:
         """By number."""
@@ -274,7 +237,7 @@ class Study(StudyView):
         for lease in values:
             self.renew(lease)
         for lease, value in values.items():
-            with _fresh(lease):
+            with held(lease):
                 self._storage.set_trial_intermediate_value(lease.trial, int(step), float(value))
         if isinstance(self._pruner, Asha):
             if step not in self._pruner.rungs:
@@ -291,13 +254,7 @@ class Study(StudyView):
         study = self._optuna()
         return {lease: not self._pruner.prune(study, self._storage.get_trial(lease.trial)) for lease in values}
 
-    def tell(
-        self,
-        lease: Lease,
-        state: Outcome,
-        value: float | None = None,
-        why: Reason | None = None,
-    ) -> None:
+    def tell(self, lease: Lease, state: Outcome, value: float | None = None, why: Reason | None = None) -> None:
         """End the attempt, for good.
 
         COMPLETE needs a finite `value` (nats per token). PRUNED may have one, by default the last finite one reported.
@@ -315,7 +272,7 @@ class Study(StudyView):
             finite = {step: loss for step, loss in trial.intermediate_values.items() if math.isfinite(loss)}
             value = finite[max(finite)] if finite else None
         values = None if value is None else [float(value)]
-        with _fresh(lease):
+        with held(lease):
             if self._search is not None:
                 self._search.sampler.after_trial(self._optuna(), trial, TrialState[state], values)
             if why is not None:
@@ -343,11 +300,8 @@ class Study(StudyView):
             for attempt, trial in self._attempts()
             if trial.state is TrialState.RUNNING and trial._trial_id not in self._leased
         ]
-        half_drawn = [
-            trial._trial_id
-            for trial in self._trials()
-            if trial.state is TrialState.WAITING and "cell" not in trial.user_attrs
-        ]
+        waiting = [trial for trial in self._trials() if trial.state is TrialState.WAITING]
+        half_drawn = [trial._trial_id for trial in waiting if "cell" not in trial.user_attrs]
         for trial_id in half_drawn + [trial_id for _, trial_id in lost]:
             self._storage.set_trial_user_attr(trial_id, "reason", "lost")
             self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
@@ -416,78 +370,25 @@ class Study(StudyView):
         sampler = self._search.sampler if self._search else None
         return optuna.load_study(study_name=self.name, storage=self._storage, sampler=sampler)
 
-    def _duplicates_of(
-        self, grid: Sequence[Cell], classes: Iterable[Collection[int]]
-    ) -> list[tuple[int, dict[str, Any], int]]:
-        """(number, parameters, number of the cell that runs) of each cell that is not to run."""
-        order = {TrialState.COMPLETE: 0, TrialState.PRUNED: 0, TrialState.RUNNING: 1, TrialState.FAIL: 2}
-        begun: dict[int, int] = {}
-        for attempt, trial in self._attempts():
-            if trial.state in order:
-                number = attempt.cell.number
-                begun[number] = min(begun.get(number, 2), order[trial.state])
-        runs: dict[int, int] = {}
-        for numbers in classes:
-            best = min(numbers, key=lambda number: (begun.get(number, 3), number))
-            runs |= {number: best for number in numbers if number != best and number not in begun}
-        return [(cell.number, dict(cell.params), runs[cell.number]) for cell in grid if cell.number in runs]
-
     def _match(self, grid: Sequence[Cell] | None, classes: Iterable[Collection[int]]) -> None:
         """Refuse to go on with other cells or another space than those on disk; remember what is asked."""
         kind, size = ("grid", len(grid)) if grid else ("search", self._search.n_trials if self._search else 0)
         about = self._about() or {"id": secrets.token_hex(4), "kind": kind}
         if about["kind"] != kind:
             raise StudyError(f"{self.folder}: begun as a {about['kind']}, not a {kind}; choose another study.name")
-        asked = {cell.number: _as_json(cell.params) for cell in grid or ()}
         if self._search is not None:
             if any(trial.distributions != dict(self._search.distributions) for _, trial in self._attempts()):
                 raise StudyError(f"{self.folder}: begun with another space; choose another study.name")
         else:
-            known = [attempt.cell for attempt, _ in self._attempts()] + [cell for cell, _ in self.duplicates().values()]
-            for cell in known:
-                if asked.get(cell.number) != _as_json(cell.params):
-                    raise StudyError(
-                        f"{self.folder}: begun with other cells (cell {cell.number} was {dict(cell.params)}); choose "
-                        f"another study.name"
-                    )
-        folded = self._duplicates_of(grid or (), classes)
-        self._idle = frozenset(number for number, _, _ in folded)
+            begun = [attempt.cell for attempt, _ in self._attempts()] + [cell for cell, _ in self.duplicates().values()]
+            refuse_other_cells(self.folder, begun, grid or ())
+        duplicates = grid_duplicates(grid or (), classes, self._attempts())
+        self._idle = frozenset(number for number, _, _ in duplicates)
         # Through JSON, as it is stored: a tuple comes back as a list.
-        about = json.loads(json.dumps(about | {"size": size, "folded": folded}))
+        about = json.loads(json.dumps(about | {"size": size, "folded": duplicates}))
         if self._about() != about:
             # One attribute, so that a kill leaves all of it or nothing.
             self._storage.set_study_user_attr(self._study_id, "about", about)
         if self._search is not None and self._read:
             # A seeded sampler would begin its sequence anew and draw the same cells.
             self._search.sampler.reseed_rng()
-
-
-def _storage(folder: Path, name: str) -> tuple[JournalStorage, Journal]:
-    """The storage of the study `name` in `folder`, made where there is none. Raises StudyError."""
-    path = folder / JOURNAL
-    if not path.exists():
-        refuse_lost(folder)
-    journal = Journal(path, writable=True)
-    storage = JournalStorage(journal)
-    studies = storage.get_all_studies()
-    names = [each.study_name for each in studies]
-    if not any("about" in each.user_attrs for each in studies):
-        refuse_lost(folder)
-    if not studies:
-        optuna.create_study(study_name=name, storage=storage, direction="minimize")
-    elif names != [name]:
-        raise StudyError(f"{folder}: holds the study {names[0]!r}, not {name!r}; choose another study.name")
-    return storage, journal
-
-
-def _as_json(params: Mapping[str, Any]) -> str:
-    """To compare with what is on disk: JSON tells true from 1 and makes lists of tuples."""
-    return json.dumps(dict(params), sort_keys=True)
-
-
-@contextmanager
-def _fresh(lease: Lease) -> Iterator[None]:
-    try:
-        yield
-    except UpdateFinishedTrialError as error:
-        raise StaleLease(lease, "finished") from error

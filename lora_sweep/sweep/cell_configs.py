@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from lora_sweep.config import GROUPS, Config, cross_faults
 from lora_sweep.errors import ConfigError
-from lora_sweep.sweep import compose as composition
+from lora_sweep.sweep import compose
 from lora_sweep.sweep.axis import Axis
 
 _REFERENCE = re.compile(r"\$\{\s*(\.*)([A-Za-z_][\w.-]*)\s*\}")
@@ -35,7 +35,7 @@ class CellConfigs:
         """The configuration under `groups` (`data=facts`, ...), before a cell's values."""
         key = tuple(groups)
         if key not in self._composed:
-            self._composed[key] = composition.compose([*self._overrides, *key], self._content)
+            self._composed[key] = compose.compose([*self._overrides, *key], self._content)
         return self._composed[key]
 
     def merged(self, params: Mapping[str, Any]) -> DictConfig:
@@ -55,7 +55,7 @@ class CellConfigs:
         sections = {name: layer.section(name, params) for name in GROUPS}
         if any(section is None for section in sections.values()):
             # Whatever is wrong with it is named by the way that takes no short cut.
-            return composition.build(self.merged(params))
+            return compose.build(self.merged(params))
         if faults := cross_faults(sections):
             raise ConfigError(faults)
         return Config(**sections)
@@ -91,7 +91,7 @@ class _Layer:
         if any(value is _NONE or value == "???" for value in plain.values()):
             return None
         try:
-            return composition.validated(group, plain)
+            return compose.validated(group, plain)
         except ValidationError:
             return None
 
@@ -110,7 +110,7 @@ class _Layer:
             plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except (OmegaConfBaseException, RecursionError):
             return _NONE
-        return _NONE if composition.unsafe({field: plain}) else plain
+        return _NONE if compose.unsafe({field: plain}) else plain
 
     def _written(self, field: str) -> Any:
         group, _, name = field.partition(".")
@@ -120,7 +120,7 @@ class _Layer:
     def _is_plain(self) -> bool:
         """Whether the tree is groups of fields, as the schema has it; a group may also be a reference as a whole."""
         has_groups = self._tree.keys() <= GROUPS.keys() and all(isinstance(each, dict) for each in self._tree.values())
-        return has_groups and not composition.unsafe(self._tree)
+        return has_groups and not compose.unsafe(self._tree)
 
     @cached_property
     def _fields(self) -> dict[str, list[str]]:
@@ -175,7 +175,7 @@ def _meet(path: str, field: str) -> bool:
 
 def _texts_at(path: str, value: Any) -> Iterator[tuple[str, str]]:
     """(dotted path, text) of all texts in nested values."""
-    yield from ((at, each) for at, each in composition.leaves(value, path) if isinstance(each, str))
+    yield from ((at, each) for at, each in compose.leaves(value, path) if isinstance(each, str))
 
 
 def _texts(value: Any) -> list[str]:

@@ -8,8 +8,7 @@ from typing import Any
 from lora_sweep import config as schema
 from lora_sweep.errors import ConfigError, Fault
 from lora_sweep.study.asha import Asha
-from lora_sweep.sweep import compose as composition
-from lora_sweep.sweep import optuna_classes as samplers
+from lora_sweep.sweep import compose, optuna_classes
 from lora_sweep.sweep.axis import inside, written
 from lora_sweep.sweep.sweep import Sweep
 
@@ -28,11 +27,11 @@ def check(sweep: Sweep) -> tuple[list[dict[str, Any]], list[Fault]]:
         return [], [Fault("space", rule, f"{count:,}", "an interval takes any number: interval(1e-5, 1e-3)")]
     faults: list[Fault] = []
     tried: dict[str, list[Any]] = {}
-    with composition.groups():
+    with compose.groups():
         for axis in sweep.axes:
             tried[axis.key] = list(axis.values or (*axis.ends, inside(axis)))
             for value in axis.values if axis.is_group else ():
-                unknown = composition.option_faults(axis.key, value)
+                unknown = compose.option_faults(axis.key, value)
                 if unknown:
                     faults += unknown
                     tried[axis.key].remove(value)
@@ -41,7 +40,7 @@ def check(sweep: Sweep) -> tuple[list[dict[str, Any]], list[Fault]]:
         varied = [first, *(first | {key: value} for key, values in tried.items() for value in values[1:])]
         variants = []
         for params in varied:
-            good, more = composition.sections(sweep.merged(params))
+            good, more = compose.sections(sweep.merged(params))
             variants.append(good)
             faults += [*map(partial(_of_interval, sweep), more), *schema.cross_faults(good)]
     except ConfigError as error:
@@ -61,9 +60,9 @@ def check(sweep: Sweep) -> tuple[list[dict[str, Any]], list[Fault]]:
                     rule = "a grid cannot run over an interval"
                     faults.append(Fault(axis.key, rule, str(axis), "choice(...), or sampler=tpe"))
         if sampler.instance is not None:
-            faults += samplers.target_faults("sampler.instance", sampler.instance, "samplers")
+            faults += optuna_classes.target_faults("sampler.instance", sampler.instance, "samplers")
     if pruner is not None and pruner.instance is not None:
-        faults += samplers.target_faults("pruner.instance", pruner.instance, "pruners")
+        faults += optuna_classes.target_faults("pruner.instance", pruner.instance, "pruners")
     train = variants[0].get("train")
     if pruner is not None and pruner.name == "asha" and pruner.eta and pruner.min_steps and train is not None:
         try:

@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from optuna.exceptions import ExperimentalWarning
 
 from lora_sweep.errors import ConfigError, Fault
-from lora_sweep.sweep import compose as composition
+from lora_sweep.sweep import compose
 
 
 def target_faults(field: str, node: Mapping[str, Any], kind: Literal["samplers", "pruners"]) -> list[Fault]:
@@ -18,7 +18,7 @@ def target_faults(field: str, node: Mapping[str, Any], kind: Literal["samplers",
     A prefix test would not do: `optuna.samplers._base.np.load` starts with the right words and reads pickles.
     """
     faults = []
-    targets = {"_target_": node.get("_target_")} | dict(composition.leaves(node))
+    targets = {"_target_": node.get("_target_")} | dict(compose.leaves(node))
     for key, value in targets.items():
         *above, name = key.split(".")
         if name == "_target_" and not any(part.startswith("_") for part in above):

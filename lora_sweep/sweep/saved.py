@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_sweep.config import Config, HealthConfig
 from lora_sweep.errors import ConfigError, Fault
-from lora_sweep.sweep import compose as composition
+from lora_sweep.sweep import compose
 
 HOW_NOT_WHAT = (
     "tracker", "launcher", "pick", "study.root", "study.keep_adapters", "study.fold", "study.verify_fold",
@@ -20,7 +20,7 @@ HOW_NOT_WHAT = (
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What a relaunch would change in a study's meaning, a line each."""
-    old, new = (dict(composition.leaves(composition.current(tree))) for tree in (before, now))
+    old, new = (dict(compose.leaves(compose.current(tree))) for tree in (before, now))
     lines = []
     for key in [*old, *(key for key in new if key not in old)]:
         means = not any(key == how or key.startswith(f"{how}.") for how in HOW_NOT_WHAT)
@@ -34,7 +34,7 @@ def load_launched(folder: Path, name: str = "config.yaml") -> dict[str, Any] | N
     file = folder / name
     if not os.path.lexists(file):
         return None
-    plain = composition.read_yaml(file)
+    plain = compose.read_yaml(file)
     if not isinstance(plain, dict) or not all(isinstance(key, str) for key in plain):
         raise ConfigError([Fault(str(file), "must hold a mapping of groups, as `launch` wrote it")])
     return plain
@@ -42,9 +42,9 @@ def load_launched(folder: Path, name: str = "config.yaml") -> dict[str, Any] | N
 
 def of_launched(plain: Mapping[str, Any]) -> Config:
     """The configuration in a trial's config.yaml; knobs younger than it are at their defaults. Raises ConfigError."""
-    whole = OmegaConf.merge(composition.compose([]), OmegaConf.create(dict(plain)))
+    whole = OmegaConf.merge(compose.compose([]), OmegaConf.create(dict(plain)))
     assert isinstance(whole, DictConfig)
-    return composition.build(whole)
+    return compose.build(whole)
 
 
 def health_rules(launched: Mapping[str, Any]) -> HealthConfig:
@@ -52,5 +52,5 @@ def health_rules(launched: Mapping[str, Any]) -> HealthConfig:
 
     Raises ConfigError.
     """
-    health: HealthConfig = composition.section("health", launched.get("health", {}))
+    health: HealthConfig = compose.section("health", launched.get("health", {}))
     return health

@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution
 
 from lora_sweep.config import Config
 from lora_sweep.records import Cell
-from lora_sweep.sweep import equivalence as folding
+from lora_sweep.sweep import equivalence
 from lora_sweep.sweep.axis import Axis
 from lora_sweep.sweep.cell_configs import CellConfigs
 
@@ -72,9 +72,9 @@ class Sweep:
         params = (study.ask(self.distributions()).params for _ in range(count))
         return tuple(Cell(number, self.decode(each)) for number, each in enumerate(params))
 
-    def classes(self, fold: folding.Fold) -> tuple[folding.SameRun, ...]:
+    def classes(self, fold: equivalence.Fold) -> tuple[equivalence.SameRun, ...]:
         """The cells of the grid in classes of the same run. Raises ConfigError."""
-        return folding.classes({cell.number: self.config(cell) for cell in self.cells()}, fold)
+        return equivalence.classes({cell.number: self.config(cell) for cell in self.cells()}, fold)
 
     def distributions(self) -> dict[str, BaseDistribution]:
         return {axis.key: axis.distribution() for axis in self.axes}

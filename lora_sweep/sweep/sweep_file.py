@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 
 from lora_sweep import config as schema
 from lora_sweep.errors import ConfigError, Fault
-from lora_sweep.sweep import compose as composition
+from lora_sweep.sweep import compose
 from lora_sweep.sweep.axis import Axis, of_override, parse, written
 from lora_sweep.sweep.sweep import Sweep
 
@@ -41,13 +41,13 @@ def read(path: str | None, overrides: Sequence[str]) -> tuple[Sweep, list[Fault]
             faults.append(Fault(key, "must be in Hydra's grammar", text, f"choice({', '.join(map(written, text))})"))
             continue
         line = f"{key}={written(text)}"
-        faults += composition.text_faults(f"space.{key}", line)
+        faults += compose.text_faults(f"space.{key}", line)
         parsed, more = parse(line)
         faults += more
         if parsed is not None:
             faults += _sort_in(parsed, axes, fixed)
     for line in overrides:
-        faults += composition.text_faults(line.partition("=")[0], line)
+        faults += compose.text_faults(line.partition("=")[0], line)
         parsed, more = parse(line)
         faults += more
         if parsed is not None:
@@ -68,18 +68,18 @@ def read(path: str | None, overrides: Sequence[str]) -> tuple[Sweep, list[Fault]
 
 def find(path: str) -> Path:
     """The sweep file: as given, or of that name among the shipped ones. Raises ConfigError."""
-    shipped = composition.shipped("sweeps")
+    shipped = compose.shipped("sweeps")
     for candidate in (Path(path), shipped / Path(path).name, shipped / f"{Path(path).name}.yaml"):
         if candidate.exists() and not candidate.is_dir():
             return candidate
     known = sorted(f"sweeps/{file.name}" for file in shipped.glob("*.yaml"))
-    remedy = composition.nearest(path, known) or f"shipped are {', '.join(known)}"
+    remedy = compose.nearest(path, known) or f"shipped are {', '.join(known)}"
     raise ConfigError([Fault("SWEEP", "no such file", path, remedy)])
 
 
 def _read_file(path: str) -> tuple[dict[str, Any], dict[str, Any], str]:
     file = find(path)
-    content = composition.read_yaml(file)
+    content = compose.read_yaml(file)
     if not isinstance(content, dict):
         raise ConfigError([Fault(str(file), "must hold a mapping with `space`")])
     space = content.pop("space", None) or {}
@@ -101,7 +101,7 @@ def _flat(key: str, value: Any) -> Iterable[tuple[str, Any]]:
 
 
 def _content_faults(content: Mapping[str, Any]) -> list[Fault]:
-    faults = composition.unsafe(content)
+    faults = compose.unsafe(content)
     for key in content:
         if key == "hydra" or "searchpath" in key:
             faults.append(Fault(key, "Hydra's own settings and search paths are refused in a sweep file"))
@@ -146,5 +146,5 @@ def _key_faults(key: str) -> list[Fault]:
 def _unknown(key: str) -> Fault:
     known = [f"{group}.{field.name}" for group, section in schema.GROUPS.items() for field in fields(section)]
     same_name = [full for full in known if full.endswith(f".{key}")]
-    near = f"did you mean {same_name[0]}?" if same_name else composition.nearest(key, [*known, *schema.GROUPS])
+    near = f"did you mean {same_name[0]}?" if same_name else compose.nearest(key, [*known, *schema.GROUPS])
     return Fault(key or "=", "unknown key", None, near or "see conf/")
