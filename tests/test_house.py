@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,6 +99,53 @@ def test_imports_go_down_only_never_sideways(file: Path) -> None:
         there = rest.partition(".")[0]
         if package == "lora_sweep" and there != here:
             assert FLOOR[there] < FLOOR[here], f"{here} imports {there}"
+
+
+OLD_WORDS = frozenset(
+    (
+        *("told", "tells", "says", "look", "looks", "looked", "chart", "reading", "seen", "course", "asked", "tally"),
+        *("tallies", "blueprint", "workbench", "known", "shift", "exhausted", "folding", "folded"),
+        *("counted", "width", "upkeep", "stock", "settle", "settled", "aside", "brought", "ours", "rooms", "found"),
+        *("made", "what", "how", "room", "request"),
+    )
+)
+"""Words of names that people who know PyTorch, PEFT, Optuna and W&B would not use for what they named here."""
+
+KEPT_WORDS = {
+    "base/": {"known"},
+    "adapters/targets.py": {"known"},
+    "runner/pitfalls.py": {"known"},
+    "data/tokens.py": {"room"},  # what is left of a row
+    "data/tasks/biographies.py": {"known"},  # people of the pretraining corpus
+    "pack/capacity.py": {"known"},
+    "pack/pack.py": {"room"},  # has_room: a slot is free
+    "bench/random_base.py": {"width"},  # of a model
+    "system/process.py": {"request"},
+}
+"""File or folder -> such words that mean something else there."""
+
+
+def names_of(file: Path) -> Iterator[str]:
+    """Classes, functions, arguments and fields."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield node.name
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        if isinstance(node, ast.ClassDef):
+            yield from (
+                each.target.id
+                for each in node.body
+                if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+            )
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_names_are_the_fields_own_words(file: Path) -> None:
+    kept = {word for place, words in KEPT_WORDS.items() if name(file).startswith(place) for word in words}
+    for each in {file.stem, *names_of(file)}:
+        words = set(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", each).lower().split("_"))
+        assert not words & OLD_WORDS - kept, each
 
 
 MOST_LINES, MOST_FUNCTION_LINES = 400, 60

@@ -136,6 +136,6 @@ def test_the_readme_lists_each_path_with_its_tests() -> None:
             listed.add((path, test, word.removeprefix(": ").partition(",")[0]))
         elif line.startswith("## "):
             path = ""
-    there = {each for file in TESTS.glob("test_*.py") for each in marked(file)}
+    there = {each for file in TESTS.rglob("test_*.py") for each in marked(file)}
     assert listed == there
     assert {path for path, *_ in listed} == {each.name for each in processor.PATHS}

@@ -32,7 +32,7 @@ class Missing:
 
     names: tuple[str, ...]
     """Modules, or where only the base could name them what the configuration calls them."""
-    what: str
+    part: str
     """What is missing of them."""
     effect: str
     """What PEFT does without, and what to do."""

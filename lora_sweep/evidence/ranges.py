@@ -122,21 +122,21 @@ def measured(wanted: Range, seed: int) -> list[dict[str, Any]]:
     return labelled(trained(wanted, seed))
 
 
-def labelled(made: Trained) -> list[dict[str, Any]]:
+def labelled(training: Trained) -> list[dict[str, Any]]:
     """The rows of `measured`."""
-    alone, runs = made.alone, sorted(set(made.runs))
-    found = judge.judged(alone, [made.configs[run] for run in runs], [made.records[run] for run in runs])
+    alone, runs = training.alone, sorted(set(training.runs))
+    found = judge.judged(alone, [training.configs[run] for run in runs], [training.records[run] for run in runs])
     said = dict(zip(runs, found, strict=True))
     rows = []
-    for run, twins in zip(made.runs, made.twins, strict=True):
-        last = made.records[run][-1]
-        losses = np.array([step.train_loss for each in made.records[run] for step in each.steps])
+    for run, twins in zip(training.runs, training.twins, strict=True):
+        last = training.records[run][-1]
+        losses = np.array([step.train_loss for each in training.records[run] for step in each.steps])
         gain = alone.eval_loss - last.eval_loss, _error(alone.eval_losses - last.eval_losses)
-        cooler = [_better(made.records[twin][-1], last) for twin in twins]
+        cooler = [_better(training.records[twin][-1], last) for twin in twins]
         rows.append(
             {
                 "moved": bool(last.diverged or abs(gain[0]) > SURE * gain[1] or _fell(losses)),
-                "hot": any(_is_better(made.records[twin][-1], last) for twin in twins),
+                "hot": any(_is_better(training.records[twin][-1], last) for twin in twins),
                 "words": judge.words(said[run]),
                 "gain": gain,
                 "twins_better_by": cooler,

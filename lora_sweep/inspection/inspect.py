@@ -168,7 +168,7 @@ def _clauses(saved: Saved, missing: Sequence[Missing], homeless: Sequence[str]) 
         clauses.append(f"PEFT has no place for {len(homeless)} tensors in this base: {named(homeless)}")
     # Of a file that PEFT loads no LoRA from, what is missing is everything.
     is_news = bool(saved.factors) or not clauses
-    return clauses + [f"{each.what}: {named(each.names)}; {each.effect}" for each in missing if is_news or each.refused]
+    return clauses + [f"{each.part}: {named(each.names)}; {each.effect}" for each in missing if is_news or each.refused]
 
 
 def _weight(saved: Saved, name: str, loaded: Any) -> Any:

@@ -131,12 +131,12 @@ _UNREADABLE = (
 """What YAML, OmegaConf and the bounds raise on a file or a tree that cannot be read."""
 
 
-def _count(tree: Any, known: dict[int, int]) -> int:
+def _count(tree: Any, counts: dict[int, int]) -> int:
     """Of all values in a tree: what is in it twice, by an alias, counts twice but is walked once."""
-    if id(tree) not in known:
+    if id(tree) not in counts:
         below = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
-        known[id(tree)] = 1 + sum(_count(each, known) for each in below)
-    return known[id(tree)]
+        counts[id(tree)] = 1 + sum(_count(each, counts) for each in below)
+    return counts[id(tree)]
 
 
 def _reason(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import datasets
 import pyarrow
 import pytest
 from pyarrow import parquet
-from test_data import faults_of, of_file, rows, whole, words
+from test_prepare import faults_of, of_file, rows, whole, words
 
 from lora_sweep.data import example, source
 from lora_sweep.data import load as load_data

@@ -16,7 +16,7 @@ from lora_sweep.data.tasks import real_facts
 from lora_sweep.records import Example
 
 real = pytest.mark.real
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 KINDS = 3
 """Facts about a subject; the last element has no successor."""

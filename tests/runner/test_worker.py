@@ -475,7 +475,7 @@ ASK = [sys.executable, "-m", "lora_sweep", "launch", "ask.yaml"]
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(launch.__file__).parents[1])}
+    return {**os.environ, "PYTHONPATH": str(Path(launch.__file__).parents[2])}
 
 
 def wait_for(path: Path, text: str, process: "subprocess.Popen[bytes]", seconds: float = 120) -> None:

@@ -871,7 +871,7 @@ def start_worker(folder: Path, n: int, pause: float = 0.0) -> subprocess.Popen[s
         [sys.executable, "-c", textwrap.dedent(WORKER), str(folder), str(n), str(pause)],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(study_module.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": str(Path(study_module.__file__).parents[2])},
     )
 
 

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_sweep.system import chatter
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 END = "-- end of a command"
 

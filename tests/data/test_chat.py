@@ -18,7 +18,7 @@ from lora_sweep.data.encoding import _turns
 from lora_sweep.errors import ConfigError
 
 TEMPLATES = Path(__file__).parent / "templates"
-WEIGHTS = Path(__file__).parents[1] / "lora_sweep/tiny/weights"
+WEIGHTS = Path(__file__).parents[2] / "lora_sweep/tiny/weights"
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 LLAMA = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Run
-from test_cli import small
+from test_main import small
 
 from lora_sweep.pack import Pack, PackOutOfMemory
 from lora_sweep.system.out_of_memory import is_out_of_memory

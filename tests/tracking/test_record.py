@@ -178,7 +178,7 @@ class Child:
         options = "".join(f", {name}={value}" for name, value in more.items())
         call = f"trials(Path({str(root)!r}), {mode!r}, {list(cells)!r}{options})"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"from test_tracking import *; {call}"],
+            [sys.executable, "-c", f"from test_record import *; {call}"],
             env=environment(root, url, key),
             cwd=root,
             stdin=subprocess.PIPE,
@@ -214,7 +214,7 @@ def environment(root: Path, url: str, key: str | None) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     home = root / "home"
     home.mkdir(exist_ok=True)
-    kept |= {"HOME": str(home), "WANDB_BASE_URL": url, "PYTHONPATH": f"{HERE}:{HERE.parent}"}
+    kept |= {"HOME": str(home), "WANDB_BASE_URL": url, "PYTHONPATH": f"{HERE}:{HERE.parent}:{HERE.parents[1]}"}
     kept |= {"http_proxy": "", "https_proxy": url, "no_proxy": "127.0.0.1"}
     kept |= {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # seconds, whole ones; of itself 15
     return kept | ({} if key is None else {"WANDB_API_KEY": key})
@@ -450,7 +450,7 @@ def test_steps_that_are_recorded_already_are_not_recorded_twice(tmp_path: Path) 
 def test_without_a_tracker_nothing_heavy_is_imported(tmp_path: Path) -> None:
     code = f"""
 import sys
-from test_tracking import whole, Path
+from test_record import whole, Path
 sys.modules.pop("pytest")
 whole(Path({str(tmp_path)!r}))
 print([name for name in ("wandb", "torch", "optuna", "hydra", "omegaconf") if name in sys.modules])
@@ -619,7 +619,7 @@ def test_a_server_that_is_not_there_costs_one_wait_and_one_warning(tmp_path: Pat
 
 def test_a_missing_api_key_is_told_and_never_asked_for(tmp_path: Path, server: WandbServer) -> None:
     call = f"trials(Path({str(tmp_path)!r}), 'online', [0])"
-    screen = terminal([sys.executable, "-c", f"from test_tracking import *; {call}"], tmp_path, server.url, key=None)
+    screen = terminal([sys.executable, "-c", f"from test_record import *; {call}"], tmp_path, server.url, key=None)
     assert screen.count("WARNING") == 1
     assert "no API key; run `wandb login` or set tracker.mode=offline" in screen
     assert read_result(tmp_path / "trials" / "0000") is not None

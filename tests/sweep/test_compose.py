@@ -17,7 +17,7 @@ from lora_sweep import config as schema
 from lora_sweep.errors import ConfigError
 from lora_sweep.sweep import check, compose, sweep_file
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 OPTIONS = [f"{file.parent.name}={file.stem}" for file in sorted((REPOSITORY / "conf").glob("*/*.yaml"))]
 SWEEPS = sorted((REPOSITORY / "sweeps").glob("*.yaml"))
 USER_DATA = {

@@ -1,4 +1,4 @@
-"""The figures that the packed engine is held to, measured here: `pytest -m bar -n 0 tests/test_bars.py`.
+"""The figures that the packed engine is held to, measured here: `pytest -m bar -n 0 tests/bench/test_bars.py`.
 
 Ratios of medians on a machine that does nothing else meanwhile; minutes each.
 """

@@ -24,7 +24,7 @@ from lora_sweep.sweep import sweep_file
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(2700), pytest.mark.filterwarnings(IGNORED)]
 
-SWEEP = str(Path(__file__).parents[1] / "sweeps/smollm2_facts.yaml")
+SWEEP = str(Path(__file__).parents[2] / "sweeps/smollm2_facts.yaml")
 
 
 def lora_sweep(*arguments: str) -> str:

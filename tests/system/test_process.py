@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import small
+from test_main import small
 
 from lora_sweep.system import process
 
