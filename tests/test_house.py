@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 """Folders and files at the top, lowest floor first. Each imports what lies below it, never what lies beside it."""
 
 LIBRARIES = {
-    "torch": "adapters base bench callback data evidence health inspection pack runner tiny",
+    "torch": "adapters base bench callback data evidence health inspection pack runner system tiny",
     "transformers": "adapters base bench callback data evidence pack system tiny",
     "peft": "adapters base bench callback evidence pack",
     "safetensors": "adapters base bench evidence pack",

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lora_sweep.system.memory import Peak
+
 MATMUL_SIDES = (512, 1024, 2048, 4096, 8192)
 MATMUL_RUNS = 5
 QUICK_SECONDS = 0.05
-
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def device_name(device: torch.device) -> str:
@@ -76,36 +76,11 @@ def flop(multiplied: int, trained_tokens: int, evaluated_tokens: int) -> int:
     return multiplied * (4 * trained_tokens + 2 * evaluated_tokens)
 
 
-def reset_peak(device: torch.device) -> int | None:
-    """Gives freed memory back and sets the peak to what is held now; returns that, in bytes.
-
-    None where the peak cannot be reset (no /proc, or it may not be written to).
-    """
+def fresh_peak(device: torch.device) -> Peak:
+    """The peak of what comes now, after freed memory was given back."""
     gc.collect()
-    if device.type == "cuda":
-        wait(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
+    wait(device)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
+    if device.type == "cpu" and trim is not None:
         trim(0)
-    try:
-        _CLEAR.write_text("5")
-        return _status("VmRSS")
-    except OSError:
-        return None
-
-
-def peak_bytes(device: torch.device) -> int | None:
-    """The most held since `reset_peak`: allocated by tensors on CUDA, resident in the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        return _status("VmHWM")
-    except OSError:
-        return None
-
-
-def _status(key: str) -> int:
-    lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-    return int(lines[key].split()[0]) * 1024
+    return Peak(device)

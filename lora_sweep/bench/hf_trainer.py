@@ -107,7 +107,7 @@ def main(file: Path) -> None:
     torch.set_num_threads(job.threads)
     device = torch.device(job.device)
     model = _base(job, device)
-    resident = gauge.reset_peak(device)
+    peak = gauge.fresh_peak(device)
     torch.manual_seed(job.train["seed"])
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **job.adapter))
     arrays = np.load(job.data)
@@ -138,13 +138,12 @@ def main(file: Path) -> None:
     gauge.wait(device)
     ended = time.time()
     losses = [row[key] for row in trainer.state.log_history if key in row]
-    peak = gauge.peak_bytes(device)
     result = {
         "eval_loss": losses[-1],
         "evaluations": len(losses),
         "first_step_at": first_step.began,
         "ended_at": ended,
-        "peak_bytes": None if resident is None or peak is None else peak - resident,
+        "peak_bytes": None if peak.bytes is None else int(peak.bytes),
     }
     Path(job.result).write_text(json.dumps(result))
 

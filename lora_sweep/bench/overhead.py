@@ -80,9 +80,9 @@ class Clock:
         self.ends.append(time.perf_counter())
         if len(self.ends) % max(1, self.trials // LOOKS) == 0:
             began = time.perf_counter()
-            held = gauge.reset_peak(self.device)
+            held = gauge.fresh_peak(self.device).held_bytes
             if held is not None:
-                self.held_bytes.append((len(self.ends), held))
+                self.held_bytes.append((len(self.ends), int(held)))
             self.checking.append((began, time.perf_counter()))
 
     def passes(self, begin: float, end: float) -> float:
@@ -118,6 +118,7 @@ def _timed(clock: Clock) -> Iterator[None]:
 def measure(sweep: Sweep, trials: int, trainer_repetitions: int, say: Say) -> dict[str, Any]:
     """One study of `trials` seeds; seconds, bytes and shares, ready for JSON. Raises UserError."""
     config = sweep.base()
+    worker.use_threads(config.launcher)
     device = worker.device(config.launcher)
     clock = Clock(trials, device)
     with tempfile.TemporaryDirectory(prefix="lora-sweep-bench-") as aside:

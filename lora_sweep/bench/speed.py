@@ -83,16 +83,15 @@ def choice(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> dict[str, A
     return {"slots": capacity.slots_per_pass, "reason": capacity.reason}
 
 
-def timed(device: torch.device, resident: int | None, work: Callable[[], tuple[float, ...]]) -> Run:
+def timed(device: torch.device, resident: float | None, work: Callable[[], tuple[float, ...]]) -> Run:
     """`resident`: bytes held by the base alone; None where memory cannot be told."""
-    gauge.reset_peak(device)
-    gauge.wait(device)
+    peak = gauge.fresh_peak(device)
     began = time.perf_counter()
     losses = work()
     gauge.wait(device)
     seconds = time.perf_counter() - began
-    peak = gauge.peak_bytes(device)
-    return Run(seconds, losses, None if resident is None or peak is None else max(0, peak - resident))
+    most = peak.most_bytes
+    return Run(seconds, losses, None if resident is None or most is None else max(0, int(most - resident)))
 
 
 def measure(config: Config, question: Question, say: Say) -> dict[str, Any]:
@@ -100,6 +99,7 @@ def measure(config: Config, question: Question, say: Say) -> dict[str, Any]:
 
     Raises UserError.
     """
+    worker.use_threads(config.launcher)
     device = worker.device(config.launcher)
     with tempfile.TemporaryDirectory(prefix="lora-sweep-bench-") as aside:
         folder = Path(aside)
@@ -116,7 +116,7 @@ def measure(config: Config, question: Question, say: Say) -> dict[str, Any]:
         for K in sorted(numbers):
             ways[f"packed {K}"] = partial(run_packed, base, data, trials, K)
             run_packed(base, data, brief[:K], K)
-        resident = gauge.reset_peak(device)
+        resident = gauge.fresh_peak(device).held_bytes
         runs: dict[str, list[Run]] = {name: [] for name in ways}
         names = list(ways)
         for repetition in range(question.repetitions):

@@ -24,7 +24,6 @@ from lora_sweep.base.base_config import input_faults
 from lora_sweep.base.load import LoadedBase
 from lora_sweep.data import Data
 from lora_sweep.errors import ConfigError, UserError
-from lora_sweep.pack import memory
 from lora_sweep.pack.bank import Banks
 from lora_sweep.pack.capacity import MOST_SLOTS, Capacity
 from lora_sweep.pack.checkpoint import CHECKPOINT
@@ -35,6 +34,7 @@ from lora_sweep.pack.slot import Slot
 from lora_sweep.pack.trial import PackOutOfMemory, Settings, Trial
 from lora_sweep.pack.wrap import WrappedBase
 from lora_sweep.records import Base, Cell, Evaluation
+from lora_sweep.system import memory
 from lora_sweep.system.out_of_memory import is_out_of_memory
 
 Result = TypeVar("Result")

@@ -16,10 +16,11 @@ from lora_sweep.config import Config, DataConfig, ModelConfig
 from lora_sweep.data import Data, provenance
 from lora_sweep.data import load as load_data
 from lora_sweep.errors import UserError
-from lora_sweep.pack import Capacity, Pack, PackOutOfMemory, Settings, Trial, device_kind
+from lora_sweep.pack import Capacity, Pack, PackOutOfMemory, Settings, Trial
 from lora_sweep.records import Base, Cell
 from lora_sweep.system import files
 from lora_sweep.system.disk import write_whole
+from lora_sweep.system.memory import device_kind
 
 
 @dataclass

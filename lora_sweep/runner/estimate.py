@@ -34,6 +34,7 @@ def plan(sweep: Sweep) -> dict[str, Any]:
     away. Time of an evaluation: from some of its batches.
     """
     config = sweep.base()
+    worker.use_threads(config.launcher)
     device = worker.device(config.launcher)
     base = load_base(config.model, device)
     data = load_data(config.data, base.tokenizer)

@@ -16,7 +16,7 @@ from lora_sweep.report.results import StudyTable
 from lora_sweep.report.trials_file import TrialsFile
 from lora_sweep.runner import kept_base
 from lora_sweep.runner.verify_equivalence import GridRuns, verify
-from lora_sweep.runner.worker import Stop, Watcher, device, work
+from lora_sweep.runner.worker import Stop, Watcher, device, use_threads, work
 from lora_sweep.runner.worker import train as train_one
 from lora_sweep.study.asha import Asha
 from lora_sweep.study.search import Search
@@ -96,6 +96,7 @@ def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:
     are the same run turned out otherwise (study.verify_fold; all is recorded by then).
     """
     config = sweep.base()
+    use_threads(config.launcher)
     folder = study_folder(config.study)
     launched = sweep.as_launched()
     before = launched_before(folder)
@@ -206,6 +207,7 @@ def train(config: Config, watcher: Watcher, stop: Stop) -> bool:
     """
     folder = study_folder(config.study)
     alone = replace(config, train=replace(config.train, slots=1))
+    use_threads(config.launcher)
     refuse_links(folder)
     if (folder / JOURNAL).exists() or (folder / "trials").exists():
         raise StudyError(f"{folder}: holds a study; choose another study.name")

@@ -302,10 +302,14 @@ def _writer() -> Executor:
     return ThreadPoolExecutor(1, "records")
 
 
-def device(launcher: LauncherConfig) -> torch.device:
-    """The device of `launcher.device`; sets torch's threads on the way."""
+def use_threads(launcher: LauncherConfig) -> None:
+    """Sets torch's threads for the whole process, where `launcher.threads` says how many."""
     if launcher.threads is not None:
         torch.set_num_threads(launcher.threads)
+
+
+def device(launcher: LauncherConfig) -> torch.device:
+    """The device of `launcher.device`."""
     if launcher.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(launcher.device)

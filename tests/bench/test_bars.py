@@ -18,8 +18,8 @@ from lora_sweep.bench.question import Question
 from lora_sweep.bench.random_base import Dimensions
 from lora_sweep.cli.validate import validate_sweep
 from lora_sweep.pack import Pack, Settings, Trial
-from lora_sweep.pack.memory import Peak
 from lora_sweep.sweep import sweep_file
+from lora_sweep.system.memory import Peak
 
 MakeTrial = Callable[..., Trial]
 CPU = torch.device("cpu")

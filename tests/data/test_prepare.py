@@ -937,7 +937,7 @@ import sys, time, torch
 from tests_words import tokenizer
 from lora_sweep import data
 from lora_sweep.sweep import sweep_file
-from lora_sweep.pack.memory import Peak
+from lora_sweep.system.memory import Peak
 config = sweep_file.read(None, ["data=files", "data.path=" + sys.argv[1], "data.max_length=128"])[0].base().data
 words = tokenizer()
 held, began = Peak(torch.device("cpu")), time.monotonic()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_sweep.pack.capacity import CHANCE, FULL, MOST_ROUNDS, MOST_SECONDS, MOST_SLOTS, ROUNDS, Capacity, _bounds
-from lora_sweep.pack.memory import device_kind, free_bytes
+from lora_sweep.system.memory import device_kind, free_bytes
 
 GIB = 2.0**30
 
@@ -239,7 +239,7 @@ def test_a_width_at_which_only_an_evaluation_fails_is_not_known_to_fit() -> None
 def test_files_that_a_container_has_cached_are_free_memory(
     folder: str, names: tuple[str, str], cached: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_sweep.pack.memory._CONTAINER", tmp_path)
+    monkeypatch.setattr("lora_sweep.system.memory._CONTAINER", tmp_path)
     place = tmp_path / folder
     place.mkdir(exist_ok=True)
     limit, used = (place / name for name in names)

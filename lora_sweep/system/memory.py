@@ -45,7 +45,7 @@ def device_kind(device: torch.device) -> str:
 
 
 class Peak:
-    """The most memory held since it was made, beyond what was held then; None where the system does not tell."""
+    """The most memory held since it was made; None where the system does not tell."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -59,12 +59,24 @@ class Peak:
                 self._before = 1024.0 * int(_line(_STATUS, "VmRSS"))
 
     @property
-    def bytes(self) -> float | None:
+    def held_bytes(self) -> float | None:
+        """What was held when it was made: allocated by tensors on CUDA, resident in the process on a CPU."""
+        return self._before
+
+    @property
+    def most_bytes(self) -> float | None:
+        """The most held since then, the same way."""
         if self._before is None:
             return None
         if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device) - self._before
-        return max(0.0, 1024.0 * int(_line(_STATUS, "VmHWM")) - self._before)
+            return float(torch.cuda.max_memory_allocated(self._device))
+        return 1024.0 * int(_line(_STATUS, "VmHWM"))
+
+    @property
+    def bytes(self) -> float | None:
+        """`most_bytes` beyond `held_bytes`."""
+        most = self.most_bytes
+        return None if most is None or self._before is None else max(0.0, most - self._before)
 
 
 def _line(file: Path, key: str) -> str:
