@@ -9,6 +9,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from lora_sweep.records import Base, Cell, Evaluation
 from lora_sweep.report.tables import duration, short
@@ -138,13 +139,15 @@ class Show:
         self._bar.update(self._task, eta=f"ETA {duration(self._eta())}")
         table = Table(box=None, padding=(0, 1))
         for name in ("slot", "cell", "step", "train loss", "eval loss", "of base"):
-            table.add_column(name, justify="right")
-        table.add_column("parameters", no_wrap=True, overflow="ellipsis")
+            table.add_column(name, justify="right", no_wrap=True)
+        # The only column that a narrow terminal makes narrower.
+        table.add_column("parameters")
         for slot, bay in sorted(self._bays.items()):
             step = f"{bay.step}/{self._max_steps}"
             losses = ["", "", ""]
             if bay.last is not None and self._base is not None:
                 share = bay.last.eval_loss / self._base.eval_loss
                 losses = [f"{bay.last.train_loss:.4f}", f"{bay.last.eval_loss:.4f}", f"{share:.0%}"]
-            table.add_row(str(slot), bay.cell.name, step, *losses, short(bay.cell.params))
+            params = Text(short(bay.cell.params), no_wrap=True, overflow="ellipsis")
+            table.add_row(str(slot), bay.cell.name, step, *losses, params)
         return Group(self._bar, table)

@@ -60,8 +60,8 @@ def show_ranking(console: Console, table: Sequence[Row], ranked: Sequence[Row]) 
     """The best finished runs, one column per swept key; cells that were not run stand beside the one that was.
 
     On a terminal that is too narrow for all columns the table loses, in this order and as far as it must: keys that
-    have one value in all rows shown (a line below names them), the long names of keys, `gap`, `of base`. What then
-    does not fit is written as a line a run. No heading and no value is ever broken.
+    have one value in all rows shown (a line below names them), the long names of keys, `gap`, `of base`, space, `same
+    run`. What then does not fit is written as a line a run. No heading and no value is ever broken.
     """
     runs = results.runs(ranked)
     shown = runs[:RANKED_SHOWN]
@@ -70,9 +70,8 @@ def show_ranking(console: Console, table: Sequence[Row], ranked: Sequence[Row]) 
     title = f"best {len(shown)} of {count(len(table), 'cell')}{of}"
     for view in _views(table, shown):
         drawn = _ranking(title, shown, duplicates, view)
-        # Measured on a terminal without end: on this one the least is never more than its width.
-        least = Measurement.get(console, console.options.update(width=ENDLESS_COLUMNS), drawn).minimum
-        if least <= console.width:
+        # Measured on a terminal without end: on this one nothing is ever wider than it.
+        if Measurement.get(console, console.options.update(width=ENDLESS_COLUMNS), drawn).maximum <= console.width:
             console.print(drawn)
             if view.constant:
                 say(console, f"all of them: {short(view.constant)}")
@@ -96,6 +95,10 @@ class _View:
     """Keys that have no column, with the value that all rows have."""
     columns: Sequence[str]
     """Of the losses."""
+    gap: int = 2
+    """Spaces between columns."""
+    has_same: bool = True
+    """Whether duplicates have a column."""
 
 
 def _views(table: Sequence[Row], shown: Sequence[Row]) -> Iterator[_View]:
@@ -108,28 +111,32 @@ def _views(table: Sequence[Row], shown: Sequence[Row]) -> Iterator[_View]:
     constant = {key: each[0] for key, each in values.items() if len(shown) > 1 and each.count(each[0]) == len(each)}
     varied = [key for key in keys if key not in constant]
     yield _View(varied, [names[key] for key in varied], constant, columns)
+    short_names = [SHORT_NAMES.get(names[key], names[key]) for key in varied]
     for left in (columns, columns[:2], columns[:1]):
-        yield _View(varied, [SHORT_NAMES.get(names[key], names[key]) for key in varied], constant, left)
+        yield _View(varied, short_names, constant, left)
+    yield _View(varied, short_names, constant, columns[:1], gap=1)
+    yield _View(varied, short_names, constant, columns[:1], gap=1, has_same=False)
 
 
 def _ranking(title: str, shown: Sequence[Row], duplicates: Mapping[int, Sequence[int]], view: _View) -> Table:
-    drawn = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold underline")
+    drawn = Table(
+        title=title, title_justify="left", box=None, padding=(0, view.gap, 0, 0), header_style="bold underline"
+    )
     for name in ("", "cell", *view.names, *view.columns):
         drawn.add_column(name, justify="right", no_wrap=True)
-    has_same = any(row["number"] in duplicates for row in shown)
+    has_same = view.has_same and any(row["number"] in duplicates for row in shown)
     has_flags = any(row["flags"] for row in shown)
     if has_same:
         drawn.add_column("same run", no_wrap=True)
     if has_flags:
-        # Several flags may stand below one another, none is broken.
-        widest = max(len(flag) for row in shown for flag in ["flags", *_flags(row)])
-        drawn.add_column("flags", min_width=widest, overflow="fold")
+        drawn.add_column("flags", no_wrap=True)
     for place, row in enumerate(shown, start=1):
         params = [_short(row["params"].get(key, "")) for key in view.keys]
         losses = [f"{row['eval_loss']:.4f}", _of_base(row), "-" if row["gap"] is None else f"{row['gap']:+.4f}"]
         beside: list[str | Text] = [some(duplicates.get(row["number"], ()))] if has_same else []
         if has_flags:
-            beside.append(Text(flags(row), style="red" if row["faults"] else "yellow"))
+            # Below one another.
+            beside.append(Text("\n".join(_flags(row)), style="red" if row["faults"] else "yellow"))
         drawn.add_row(str(place), cell_name(row["number"]), *params, *losses[: len(view.columns)], *beside)
     return drawn
 

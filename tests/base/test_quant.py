@@ -77,7 +77,7 @@ def theirs(kind: str, dtype: str, folder: Path = WEIGHTS, has_kernel: bool = Fal
         )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE[dtype], quantization_config=settings)
     if not has_kernel:
-        for each in model.modules():  # as README.md has it
+        for each in model.modules():  # as lora_sweep/study/README.md has it
             each.support_avx512bf16_for_cpu = False
     return model.train(kind == "int8")
 
@@ -197,7 +197,7 @@ def even(tmp_path: Path) -> Path:
 def test_the_4bit_kernel_of_bitsandbytes_gives_an_exported_adapter_another_loss(
     even: Path, few: Data, trial: MakeTrial, tmp_path: Path
 ) -> None:
-    """It rounds activations and scales to bf16 in an fp32 base too; README.md states the size and the switch."""
+    """It rounds activations and scales to bf16 in an fp32 base too; lora_sweep/study/README.md states the size and the switch."""
     base = load_base(
         config_of("model=local", f"model.path={even}", "model.dtype=fp32", "model.quantization=nf4").model, CPU
     )

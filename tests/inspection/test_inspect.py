@@ -650,7 +650,7 @@ def test_json_names_all_that_is_missing_or_passed_over(make: Make, run: Any, bas
     assert (code, err, adapter["verdict"], len(adapter["passed_over"])) == (0, "", "incomplete", 4)
     (found,) = adapter["missing"]
     assert set(found["names"]) == untouched(folder)
-    assert found.keys() == {"names", "what", "effect", "refused"}
+    assert found.keys() == {"names", "part", "effect", "refused"}
 
 
 @pytest.mark.parametrize(
