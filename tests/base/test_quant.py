@@ -197,7 +197,7 @@ def even(tmp_path: Path) -> Path:
 def test_the_4bit_kernel_of_bitsandbytes_gives_an_exported_adapter_another_loss(
     even: Path, few: Data, trial: MakeTrial, tmp_path: Path
 ) -> None:
-    """It rounds activations and scales to bf16 in an fp32 base too; lora_sweep/study/README.md states the size and the switch."""
+    """It rounds activations and scales to bf16 in an fp32 base too; lora_sweep/study/README.md has size and switch."""
     base = load_base(
         config_of("model=local", f"model.path={even}", "model.dtype=fp32", "model.quantization=nf4").model, CPU
     )
