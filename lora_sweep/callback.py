@@ -1,4 +1,4 @@
-"""The same looks and findings inside training that is not ours: transformers' Trainer, TRL, or a loop that calls it.
+"""The same health checks and findings inside third-party training: transformers' Trainer, TRL, or a loop that calls it.
 
 from lora_sweep import HealthCallback
 trainer = Trainer(..., callbacks=[HealthCallback(ratio=16)])
@@ -49,7 +49,7 @@ def _observing(called: Callable[..., Any]) -> Callable[..., Any]:
                 return called(self, *given, **event)
             except Exception:
                 self._has_failed = True
-                _log.exception("HealthCallback: a mistake of its own in %s; it looks no more", called.__name__)
+                _log.exception("HealthCallback: a mistake of its own in %s; it checks no more", called.__name__)
         return None
 
     return guarded
@@ -57,7 +57,7 @@ def _observing(called: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class _Lora:
-    """One adapted linear of a PEFT model; its tensors are asked for anew at each look, as they may be replaced."""
+    """One adapted linear of a PEFT model; its tensors are asked for anew at each check, as they may be replaced."""
 
     path: str
     """In the base."""
@@ -65,7 +65,7 @@ class _Lora:
     """peft's LoraLayer."""
     adapter: str
     config: Any
-    """peft's LoraConfig, as far as the model tells."""
+    """peft's LoraConfig, as far as the model has it."""
     base_norm: float
 
     @property
@@ -91,7 +91,7 @@ class _Lora:
 
 
 class HealthCallback(TrainerCallback, ExportableState):
-    """Looks at the LoRA of a PEFT model while it trains, and names what keeps it from learning.
+    """Checks the LoRA of a PEFT model while it trains, and names what keeps it from learning.
 
     `ratio`: LoRA+'s lr of B over lr of A that was asked for; None: as the optimizer's groups have it before the first
     step, which a scheduler may have flattened by then. `action`: `stop` ends a training whose adapter cannot learn any
@@ -123,7 +123,7 @@ class HealthCallback(TrainerCallback, ExportableState):
         past = self._past(state)
         if not self._modules:
             self._history = None
-            _log.warning("HealthCallback: the model has no LoRA of PEFT's in any linear, nothing is looked at")
+            _log.warning("HealthCallback: the model has no LoRA of PEFT's in any linear, nothing is checked")
             return
         self._forget(state)
         self._logged.warmup_steps = args.get_warmup_steps(state.max_steps)
@@ -171,7 +171,7 @@ class HealthCallback(TrainerCallback, ExportableState):
         history = self._history
         if history is None or not history.ends_window or state.global_step == state.max_steps:
             return
-        # The rate may still be warming up: only what more steps cannot mend is told now.
+        # The rate may still be warming up: only what more steps cannot mend is reported now.
         broken = self._broken()
         self._warn((broken,) if broken else health.certain(self._rule_input(), self._rules))
         if self._rules.action == "stop" and health.cannot_learn(history.snapshot(), self._trainer_settings):
@@ -330,7 +330,7 @@ class HealthCallback(TrainerCallback, ExportableState):
 
 
 def _packed(rows: Tensor) -> str:
-    """As one line of text; (looks, modules, metrics) float64."""
+    """As one line of text; (checks, modules, metrics) float64."""
     return base64.b64encode(zlib.compress(rows.numpy().tobytes())).decode()
 
 
@@ -348,7 +348,7 @@ def _loras(model: Any) -> Iterator[_Lora]:
             continue
         for adapter in layer.active_adapters:
             if adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear):
-                weight = quant.dequantised(layer.get_base_layer())
+                weight = quant.dequantized(layer.get_base_layer())
                 norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
                 yield _Lora(path.removeprefix(keys.PREFIX), layer, adapter, configs.get(adapter), norm)
 

@@ -54,7 +54,7 @@ class ModelConfig:
     """Of the frozen base; adapters are fp32 (fp64 on an fp64 base). auto: the checkpoint's own, fp32 where it declares
     none (GGUF), bf16 for fp16: the same memory, and what overflows fp16 stays finite."""
     quantization: Literal["nf4", "int8"] | None
-    """Of the weights of the base's linears, the output layer aside, by bitsandbytes (extra `quant`); activations and
+    """Of the weights of the base's linears, but for the output layer, by bitsandbytes (extra `quant`); activations and
     what is computed with them are in `dtype`."""
     attn_implementation: Literal["sdpa", "eager"]
     trust_remote_code: bool
@@ -143,7 +143,7 @@ class OptimizerConfig:
     decay_rule: Literal["torch", "scaled"]
     """torch: a step decays B by lr of B x its weight decay. scaled: by lr of A x it, whatever the ratio."""
     clip_rule: Literal["torch", "scaled"]
-    """Norm held against train.max_grad_norm. torch: sqrt(|g_A|^2 + |g_B|^2). scaled: sqrt(|g_A|^2 + |g_B / s|^2)."""
+    """Norm compared with train.max_grad_norm. torch: sqrt(|g_A|^2 + |g_B|^2). scaled: sqrt(|g_A|^2 + |g_B / s|^2)."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class TrainConfig:
     seed: Seed
     """Initial A, order of the data, dropout masks."""
     slots: Count | None
-    """Adapters trained at once on one base; null: as many as pay, measured in the first steps."""
+    """Adapters trained at once on one base; null: auto, the fastest measured in the first steps."""
     fixed_shapes: bool
     """Every pass has all slots, the largest rank and the full length, whoever shares it: equal bits, more time."""
     compile: bool
@@ -259,7 +259,7 @@ class StudyConfig:
     """`all`: the adapter of every finished trial; k: of the best k only."""
     fold: Annotated[Literal["exact", "near", "off"], BeforeValidator(_yaml_off)]
     """Of cells that are the same run one is run for all. exact: equal by algebra; near: also those that eps or the
-    rounding of a quantized base in fp32 tells apart, by at most 1e-2 of the loss; off: every cell is run."""
+    rounding of a quantized base in fp32 moves, by at most 1e-2 of the loss; off: every cell is run."""
     verify_fold: Whole
     """Of so many classes of equal cells of a grid, drawn at random, a second cell is run and compared."""
 

@@ -43,7 +43,7 @@ class UserError(LoraSweepError):
 
 
 class ConfigError(UserError, ValueError):
-    """One or more faults of a configuration, told together."""
+    """One or more faults of a configuration, reported together."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self.faults = tuple(faults)

@@ -1,4 +1,4 @@
-"""What passes between rooms: frozen, plain, no behaviour beyond its own words."""
+"""What passes between rooms: frozen, plain, no behavior beyond its own words."""
 
 import math
 from collections.abc import Mapping
@@ -118,7 +118,7 @@ class HealthSnapshot:
     window: int
     """Steps with a learning rate above 0 that the early rules are about."""
     steps: tuple[int, ...]
-    """After which it was looked at: L of them."""
+    """After which its health was checked: L of them."""
     sums_by_check: tuple[UpdateSums, ...]
     """(L,) sums up to each."""
     values: Mapping[str, NDArray[np.float64]]
@@ -198,7 +198,7 @@ class Cause:
     share: float
     """Of all adapted modules."""
     evidence: Mapping[str, float]
-    """Numbers, of the median module, and the thresholds they were held against."""
+    """Numbers, of the median module, and the thresholds they were compared with."""
 
 
 class Estimate(NamedTuple):
@@ -260,7 +260,7 @@ class Finding:
     flag: str
     """Name in tables and tags, e.g. `zero_trapped`."""
     evidence: Mapping[str, float]
-    """Numbers and the thresholds they were held against."""
+    """Numbers and the thresholds they were compared with."""
     sentence: str
     """What it means and what to do."""
     cause: str | None = None

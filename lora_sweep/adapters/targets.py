@@ -93,7 +93,7 @@ def thin_blocks(saved: Saved) -> str | None:
             shown = ", ".join(map(str, lacking[:8])) + (", ..." if len(lacking) > 8 else "")
             return (
                 f"{block} has LoRA in {len(each)} of the {len(every)} layers that the file names, not in {shown}: as "
-                "in a hybrid model, or lost; --base tells them apart"
+                "in a hybrid model, or lost; --base distinguishes them"
             )
     return None
 

@@ -1,4 +1,4 @@
-"""What the configuration of a base says: its dtype, whether it is quantised, and which data it can read."""
+"""What the configuration of a base says: its dtype, whether it is quantized, and which data it can read."""
 
 import json
 import tempfile
@@ -20,8 +20,8 @@ from lora_sweep.system import files
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-def stored_quantisation(config: Any) -> str | None:
-    """The method by which a checkpoint's weights are quantised on disk."""
+def stored_quantization(config: Any) -> str | None:
+    """The method by which a checkpoint's weights are quantized on disk."""
     found = getattr(config, "quantization_config", None)
     if not found:
         return None
@@ -97,7 +97,7 @@ def _own_dtype(config: Any, at: Source) -> torch.dtype:
 def input_faults(path: str | None, config: Any, length: int, largest_id: int) -> list[Fault]:
     """Whether the base can read such data: rows of `length` tokens, ids up to `largest_id`.
 
-    On a GPU either would end the process in the middle of a pass. Rotary positions never end, `beyond_training` tells.
+    On a GPU either would end the process in the middle of a pass. Rotary positions never end, `beyond_training` warns.
     """
     text, faults = config.get_text_config(), []
     if largest_id >= text.vocab_size:
@@ -124,13 +124,13 @@ def _is_rotary(text: Any) -> bool:
     return bool(getattr(text, "rope_parameters", None))
 
 
-def quantisation_faults(model: ModelConfig, config: Any) -> list[Fault]:
-    key, stored = "model.quantization", stored_quantisation(config)
+def quantization_faults(model: ModelConfig, config: Any) -> list[Fault]:
+    key, stored = "model.quantization", stored_quantization(config)
     if stored not in (None, "bitsandbytes"):
         remedy = "take the checkpoint in full precision, and model.quantization=nf4 where memory is short"
-        return [Fault("model.path", f"is quantised by {stored}; only bitsandbytes is supported", model.path, remedy)]
+        return [Fault("model.path", f"is quantized by {stored}; only bitsandbytes is supported", model.path, remedy)]
     if stored and model.quantization:
-        return [Fault(key, "the checkpoint is quantised already", model.quantization, f"{key}=null")]
+        return [Fault(key, "the checkpoint is quantized already", model.quantization, f"{key}=null")]
     if not stored and not model.quantization:
         return []
     if not quant.is_installed():
@@ -141,10 +141,10 @@ def quantisation_faults(model: ModelConfig, config: Any) -> list[Fault]:
 
 
 def checked_config(model: ModelConfig, at: Source) -> Any:
-    """`read_config`, or ConfigError where it cannot be read or not be quantised as asked."""
+    """`read_config`, or ConfigError where it cannot be read or not be quantized as asked."""
     with readable_errors(model, "cannot be loaded"):
         config = read_config(model, at)
-    faults = quantisation_faults(model, config)
+    faults = quantization_faults(model, config)
     if faults:
         raise ConfigError(faults)
     return config

@@ -41,8 +41,8 @@ def multiplied_dtype(model: Any) -> torch.dtype:
 
 
 def weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
-    """(d_out, d_in), detached, de-quantised where it is quantised."""
-    stored = quant.dequantised(linear, dtype)
+    """(d_out, d_in), detached, de-quantized where it is quantized."""
+    stored = quant.dequantized(linear, dtype)
     return stored.T if isinstance(linear, Conv1D) else stored
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lora_sweep.base import cpu_bf16, quant
-from lora_sweep.base.base_config import checked_config, stored_quantisation
+from lora_sweep.base.base_config import checked_config, stored_quantization
 from lora_sweep.base.kept import kept
 from lora_sweep.base.skeleton import hollow
 from lora_sweep.base.source import EMBEDDED
@@ -28,16 +28,16 @@ class LoadedBase:
     """What an adapter names so that PEFT alone finds this base again: hub id or absolute folder."""
     revision: str | None
     dtype: torch.dtype
-    """Of the weights, and of what is computed with quantised ones."""
+    """Of the weights, and of what is computed with quantized ones."""
 
     @property
     def bytes(self) -> int:
-        """Memory that the base really holds: frozen parameters, buffers and the scales of quantised weights."""
+        """Memory that the base really holds: frozen parameters, buffers and the scales of quantized weights."""
         return quant.held_bytes(self.model)
 
     @property
     def parameters(self) -> int:
-        """Weights, tied ones once, quantised ones as many as they stand for."""
+        """Weights, tied ones once, quantized ones as many as they stand for."""
         return int(self.model.num_parameters())
 
     def skeleton(self) -> Any:
@@ -54,7 +54,7 @@ class LoadedBase:
 def load(model: ModelConfig, device: torch.device, keep_in: Path | None = None) -> LoadedBase:
     """Loads the base frozen, in eval mode.
 
-    A base that is reachable by no name (embedded, GGUF) is written once, un-quantised, as safetensors to `keep_in`, so
+    A base that is reachable by no name (embedded, GGUF) is written once, un-quantized, as safetensors to `keep_in`, so
     that an adapter's `base_model_name_or_path` loads it. Raises ConfigError where it cannot be read.
     """
     at = located(model)
@@ -64,7 +64,7 @@ def load(model: ModelConfig, device: torch.device, keep_in: Path | None = None) 
             at = kept(model, at, keep_in)
             name = at.name_or_path
         elif at.gguf_file is not None and model.quantization:
-            # Only what is read from safetensors can be quantised on the way.
+            # Only what is read from safetensors can be quantized on the way.
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-sweep-"))
             at = kept(model, at, Path(folder))
         config = checked_config(model, at)
@@ -72,8 +72,8 @@ def load(model: ModelConfig, device: torch.device, keep_in: Path | None = None) 
         placed: dict[str, Any] = {}
         if model.quantization:
             placed["quantization_config"] = quant.settings(model.quantization, config.dtype)
-        if model.quantization or stored_quantisation(config):
-            # A quantised model is made on its device and not moved.
+        if model.quantization or stored_quantization(config):
+            # A quantized model is made on its device and not moved.
             placed["device_map"] = {"": str(device)}
         loaded = read_frozen(model, at, config, **placed)
     if placed:

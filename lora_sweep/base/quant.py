@@ -1,6 +1,6 @@
 """4-bit and 8-bit linears of bitsandbytes: what they are made by, hold and stand for, and how they train in a pack.
 
-bitsandbytes (extra `quant`) is imported only where a quantised base is at hand.
+bitsandbytes (extra `quant`) is imported only where a quantized base is at hand.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ def is_installed() -> bool:
 
 
 def settings(kind: str, dtype: torch.dtype) -> Any:
-    """What makes `from_pretrained` quantise the linears (the output layer aside) while it loads.
+    """What makes `from_pretrained` quantize the linears (but for the output layer) while it loads.
 
     nf4: 4-bit normal floats in blocks of 64, their scales in 8 bits (2305.14314), 4.13 bits a weight. int8: 8 bits,
     one scale a row (2208.07339).
@@ -37,7 +37,7 @@ def settings(kind: str, dtype: torch.dtype) -> Any:
 
 
 def patch_linears(model: Any, dtype: torch.dtype) -> None:
-    """Makes the quantised linears of a base compute in `dtype`, each row by itself; in place.
+    """Makes the quantized linears of a base compute in `dtype`, each row by itself; in place.
 
     8-bit: bitsandbytes rounds the activations too, and takes those columns out in which ANY row has an outlier: rows
     of different slots would mix, and a step function would amplify the rounding that packing brings. So weights
@@ -52,8 +52,8 @@ def patch_linears(model: Any, dtype: torch.dtype) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def dequantised(linear: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight that a linear computes with, detached: (d_out, d_in), as stored where it is not quantised."""
+def dequantized(linear: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight that a linear computes with, detached: (d_out, d_in), as stored where it is not quantized."""
     weight: Any = linear.weight
     if is_4bit(weight):
         from bitsandbytes.functional import dequantize_4bit
@@ -69,7 +69,7 @@ def dequantised(linear: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def held_bytes(model: Any) -> int:
-    """Memory of the frozen parameters and the buffers, the scales of quantised weights among them."""
+    """Memory of the frozen parameters and the buffers, the scales of quantized weights among them."""
     sizes = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in _held(model)}
     return sum(sizes.values())
 
@@ -117,9 +117,9 @@ class _WeightsOnly(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, linear: Any) -> Tensor:
         ctx.linear = linear
         bias = None if linear.bias is None else linear.bias.to(x.dtype)
-        return functional.linear(x, dequantised(linear, x.dtype), bias)
+        return functional.linear(x, dequantized(linear, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return gradient @ dequantised(ctx.linear, gradient.dtype), None
+        return gradient @ dequantized(ctx.linear, gradient.dtype), None

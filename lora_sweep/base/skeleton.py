@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from lora_sweep.base.base_config import quantisation_faults, read_config, readable_errors
+from lora_sweep.base.base_config import quantization_faults, read_config, readable_errors
 from lora_sweep.base.source import Source, path_faults, size_faults, source, weight_faults
 from lora_sweep.config import ModelConfig
 from lora_sweep.errors import ConfigError, Fault
@@ -21,14 +21,14 @@ SKELETON_SECONDS, SKELETON_BYTES = 30.0, 2**32
 
 
 def check(model: ModelConfig, target_modules: Any) -> list[Fault]:
-    """Whether the base can be read and quantised and the target modules exist in it; loads no weights."""
+    """Whether the base can be read and quantized and the target modules exist in it; loads no weights."""
     faults = path_faults(model)
     if faults:
         return faults
     try:
         with readable_errors(model, "cannot be read"):
             config = read_config(model)
-            faults = quantisation_faults(model, config) or weight_faults(source(model), model.path)
+            faults = quantization_faults(model, config) or weight_faults(source(model), model.path)
             if faults:
                 return faults
             with bounded(SKELETON_SECONDS, SKELETON_BYTES):

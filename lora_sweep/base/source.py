@@ -88,7 +88,7 @@ def _in_package(path: str) -> Path | None:
 
 
 def path_faults(model: ModelConfig) -> list[Fault]:
-    """What can be told without reading the checkpoint; a hub id is taken at its word."""
+    """What can be known without reading the checkpoint; a hub id is taken at its word."""
     at = source(model)
     path = Path(at.name_or_path)
     key, given = "model.path", str(model.path)
@@ -183,7 +183,7 @@ def _package_fault(given: str) -> Fault:
 
 
 def unreadable(error: BaseException, model: ModelConfig, rule: str) -> Fault:
-    """One line for what transformers told in many; `rule` says what failed where no better is known."""
+    """One line for what transformers reported in many; `rule` says what failed where no better is known."""
     key, path = "model.path", model.path
     if is_out_of_memory(error):
         return Fault(key, "there is not enough memory to load it", path, "free some, or take model.dtype=bf16")

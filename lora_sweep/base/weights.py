@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from lora_sweep.base import quant
-from lora_sweep.base.base_config import checked_config, readable_errors, stored_quantisation
+from lora_sweep.base.base_config import checked_config, readable_errors, stored_quantization
 from lora_sweep.base.source import UNREADABLE, Source, path_faults, source, unreadable
 from lora_sweep.config import ModelConfig
 from lora_sweep.errors import ConfigError, Fault
@@ -51,7 +51,7 @@ def read_frozen(model: ModelConfig, at: Source, config: Any, **placed: Any) -> A
         if names:
             raise ConfigError([Fault("model.path", f"{len(names)} weights {rule}, {names[0]} among them", model.path)])
     if at.gguf_file is not None:
-        # Its weights were de-quantised on loading; what still says otherwise keeps them from being saved.
+        # Its weights were de-quantized on loading; what still says otherwise keeps them from being saved.
         loaded.hf_quantizer = None
         vars(loaded.config).pop("quantization_config", None)
     loaded.requires_grad_(False)
@@ -67,13 +67,13 @@ def weights(path: str) -> Any:
     model = ModelConfig("inspect", path, None, "auto", None, "eager", False)
     at = located(model)
     config = checked_config(model, at)
-    return read_frozen(model, at, config, **({"device_map": {"": "cpu"}} if stored_quantisation(config) else {}))
+    return read_frozen(model, at, config, **({"device_map": {"": "cpu"}} if stored_quantization(config) else {}))
 
 
 def weight_of(base: Any, name: str) -> torch.Tensor | None:
     """(d_out, d_in) weight of a module, PEFT's orientation for its lora_B lora_A; None where there is no such module.
 
-    A convolution's kernel is flattened, an embedding is (dimension, vocabulary), quantised weights are de-quantised.
+    A convolution's kernel is flattened, an embedding is (dimension, vocabulary), quantized weights are de-quantized.
     """
     try:
         module = base.get_submodule(name)
@@ -81,5 +81,5 @@ def weight_of(base: Any, name: str) -> torch.Tensor | None:
         return None
     if not isinstance(getattr(module, "weight", None), torch.Tensor):
         return None
-    weight = quant.dequantised(module)
+    weight = quant.dequantized(module)
     return weight.T if isinstance(module, Conv1D | nn.Embedding) else weight.flatten(1) if weight.ndim > 1 else None

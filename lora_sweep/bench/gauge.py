@@ -57,7 +57,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 def multiplied_parameters(model: Any) -> int:
     """N: parameters of the base that every token is multiplied with.
 
-    All of them (tied ones once, quantised ones as many as they stand for; a dense model is assumed) without the
+    All of them (tied ones once, quantized ones as many as they stand for; a dense model is assumed) without the
     embeddings, which are looked up; the input embedding counts where it is tied to the output layer, which multiplies.
     """
     head = model.get_output_embeddings()

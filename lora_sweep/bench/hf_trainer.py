@@ -2,7 +2,7 @@
 
     python -m lora_sweep.bench.hf_trainer FILE.json
 
-FILE.json is a `Job`, the result goes to the file that it names. What it is spared: tokenising, composing a
+FILE.json is a `Job`, the result goes to the file that it names. What it is spared: tokenizing, composing a
 configuration, attention masks (padding is on the right), saving, logging, and a key-value cache.
 """
 
@@ -40,7 +40,7 @@ class Job:
     dtype: str
     """torch's name of it."""
     quantization: str | None
-    is_quantised: bool
+    is_quantized: bool
     """Now by `quantization`, or already as stored."""
     adapter: dict[str, Any]
     """Of LoraConfig."""
@@ -151,14 +151,14 @@ def main(file: Path) -> None:
 def _base(job: Job, device: torch.device) -> Any:
     dtype = getattr(torch, job.dtype)
     arguments: dict[str, Any] = dict(job.base_arguments)
-    if job.is_quantised:
+    if job.is_quantized:
         arguments["device_map"] = {"": str(device)}
     if job.quantization:
         from lora_sweep.base import quant
 
         arguments["quantization_config"] = quant.settings(job.quantization, dtype)
     model = AutoModelForCausalLM.from_pretrained(job.base, dtype=dtype, use_safetensors=True, **arguments)
-    if job.is_quantised:
+    if job.is_quantized:
         from lora_sweep.base import quant
 
         quant.patch_linears(model, dtype)
@@ -166,7 +166,7 @@ def _base(job: Job, device: torch.device) -> Any:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # Trainer switches it on; the other ways train without it
-    return model if job.is_quantised else model.to(device)
+    return model if job.is_quantized else model.to(device)
 
 
 def _optimizer(model: nn.Module, job: Job) -> torch.optim.AdamW:

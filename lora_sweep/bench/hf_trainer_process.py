@@ -29,7 +29,7 @@ class TrainerProcess:
         self._config, self._data, self._folder = config, data, folder
         self._device = base.model.device
         self._dtype = str(base.dtype).removeprefix("torch.")
-        self._is_quantised = base_config.stored_quantisation(base.model.config) is not None
+        self._is_quantized = base_config.stored_quantization(base.model.config) is not None
         self._name, self._revision = base.name_or_path, base.revision
         if base.tokenizer is None:
             self._name = str(folder / "drawn")
@@ -45,13 +45,13 @@ class TrainerProcess:
         ended = time.time()
         if done.returncode:
             raise RuntimeError(f"the HF Trainer process of trial {trial.cell.number} failed:\n{done.stderr[-2000:]}")
-        told = json.loads(result.read_text())
+        measured = json.loads(result.read_text())
         return TrainerRun(
-            told["eval_loss"],
-            told["first_step_at"] - began,
-            told["ended_at"] - told["first_step_at"],
+            measured["eval_loss"],
+            measured["first_step_at"] - began,
+            measured["ended_at"] - measured["first_step_at"],
             ended - began,
-            told["peak_bytes"],
+            measured["peak_bytes"],
         )
 
     def _environment(self) -> dict[str, str]:
@@ -76,7 +76,7 @@ class TrainerProcess:
             base_arguments=arguments,
             dtype=self._dtype,
             quantization=model.quantization,
-            is_quantised=self._is_quantised,
+            is_quantized=self._is_quantized,
             adapter={
                 "r": method.rank,
                 "lora_alpha": method.alpha,

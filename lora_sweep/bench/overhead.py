@@ -2,7 +2,7 @@
 
 A real study in a folder of its own: ledger, records, W&B runs, checkpoints and exports as configured. Whatever passes
 between two calls of `Pack.advance` is overhead; a pause is such a stretch in which a slot was freed and filled again.
-What a thread writes aside is neither: it slows the passes, and shows in the seconds a trial.
+What a thread writes in the background is neither: it slows the passes, and shows in the seconds a trial.
 """
 
 import statistics
@@ -31,7 +31,7 @@ from lora_sweep.sweep.sweep import Sweep
 Say = Callable[[str], None]
 
 LOOKS = 10
-"""Times that the memory is looked at."""
+"""Times that the memory is measured."""
 WINDOW = 5
 """A window is one in so many of the trials."""
 
@@ -86,12 +86,12 @@ class Clock:
             self.checking.append((began, time.perf_counter()))
 
     def passes(self, begin: float, end: float) -> float:
-        """Seconds of these in passes; a trial may be told in the middle of one."""
+        """Seconds of these in passes; a trial may end in the middle of one."""
         inside = ((max(each.began, begin), min(each.ended, end)) for each in self.stretches)
         return sum(self.between(a, b) for a, b in inside if a < b)
 
     def between(self, begin: float, end: float) -> float:
-        """Seconds, looks aside."""
+        """Seconds, without memory checks."""
         return end - begin - sum(max(0.0, min(b, end) - max(a, begin)) for a, b in self.checking)
 
 
@@ -121,17 +121,17 @@ def measure(sweep: Sweep, trials: int, trainer_repetitions: int, say: Say) -> di
     worker.use_threads(config.launcher)
     device = worker.device(config.launcher)
     clock = Clock(trials, device)
-    with tempfile.TemporaryDirectory(prefix="lora-sweep-bench-") as aside:
+    with tempfile.TemporaryDirectory(prefix="lora-sweep-bench-") as folder:
         seeds = Axis("train.seed", "range", tuple(range(trials)))
-        own = (*sweep.overrides, f"++study.root={aside}", "++study.name=overhead")
+        own = (*sweep.overrides, f"++study.root={folder}", "++study.name=overhead")
         study = replace(sweep, overrides=own, axes=(seeds,))
         say(f"a study of {trials} trials")
         with _timed(clock):
             launch.launch(study, clock, lambda: False)
         startup: list[float] = []
         if trainer_repetitions:
-            base = load_base(config.model, device, Path(aside))
-            process = TrainerProcess(config, base, load_data(config.data, base.tokenizer), Path(aside))
+            base = load_base(config.model, device, Path(folder))
+            process = TrainerProcess(config, base, load_data(config.data, base.tokenizer), Path(folder))
             for repetition in range(trainer_repetitions):
                 say(f"HF Trainer {repetition + 1} of {trainer_repetitions}")
                 startup.append(process.run(Trial.of(Cell(0), config)).startup_seconds)
@@ -146,7 +146,7 @@ def measure(sweep: Sweep, trials: int, trainer_repetitions: int, say: Say) -> di
 
 
 def reduce(clock: Clock, startup_seconds: Sequence[float]) -> dict[str, Any]:
-    """Upkeep of a trial, pauses, occupancy, and what has grown from the first trials to the last."""
+    """Overhead of a trial, pauses, occupancy, and what has grown from the first trials to the last."""
     stretches, trials = clock.stretches, clock.trials
     first, last = stretches[0].began, clock.ends[-1]
     passes = clock.passes(first, last)
@@ -179,7 +179,7 @@ def reduce(clock: Clock, startup_seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def _windows(clock: Clock) -> dict[str, Any] | None:
-    """Median seconds of a trial, passes and overhead, early and late; the first trials, which warm up, aside."""
+    """Median seconds of a trial, passes and overhead, early and late; the first trials, which warm up, left out."""
     size = clock.trials // WINDOW
     if size < 4:
         return None
@@ -214,8 +214,8 @@ def lines(measured: dict[str, Any]) -> Iterator[str]:
     yield f"overhead   {1e3 * measured['overhead_seconds_a_trial']:.0f} ms a trial beyond its passes{share}"
     pause = measured["pause_seconds_a_refill"]
     if measured["pauses"]:
-        told = f"median {1e3 * pause['median']:.0f} ms, longest {1e3 * pause['max']:.0f} ms"
-        yield f"refill     {told} a slot, in {measured['pauses']} pauses"
+        refill = f"median {1e3 * pause['median']:.0f} ms, longest {1e3 * pause['max']:.0f} ms"
+        yield f"refill     {refill} a slot, in {measured['pauses']} pauses"
     if measured["occupancy"] is not None:
         yield f"occupancy  {measured['occupancy']:.1%} of the slots until the queue drained"
     yield f"busy       {measured['busy']:.1%} of the time in passes"

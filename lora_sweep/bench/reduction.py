@@ -43,7 +43,7 @@ class Work:
     """What all trials together do once."""
 
     trained_tokens: int
-    """Tokens trained on, padding aside."""
+    """Tokens trained on, without padding."""
     evaluated_tokens: int
     multiplied_parameters: int
 

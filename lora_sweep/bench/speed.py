@@ -84,7 +84,7 @@ def choice(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> dict[str, A
 
 
 def timed(device: torch.device, resident: float | None, work: Callable[[], tuple[float, ...]]) -> Run:
-    """`resident`: bytes held by the base alone; None where memory cannot be told."""
+    """`resident`: bytes held by the base alone; None where memory cannot be determined."""
     peak = gauge.fresh_peak(device)
     began = time.perf_counter()
     losses = work()
@@ -95,14 +95,14 @@ def timed(device: torch.device, resident: float | None, work: Callable[[], tuple
 
 
 def measure(config: Config, question: Question, say: Say) -> dict[str, Any]:
-    """Everything, ready for JSON: seconds, tokens, bytes; what is not finite or cannot be told is None.
+    """Everything, ready for JSON: seconds, tokens, bytes; what is not finite or cannot be determined is None.
 
     Raises UserError.
     """
     worker.use_threads(config.launcher)
     device = worker.device(config.launcher)
-    with tempfile.TemporaryDirectory(prefix="lora-sweep-bench-") as aside:
-        folder = Path(aside)
+    with tempfile.TemporaryDirectory(prefix="lora-sweep-bench-") as name:
+        folder = Path(name)
         base, data = _loaded(config, question, device, folder)
         trials = trials_of(config, question.trials)
         ways: dict[str, Callable[[], tuple[float, ...]]] = {"sequential": partial(run_sequential, base, data, trials)}

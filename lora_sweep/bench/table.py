@@ -33,9 +33,9 @@ def _difference(value: float | None) -> str:
 def heading(measured: dict[str, Any]) -> Iterator[str]:
     """What stands above the table."""
     steps = f"{measured['steps']} steps of {measured['rows_a_slot_step']} x {measured['padded_length']} tokens"
-    quantised = f", {measured['quantization']}" if measured["quantization"] else ""
+    quantized = f", {measured['quantization']}" if measured["quantization"] else ""
     threads = f", {measured['threads']} threads" if measured["device_type"] == "cpu" else ""
-    yield f"{measured['model']} ({measured['base_parameters']:,} parameters, {measured['dtype']}{quantised})"
+    yield f"{measured['model']} ({measured['base_parameters']:,} parameters, {measured['dtype']}{quantized})"
     work = f"{len(measured['trials'])} trials of {steps}, {measured['evaluations']} evaluations each"
     yield f"{work}; medians of {measured['repetitions']} repetitions"
     yield (

@@ -56,7 +56,7 @@ def validate_sweep(
 
 
 def _prepared(variants: list[dict[str, Any]], folder: Path | None) -> list[Fault]:
-    """Has the user's data tokenised, once for all launches, and tells what became of its rows.
+    """Has the user's data tokenized, once for all launches, and reports what became of its rows.
 
     Raises StudyError where the study in `folder` began with other data, also where it has nothing left to train.
     """

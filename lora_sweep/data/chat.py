@@ -1,6 +1,6 @@
 """Conversations -> token ids and which of them count, through the tokenizer's chat template.
 
-A conversation is rendered and tokenised once, as a whole, so special tokens stand in it exactly once, as the template
+A conversation is rendered and tokenized once, as a whole, so special tokens stand in it exactly once, as the template
 writes them. What counts is found in the rendered text and carried over to tokens by their offsets. A turn of the
 assistant is what lies between the prompt that the template writes for it and the end of the conversation up to it.
 Where a template writes a turn differently once more follow (thoughts stripped, an end of text), the conversation is
@@ -383,7 +383,7 @@ def _skip(text: str, at: int) -> int:
 
 def _indistinct(i: int) -> str:
     return (
-        f"the chat template writes messages[{i}] so that it cannot be told from the rest; "
+        f"the chat template writes messages[{i}] so that it cannot be distinguished from the rest; "
         "{% generation %} around what the assistant says would tell"
     )
 

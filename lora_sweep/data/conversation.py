@@ -140,8 +140,8 @@ def schemas(tools: Any) -> list[dict[str, Any]] | None:
 def thoughts(message: Message) -> list[str]:
     """What the assistant thinks before it speaks, in its content or beside it."""
     said = [part.partition("</think>")[0] for part in texts(message) if "</think>" in part]
-    told = [message[key] for key in ("reasoning_content", "thinking", "reasoning") if message.get(key)]
-    return [thought.rpartition("<think>")[2].strip() for thought in [*said, *told] if isinstance(thought, str)]
+    replies = [message[key] for key in ("reasoning_content", "thinking", "reasoning") if message.get(key)]
+    return [thought.rpartition("<think>")[2].strip() for thought in [*said, *replies] if isinstance(thought, str)]
 
 
 def everything(message: Message) -> str:

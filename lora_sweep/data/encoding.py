@@ -20,7 +20,7 @@ Placed = tuple[str, Parsed]
 def encoded(
     batch: Sequence[Placed], tokenizer: Any, template: str | None, max_length: int | None, part: Part, broken: RowCounts
 ) -> Iterator[Encoded]:
-    """The batch tokenised and cut (None: whole), in its order; each example's fate is entered in `part` and `broken`.
+    """The batch tokenized and cut (None: whole), in its order; each example's fate is entered in `part` and `broken`.
 
     Raises ConfigError where the chat template itself is of no use.
     """

@@ -22,7 +22,7 @@ from pyarrow import parquet
 from lora_sweep.system import files
 
 MAX_LINE_BYTES = 2**26
-"""Of a line: a longer one is told and passed over."""
+"""Of a line: a longer one is reported and passed over."""
 MAX_ARRAY_BYTES = 2**29
 """Of a JSON array, which is parsed as a whole; of a compressed one when written out."""
 ENDLESS_BYTES = 2**30
@@ -184,7 +184,7 @@ def _read_csv(file: Path) -> Iterator[Row]:
     csv.field_size_limit(MAX_LINE_BYTES)
     size = file.stat().st_size or 1
     comma = "\t" if str(kind(file)) == ".tsv" else ","
-    # A byte that is no UTF-8 becomes half a surrogate pair, which the example's own check tells with its line.
+    # A byte that is no UTF-8 becomes half a surrogate pair, which the example's own check reports with its line.
     text = partial(io.TextIOWrapper, encoding="utf-8-sig", errors="surrogateescape", newline="")
     with _opened(file) as raw, text(_plain(file, raw)) as stream:
         # Strict: else a quote that is never closed swallows all rows behind it without a word.
@@ -217,7 +217,7 @@ def _read_csv(file: Path) -> Iterator[Row]:
 
 
 def _short_lines(file: Path, stream: TextIO) -> Iterator[str]:
-    """Raises Unreadable for a line that the bound of a field would hold in memory before it is told."""
+    """Raises Unreadable for a line that the bound of a field would hold in memory before it is reported."""
     number = 0
     while line := stream.readline(MAX_LINE_BYTES):
         number += 1

@@ -1,4 +1,4 @@
-"""From what the user brings to what a trial trains on: read, split, tokenised once, kept."""
+"""From what the user brings to what a trial trains on: read, split, tokenized once, kept."""
 
 import hashlib
 import itertools
@@ -25,15 +25,15 @@ from lora_sweep.records import Example
 from lora_sweep.system import files
 
 USER_DATA = ("files", "hub")
-"""Of data.name: what the user brings, tokenised once and kept."""
+"""Of data.name: what the user brings, tokenized once and kept."""
 ONLY_BROUGHT = ("path", "eval_path", "columns", "chat_template")
 ONLY_HUB = ("subset", "split", "revision", "eval_split")
 """Fields that mean nothing of other data: passed over, they would train on something else than was meant."""
 SETS = ("train", "evaluation")
 HEAD_ROWS = 100
-"""Rows looked at before anything is prepared."""
+"""Rows read before anything is prepared."""
 BATCH_EXAMPLES, BATCH_CHARACTERS = 2048, 2**21
-"""Tokenised at a time: enough for the tokenizer's threads, little enough for memory."""
+"""Tokenized at a time: enough for the tokenizer's threads, little enough for memory."""
 MOST = 0.5
 """Where more rows than this share cannot be used, it is the wrong file."""
 
@@ -68,7 +68,7 @@ class Data:
 
 
 def check(data: DataConfig) -> list[Fault]:
-    """Whether the files are there and their first rows are examples; tokenises nothing, asks no hub."""
+    """Whether the files are there and their first rows are examples; tokenizes nothing, asks no hub."""
     faults = [
         Fault("data.columns", f"must name {', '.join(example.COLUMNS)}", name)
         for name in data.columns
@@ -147,7 +147,7 @@ def _head(path: str) -> Iterator[Row]:
 
 
 def load(data: DataConfig, tokenizer: Any, progress: Progress = silent) -> Data:
-    """Reads, splits and tokenises, or maps what was prepared before. Raises ConfigError with all faults of the data."""
+    """Reads, splits and tokenizes, or maps what was prepared before. Raises ConfigError with all faults of the data."""
     if data.name in USER_DATA:
         train, evaluation, report = _user_data(data, tokenizer, progress)
         bits = 0.0

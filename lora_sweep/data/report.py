@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SHOWN = 5
-"""Places told of each kind; the others are counted."""
+"""Places reported of each kind; the others are counted."""
 
 
 @dataclass

@@ -26,7 +26,7 @@ EMBEDDED = "embedded:tiny"
 JOINED_LINES = 256
 """Of a text file, which is a whole: its lines are joined again, some at a time."""
 BATCH = 16
-"""Texts tokenised at a time."""
+"""Texts tokenized at a time."""
 
 
 @dataclass(frozen=True)

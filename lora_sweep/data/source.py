@@ -32,7 +32,7 @@ class Source:
     """Of the content."""
     rows: Callable[[], Iterator[Row]]
     files: tuple[str, ...] = ()
-    """As its rows are told of."""
+    """As its rows are reported."""
     passed_over: tuple[str, ...] = ()
     """Files of a folder that are no data."""
     is_lines: bool = False

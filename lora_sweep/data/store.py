@@ -1,4 +1,4 @@
-"""Tokenised sets on disk: written once per content and settings, mapped by everybody after.
+"""Tokenized sets on disk: written once per content and settings, mapped by everybody after.
 
 Flat arrays of tokens, as training corpora are kept, since a padded or pickled set would have to fit in memory.
 """
@@ -73,8 +73,8 @@ def write(folder: Path, names: Sequence[str], make: Callable[[Path], dict[str, A
         _sweep_out(folder.parent)
         staging = Path(tempfile.mkdtemp(prefix=".aside-", dir=folder.parent))
         try:
-            told = make(staging)
-            (staging / REPORT).write_text(json.dumps(told), encoding="utf-8")
+            rows_report = make(staging)
+            (staging / REPORT).write_text(json.dumps(rows_report), encoding="utf-8")
             staging.chmod(0o755)  # others may share the cache
             if folder.is_dir() and report(folder, names) is None:
                 _remove_torn(folder)
@@ -85,7 +85,7 @@ def write(folder: Path, names: Sequence[str], make: Callable[[Path], dict[str, A
                     raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    return told
+    return rows_report
 
 
 def _remove_torn(torn: Path) -> None:
@@ -99,10 +99,10 @@ def _cache_errors(cache: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        told = f"{cache}: prepared data cannot be kept there ({error.strerror or error})"
+        message = f"{cache}: prepared data cannot be kept there ({error.strerror or error})"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageUnavailable(told) from error
-        raise UserError(f"{told}; HF_DATASETS_CACHE names another folder") from error
+            raise StorageUnavailable(message) from error
+        raise UserError(f"{message}; HF_DATASETS_CACHE names another folder") from error
 
 
 def _sweep_out(cache: Path) -> None:
@@ -113,7 +113,7 @@ def _sweep_out(cache: Path) -> None:
 
 
 def report(folder: Path, names: Sequence[str]) -> dict[str, Any] | None:
-    """What was told when the sets of these names were made; None where they are not there, whole.
+    """What was reported when the sets of these names were made; None where they are not there, whole.
 
     A cache is swept by others: of a folder some files may be gone.
     """

@@ -37,7 +37,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Tokenised examples, one a row or several."""
+    """Tokenized examples, one a row or several."""
 
     tokens: NDArray[np.int32]
     """(all tokens,): the examples one after another."""
@@ -234,7 +234,7 @@ def _following(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Ids of texts that stand behind others.
 
     Tokenizers of Llama-2's and Mistral's kind put a space before whatever they are given: a completion by itself would
-    begin with a space that is not in it. There each text is tokenised behind a line break, whose ids are taken off.
+    begin with a space that is not in it. There each text is tokenized behind a line break, whose ids are taken off.
     """
     plain = _ids(texts, tokenizer, special=False)
     (probe,), (anchor,) = (_ids([text], tokenizer, special=False) for text in ("a", "\n"))

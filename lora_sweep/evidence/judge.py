@@ -18,20 +18,20 @@ def judged(
     `alone`: the losses of the base; `records`: the evaluations of each config's trial, in order.
     """
     peers = health.Peers(alone.eval_loss)
-    for place, (config, seen) in enumerate(zip(configs, records, strict=True)):
-        curve = {each.step: each.eval_loss for each in seen if not each.diverged}
+    for place, (config, evaluations) in enumerate(zip(configs, records, strict=True)):
+        curve = {each.step: each.eval_loss for each in evaluations if not each.diverged}
         effective = equivalence.coordinates(config)
         log_X, log_Y = (effective.log_X, effective.log_Y) if effective else (math.nan, math.nan)
-        of_examples = {each.step: each.eval_losses for each in seen}
+        of_examples = {each.step: each.eval_losses for each in evaluations}
         peers.add(health.Peer(place, log_X, log_Y, curve, of_examples.get))
     judged_ = []
-    for place, (config, seen) in enumerate(zip(configs, records, strict=True)):
-        rules, last = config.health, seen[-1]
-        losses = [step.train_loss for each in seen for step in each.steps]
+    for place, (config, evaluations) in enumerate(zip(configs, records, strict=True)):
+        rules, last = config.health, evaluations[-1]
+        losses = [step.train_loss for each in evaluations for step in each.steps]
         what = health.rule_input(last, Trial.of(Cell(place), config).trainer_settings, rules)
-        how = health.LossHistory(alone, losses, 0, min(seen, key=lambda each: each.eval_loss), last)
-        own = health.own_findings(what, how, rules)
-        made = None if last.diverged else health.diagnose(how, what, own, rules)
+        history = health.LossHistory(alone, losses, 0, min(evaluations, key=lambda each: each.eval_loss), last)
+        own = health.own_findings(what, history, rules)
+        made = None if last.diverged else health.diagnose(history, what, own, rules)
         judged_.append((*health.compared(made, own, rules, peers, place, last.step), *own))
     return judged_
 

@@ -119,10 +119,10 @@ class Trained:
 
 def measured(wanted: Range, seed: int) -> list[dict[str, Any]]:
     """One row a cell: `moved`, `hot`, the `words` said of it in its study, and the numbers behind them."""
-    return labelled(trained(wanted, seed))
+    return labeled(trained(wanted, seed))
 
 
-def labelled(training: Trained) -> list[dict[str, Any]]:
+def labeled(training: Trained) -> list[dict[str, Any]]:
     """The rows of `measured`."""
     alone, runs = training.alone, sorted(set(training.runs))
     found = judge.judged(alone, [training.configs[run] for run in runs], [training.records[run] for run in runs])

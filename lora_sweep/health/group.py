@@ -15,7 +15,7 @@ Numbers = NDArray[np.float64]
 
 
 def delta_rel(snapshot: HealthSnapshot, scaling: float, base_norms: Mapping[str, float]) -> Numbers:
-    """(modules,) s |BA|_F / |W|_F at the last look; infinite where W = 0."""
+    """(modules,) s |BA|_F / |W|_F at the last check; infinite where W = 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         sizes: Numbers = scaling * snapshot.values["product"][-1] / np.array([base_norms[m] for m in snapshot.modules])
     return sizes
@@ -27,9 +27,9 @@ def measurements(
     scaling: float,
     base_norms: Mapping[str, float],
 ) -> tuple[Measurement, ...]:
-    """One per group as of the last look, in order of first appearance.
+    """One per group as of the last check, in order of first appearance.
 
-    `factors`: module -> (A, B) as they were at that look, in any layout; `base_norms`: module -> |W|_F.
+    `factors`: module -> (A, B) as they were at that check, in any layout; `base_norms`: module -> |W|_F.
     """
     named: dict[str, list[int]] = {}
     for place, name in enumerate(snapshot.modules):

@@ -14,7 +14,8 @@ from lora_sweep.health.measure import METRICS
 from lora_sweep.records import HealthSnapshot, UpdateSums
 
 FIRST_CHECKS = (2, 10)
-"""Steps after which an adapter is looked at, beside the end of the window, every `every` steps and each evaluation. The
+"""Steps after which the health of an adapter is checked, beside the end of the window, every `every` steps and each
+evaluation. The
 second step is the first that moves A, which has no gradient while B is zero."""
 
 WINDOW_STEPS, WINDOW_SHARE = 20, 0.05
@@ -28,7 +29,7 @@ def window(max_steps: int) -> int:
 
 @dataclass
 class HealthHistory:
-    """The looks and the sums of one adapter. Waits for the device only in `snapshot` and `state`."""
+    """The checks and the sums of one adapter. Waits for the device only in `snapshot` and `state`."""
 
     modules: tuple[str, ...]
     max_steps: int
@@ -37,13 +38,13 @@ class HealthHistory:
     _idle: int = 0
     """Steps at which B's learning rate was 0: those at the start of a warm-up, say."""
     _checks: list[tuple[int, UpdateSums]] = field(default_factory=list)
-    """(step, sums up to it) of each look."""
+    """(step, sums up to it) of each check."""
     _unread: list[Tensor] = field(default_factory=list)
-    """The latest looks (modules, METRICS), where they lie."""
+    """The latest checks (modules, METRICS), where they lie."""
 
     def __post_init__(self) -> None:
         self._read: NDArray[np.float64] = np.empty((0, len(self.modules), len(METRICS)))
-        """The looks before those, on the host."""
+        """The checks before those, on the host."""
 
     def is_due(self, step: int, at_evaluation: bool) -> bool:
         """Whether to look after this step, the next one."""
@@ -56,7 +57,7 @@ class HealthHistory:
         self._idle += lr_B == 0
 
     def take(self, step: int, rows: Tensor) -> None:
-        """A look (modules, METRICS), after `stepped`. Kept where it lies until somebody reads."""
+        """A check (modules, METRICS), after `stepped`. Kept where it lies until somebody reads."""
         self._checks.append((step, self._sums))
         self._unread.append(rows)
 
@@ -91,7 +92,7 @@ class HealthHistory:
         )
 
     def _on_host(self) -> NDArray[np.float64]:
-        """(looks, modules, METRICS); only what came since the last time is brought from the device, at once."""
+        """(checks, modules, METRICS); only what came since the last time is brought from the device, at once."""
         if self._unread:
             self._read = np.concatenate([self._read, torch.stack(self._unread).cpu().numpy()])
             self._unread = []
@@ -100,7 +101,7 @@ class HealthHistory:
     # -- a checkpoint --------------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Any], Tensor]:
-        """(plain values, (looks, modules, METRICS)) that `restore` takes."""
+        """(plain values, (checks, modules, METRICS)) that `restore` takes."""
         plain = {
             "tally": self._sums.plain(),
             "idle": self._idle,

@@ -1,4 +1,4 @@
-"""One look at adapters as they stand after an optimizer step: tensors -> numbers, a row a module.
+"""One health check of adapters as they stand after an optimizer step: tensors -> numbers, a row a module.
 
 Pure, and on the device: modules of one shape, of whatever adapter, are measured at once, and nothing waits for the
 device. |BA|_F^2 = tr((B'B)(AA')), so BA itself is never formed.
@@ -15,7 +15,7 @@ METRICS = (
     "rms_A", "rms_B", "absmax_B", "zero_B", "product", "stable_rank",
     "gradmax_A", "gradmax_B", "gradrms_B", "gradzero_B", "v_over_eps_B", "moved_A", "moved_B", "lr_A", "lr_B",
 )  # fmt: skip
-"""Columns of a look.
+"""Columns of a check.
 
 rms, absmax: of all elements. zero_B: share of elements that are exactly 0. product: |BA|_F. stable_rank: |BA|_F^2 over
 its largest singular value squared; nan where BA = 0. The others are of a sample, and nan where not known. gradmax,

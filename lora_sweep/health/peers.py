@@ -1,6 +1,6 @@
 """The trials of a study that one of them is compared with: the best gain, and whether a tenth of the rate does better.
 
-What a rate does to a LoRA is told by X = s r lr_B, the slope of its learning curve at the start, and by lr_A (folding's
+What a rate does to a LoRA depends on X = s r lr_B, the slope of its learning curve at the start, and on lr_A (a run's
 effective coordinates); of trials whose optimizer has no such coordinates nothing is said.
 """
 

@@ -39,7 +39,7 @@ IDLE = 0.3
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """What the trainer was told, as far as the rules must know."""
+    """What the trainer was set to, as far as the rules must know."""
 
     ratio: float | None
     """lr of B over lr of A; None where nobody said."""
@@ -67,7 +67,7 @@ class RuleInput:
 
     @property
     def never_stepped(self) -> bool:
-        """Whether B's rate was 0 at every step, nothing moved it, and there were enough steps to tell."""
+        """Whether B's rate was 0 at every step, nothing moved it, and there were enough steps to know."""
         steps = self.snapshot.steps
         enough = bool(steps) and self.snapshot.sums.stepped == 0 and steps[-1] >= STEPS_TO_MOVE
         return enough and not (self.snapshot.values["moved_B"] > 0).any()
@@ -88,13 +88,13 @@ class RuleInput:
 
     @cached_property
     def checks(self) -> list[int]:
-        """Looks after a step with a learning rate above 0."""
+        """Checks after a step with a learning rate above 0."""
         counts = [sums.stepped for sums in self.snapshot.sums_by_check]
         return [place for place, count in enumerate(counts) if count > (counts[place - 1] if place else 0)]
 
     @cached_property
     def early(self) -> int:
-        """The look that ended the window, or the last one before."""
+        """The check that ended the window, or the last one before."""
         over = [i for i in self.checks if self.snapshot.sums_by_check[i].stepped >= self.snapshot.window]
         return over[0] if over else self.checks[-1]
 
@@ -114,12 +114,12 @@ class RuleInput:
 
     @cached_property
     def late(self) -> list[int]:
-        """The last looks, after the window if there are any."""
+        """The last checks, after the window if there are any."""
         return [i for i in self.checks if i >= self.early][-3:]
 
     @cached_property
     def ratios(self) -> Numbers:
-        """Ratio of the rates at which B and A were moved, at each look that tells it; else as the groups have it."""
+        """Ratio of the rates at which B and A were moved, at each check that shows it; else as the groups have it."""
         with np.errstate(all="ignore"):
             pairs = [(_median(self.of("lr_B", [i])[0]), _median(self.of("lr_A", [i])[0])) for i in self.checks]
         hits = [b / a for b, a in pairs if np.isfinite(b) and np.isfinite(a) and a > 0]
@@ -127,7 +127,7 @@ class RuleInput:
         return np.array(hits or [each for each in (sums.least_ratio, sums.largest_ratio) if np.isfinite(each)])
 
     def of(self, metric: str, checks: list[int]) -> Numbers:
-        """(looks, modules)."""
+        """(checks, modules)."""
         return self.snapshot.values[metric][checks]
 
     def everywhere(self, value: bool) -> Mask:

@@ -1,4 +1,4 @@
-"""What an adapter on disk tells of itself: measurements of its tensors, and a verdict.
+"""What an adapter on disk shows: measurements of its tensors, and a verdict.
 
 `measure` holds the arithmetic (pure, named tensors in, numbers out), `reading` brings together folder, base and
 trial, `table` shows it to a person.

@@ -1,4 +1,4 @@
-"""Folder, base and trial brought together: one Inspection per adapter."""
+"""Folder, base and trial together: one Inspection per adapter."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ class LoraPlus:
     """Whether B was stepped with the learning rate that LoRA+ (2402.12354) was asked for."""
 
     conforms: bool | None
-    """None where it cannot be told."""
+    """None where it cannot be determined."""
     sentence: str
     requested: float | None = None
     """lr_B / lr_A of the configuration."""
@@ -52,7 +52,7 @@ class Inspection:
     base: str | None
     """`base_model_name_or_path` of its configuration."""
     compared_with: str | None
-    """The base that it was held against."""
+    """The base that it was compared with."""
     use_rslora: bool
     use_dora: bool
     parameters: int
@@ -111,11 +111,11 @@ def _inspected(saved: Saved, base: str | None, loaded: Any) -> Inspection:
     starts = {name: zero_start(init, each.is_embedding) for name, each in saved.factors.items()}
     if saved.factors and None in starts.values():
         notes.append(
-            f"init_lora_weights={init!r} does not start a factor at zero, so a fresh adapter cannot be told from a "
+            f"init_lora_weights={init!r} does not start a factor at zero, so nothing tells a fresh adapter from a "
             "trained one, and BA may hold what its start took out of the base's weights"
         )
     if config.use_dora and loaded is None:
-        notes.append("DoRA: how far the magnitudes moved can only be told against the base (--base)")
+        notes.append("DoRA: how far the magnitudes moved can only be compared with the base's (--base)")
     modules = tuple(
         measure(name, each, starts[name], _weight(saved, name, loaded)) for name, each in saved.factors.items()
     )
@@ -188,13 +188,13 @@ def _weight(saved: Saved, name: str, loaded: Any) -> Any:
 
 
 UNTOLD = (
-    "cannot be told from weights alone: Adam's steps are as large as the learning rates, but the file holds neither "
+    "cannot be known from weights alone: Adam's steps are as large as the learning rates, but the file holds neither "
     "their number nor their schedule nor where A started"
 )
 
 
 def loraplus(folder: Path) -> LoraPlus:
-    """From the record of the trial that an adapter of ours lies in; nothing is guessed where there is none."""
+    """From the record of the trial that an adapter of this program lies in; nothing is guessed where there is none."""
     trial = _trial_of(folder)
     if trial is None:
         return LoraPlus(None, UNTOLD)
@@ -210,7 +210,7 @@ def loraplus(folder: Path) -> LoraPlus:
     except ConfigError:
         requested = None
     if not ratios or not isinstance(requested, int | float):
-        return LoraPlus(None, f"cannot be told: {trial} holds no step with a learning rate, or no configuration")
+        return LoraPlus(None, f"cannot be determined: {trial} holds no step with a learning rate, or no configuration")
     return _held(ratios, float(requested))
 
 

@@ -64,7 +64,7 @@ class ModuleMeasurement:
     delta_rel: float | None
     """|W' - W| / |W| with W' what the module computes with; without DoRA that is s |BA| / |W|. None without a base."""
     magnitude_deviation: float | None
-    """DoRA: largest |m / |W_row| - 1| over the rows, 0 as initialised. None without a base."""
+    """DoRA: largest |m / |W_row| - 1| over the rows, 0 as initialized. None without a base."""
     dead: str | None
     """Why the module changes nothing, or None where it changes something (or is not finite)."""
     negligible: bool
@@ -252,7 +252,7 @@ def judge(
         return "incomplete", "; ".join((*missing, *(found[1:] if found else ())))
     return found or (
         "healthy",
-        "every module is finite and changes its weight; what it learned, only its loss can tell",
+        "every module is finite and changes its weight; what it learned, only its loss shows",
     )
 
 

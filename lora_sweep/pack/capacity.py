@@ -1,4 +1,4 @@
-"""How many slots pay: step time and memory against the width of a pass, measured in the first steps of real training.
+"""How many slots are fastest: step time and memory by slots a pass, measured in the first steps of real training.
 
 A pass is one forward and backward over the rows of some slots. Wider ones spread the fixed cost of a pass, t(k) = a +
 b k, over more slots, until the device is saturated or out of memory.
@@ -42,7 +42,7 @@ class Capacity:
     free_bytes: float = math.inf
     """Of the device, with the base, the data and the adapters in it."""
     slots_per_pass: int = 0
-    """Slots a pass when settled; 0: all."""
+    """Slots a pass once chosen; 0: all."""
     too_many: int | None = None
     """The smallest width that ran out of memory, in this pack or in an earlier one of its kind."""
     fits: int = 0

@@ -49,7 +49,7 @@ class Pass:
 
 
 class PackedLinear(nn.Module):
-    """Wraps a frozen linear (nn.Linear, quantised or not, or transformers' Conv1D); adds s B A to each slot's rows.
+    """Wraps a frozen linear (nn.Linear, quantized or not, or transformers' Conv1D); adds s B A to each slot's rows.
 
     Input (K x b, T, d_in), rows of the pass's slot k at [k b, (k + 1) b). Adapters compute in their own dtype, the sum
     is cast to the base's. Gradients of A and B are added to the banks' own.
@@ -68,8 +68,8 @@ class PackedLinear(nn.Module):
             return alone
         if x.dim() != 3 or x.shape[0] % now.slots_per_pass:
             raise RuntimeError(
-                f"{self.name} is fed {tuple(x.shape)}, not (rows, positions, features): its rows cannot be told apart "
-                "by slot, so it cannot be packed. Leave it out of method.target_modules."
+                f"{self.name} is fed {tuple(x.shape)}, not (rows, positions, features): which rows belong "
+                "to which slot cannot be known, so it cannot be packed. Leave it out of method.target_modules."
             )
         y: Tensor = _Adapted.apply(x, now.anchor, self)  # type: ignore[no-untyped-call]
         return y

@@ -46,7 +46,7 @@ TIMED_STEPS = 3
 TIMED_BATCHES = 3
 """Of an evaluation; one more before them warms up."""
 ADAPTERS_SHARE = 0.25
-"""Of the free memory, for adapters, where their number is ours to choose."""
+"""Of the free memory, for adapters, where their number is not given."""
 
 
 def never() -> bool:
@@ -198,7 +198,7 @@ class Pack:
         return self._evaluate()
 
     def measure(self) -> Capacity:
-        """Trains for as many steps as it takes to know how many slots pay, and what a step costs."""
+        """Trains for as many steps as it takes to know how many slots are fastest, and what a step costs."""
         while not self.capacity.is_chosen:
             self._train_step()
         for _ in range(0 if self.capacity.measured else TIMED_STEPS):

@@ -47,7 +47,7 @@ class Passes:
         self._orders: dict[int, Callable[[int, int], Tensor]] = {}
 
     def changed(self) -> None:
-        """To be told whenever a slot comes or goes."""
+        """Has to be called whenever a slot comes or goes."""
         self._segments.clear()
 
     def order(self, live: Sequence[Slot]) -> list[Slot | None]:

@@ -130,7 +130,7 @@ class Slot:
 
     @property
     def is_checked_next(self) -> bool:
-        """Whether health looks at the adapter after the next step."""
+        """Whether health is checked after the next step."""
         return self.history.is_due(self.step + 1, self._is_evaluated_after(self.step + 1))
 
     def update(self, loss: Tensor, tokens: int) -> None:
@@ -163,7 +163,7 @@ class Slot:
         return list(zip(self.A.values(), self.B.values(), strict=True))
 
     def adapted_modules(self) -> list[AdaptedModule]:
-        """Each module as the last step left it, for a look."""
+        """Each module as the last step left it, for a health check."""
         A, B = self._sides("A", self.A), self._sides("B", self.B)
         return [AdaptedModule(a, b) for a, b in zip(A, B, strict=True)]
 

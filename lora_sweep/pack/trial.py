@@ -74,7 +74,7 @@ class Settings:
     """What trials must agree on to share a pack."""
 
     slots: int | None
-    """None: as many as pay."""
+    """None: auto, the fastest measured."""
     max_steps: int
     eval_every: int
     batch_size: int

@@ -55,7 +55,7 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _weight_norm(linear: nn.Module) -> float:
     """|W|_F of the weight that is computed with, de-quantized where it is quantized."""
-    return float(torch.linalg.vector_norm(quant.dequantised(linear), dtype=torch.float64))
+    return float(torch.linalg.vector_norm(quant.dequantized(linear), dtype=torch.float64))
 
 
 def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -150,7 +150,7 @@ def _production(study: str, winner: Row, trial: Path, form: Form | None) -> dict
 
 
 def _evidence(study: str, winner: Row, table: list[Row]) -> str:
-    ranking, folded = results.runs(results.ranked(table)), results.same_run(table)
+    ranking, duplicates = results.runs(results.ranked(table)), results.same_run(table)
     counts = {state: sum(row["state"] == state for row in table) for state in ("COMPLETE", "PRUNED", "FAIL")}
     gain = 1 - winner["eval_loss"] / winner["base_loss"]
     lines = [
@@ -168,7 +168,7 @@ def _evidence(study: str, winner: Row, table: list[Row]) -> str:
     ]
     for place, row in enumerate(ranking[:10], start=1):
         params = ", ".join(f"{key}={value}" for key, value in row["params"].items())
-        same = ", ".join(map(str, folded.get(row["number"], [])))
+        same = ", ".join(map(str, duplicates.get(row["number"], [])))
         flags = ", ".join(row["flags"])
         lines.append(f"| {place} | {row['number']} | {row['eval_loss']:.4f} | {flags} | {params} | {same} |")
     return "\n".join(lines) + "\n"

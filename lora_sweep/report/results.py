@@ -17,7 +17,7 @@ from lora_sweep.system.files import Unsafe
 from lora_sweep.tracking import RESULT, read_rows, seal
 
 Row = dict[str, Any]
-"""A line of trials.jsonl; its keys are kept stable and told in the README."""
+"""A line of trials.jsonl; its keys are kept stable and listed in study/README.md."""
 
 ENDED = ("COMPLETE", "PRUNED", "FAIL")
 
@@ -264,7 +264,7 @@ def is_intact(row: Row) -> bool:
 
 
 def is_healthy(row: Row) -> bool:
-    """Whether it is finished without a fault; warnings are told, but keep nothing from being shipped."""
+    """Whether it is finished without a fault; warnings are shown, but keep nothing from being shipped."""
     return row["state"] == "COMPLETE" and not row["faults"]
 
 

@@ -82,7 +82,7 @@ def plan(sweep: Sweep) -> dict[str, Any]:
 
 
 def _measured(sweep: Sweep, base: LoadedBase, data: Data, runs: int) -> tuple[Capacity, float]:
-    """(how many slots pay and what a step costs, seconds of a trial's row in an evaluation).
+    """(how many slots are fastest and what a step costs, seconds of a trial's row in an evaluation).
 
     Of the grid's first runs, or of so many equal ones.
     """

@@ -170,7 +170,7 @@ def launched_before(folder: Path) -> dict[str, Any] | None:
 
 
 def _same_run(sweep: Sweep, fold: equivalence.Fold) -> Callable[[Cell], Hashable] | None:
-    """By which drawn cells are held against those before them."""
+    """By which drawn cells are compared with those before them."""
     return None if fold == "off" else lambda cell: equivalence.run_key(sweep.config(cell), fold)
 
 

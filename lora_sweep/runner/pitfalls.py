@@ -26,7 +26,7 @@ RSLORA_ALPHA = 2
 s = alpha / sqrt(rank) then grows with the root of the rank, and 16 bits of base round what it multiplies."""
 
 TOLD_APART = 0.01
-"""Of the loss: what an evaluation set should tell apart, at two standard errors of the paired differences."""
+"""Of the loss: what an evaluation set should distinguish, at two standard errors of the paired differences."""
 
 PAIRED_SPREAD = 0.07
 """Standard deviation of the differences of per-example losses between two runs whose losses are within 3 % of each
@@ -163,7 +163,7 @@ def _is_below_fp32(base: Any) -> bool:
     if base.dtype != "auto":
         return False
     config = base_config.read_config(base)
-    return config.dtype.itemsize < 4 or base_config.stored_quantisation(config) is not None
+    return config.dtype.itemsize < 4 or base_config.stored_quantization(config) is not None
 
 
 def _warmup(points: Sequence[_Point]) -> Iterator[Pitfall]:
@@ -245,7 +245,7 @@ def _evaluation(points: Sequence[_Point], known: Mapping[str, EvaluationSize]) -
     where = "" if len(hit) == len(points) else f" ({_which(hit)})"
     yield Pitfall(
         "data.eval_size",
-        f"{size.examples} evaluation examples{where} tell runs apart whose losses differ by about {told:.1%}; for "
+        f"{size.examples} evaluation examples{where} distinguish runs whose losses differ by about {told:.1%}; for "
         f"{TOLD_APART:.0%} about {NEEDED_EXAMPLES} are needed; {_more_examples(asked, size)}",
     )
 

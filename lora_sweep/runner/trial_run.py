@@ -1,7 +1,7 @@
 """One trial from its slot to its files: record, best adapter, checkpoint, result.
 
 What reaches the disk and W&B does so in a thread of its own, in order, while the slots go on training: a row before the
-checkpoint that builds on it, the adapter before the result, the result before anybody is told.
+checkpoint that builds on it, the adapter before the result, the result before the study is told.
 """
 
 import json

@@ -111,7 +111,7 @@ class PackSession:
         self._config, self._tracker, self._writer, self._watcher = config, tracker, writer, watcher
         self._runs: dict[Lease, Run] = {}
         self._ending: dict[Lease, _Ending] = {}
-        """Without a slot any more, to be told as soon as their results are written."""
+        """Without a slot any more, to be ended as soon as their results are written."""
         self._slots_reported = False
         self._peers = health.Peers(base.eval_loss)
         """The trials of the study on this base and data."""
@@ -325,7 +325,7 @@ def check(launcher: LauncherConfig) -> list[Fault]:
 
 
 def _report_duplicates(study: Study, watcher: Watcher) -> None:
-    """Cells that were told the end of an equal one are not run, but they are done."""
+    """Cells that ended as an equal one did are not run, but they are done."""
     for cell, state, value in study.ended_duplicates():
         watcher.ended(cell, state, value, ())
 

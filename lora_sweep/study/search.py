@@ -1,4 +1,4 @@
-"""Where cells come from that are no grid: a sampler of Optuna's draws them, by what was told before."""
+"""Where cells come from that are no grid: a sampler of Optuna's draws them, by what has ended before."""
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass

@@ -36,7 +36,7 @@ def open_storage(folder: Path, name: str) -> tuple[JournalStorage, Journal]:
 
 
 def as_json(params: Mapping[str, Any]) -> str:
-    """To compare with what is on disk: JSON tells true from 1 and makes lists of tuples."""
+    """To compare with what is on disk: JSON distinguishes true from 1 and makes lists of tuples."""
     return json.dumps(dict(params), sort_keys=True)
 
 

@@ -66,7 +66,7 @@ class Study(StudyView):
         self._pruner = pruner
         self._leased: set[int] = set()
         self._idle: Collection[int] = ()
-        """Numbers of folded cells of a grid."""
+        """Numbers of duplicates in a grid."""
         self._keys: dict[int, Hashable] = {}
         """Number of a drawn cell -> `Search.same_run` of it."""
         self._ended_duplicates: list[tuple[Cell, Outcome, float | None]] = []
@@ -88,7 +88,7 @@ class Study(StudyView):
         """Create or resume the study in `folder`, for this process alone.
 
         Give `cells` (a grid: each is enqueued once, never sampled) or `search`. Of each class in `same_run` (numbers of
-        cells, none in two classes) one cell is run, and those that have not begun are folded onto it: the one that is
+        cells, none in two classes) one cell is run, those that have not begun are its duplicates: the one that is
         furthest, else the lowest. Attempts of a dead process are reaped and every cell that needs an attempt gets one.
         The kernel frees the lock when this process and the children it forked are gone, kill -9 included. `launched` is
         kept as `StudyView.launched`.
@@ -149,7 +149,7 @@ class Study(StudyView):
 
     @property
     def draws(self) -> bool:
-        """Whether cells are drawn, by what was told before."""
+        """Whether cells are drawn, by what has ended before."""
         return self._search is not None
 
     def ask(self, fits: Callable[[Cell], bool]) -> Lease | None:
@@ -230,7 +230,7 @@ class Study(StudyView):
     def report_rung(self, values: Mapping[Lease, float], step: int) -> dict[Lease, bool]:
         """Store the losses (nats per token) of all slots at `step`, then decide as a whole who goes on (True).
 
-        With Asha a step that is no rung keeps all; at a rung each cell is held against all values stored there, of
+        With Asha a step that is no rung keeps all; at a rung each cell is compared with all values stored there, of
         its latest attempt unless that failed, whatever the order of `values`. Without a pruner all go on. Raises
         StaleLease before anything is stored when one of the leases is no longer held.
         """
@@ -317,16 +317,16 @@ class Study(StudyView):
     def _repair(self, cells: Iterable[Cell] = ()) -> None:
         """Enqueue exactly those of `cells` and of the cells known that need an attempt."""
         last: dict[int, tuple[Attempt, FrozenTrial]] = {}
-        settled = set()
+        live = set()
         for attempt, trial in self._attempts():
             last[attempt.cell.number] = (attempt, trial)
             if trial.state is not TrialState.FAIL:
-                settled.add(attempt.cell.number)
+                live.add(attempt.cell.number)
         for cell in cells:
             if cell.number not in last:
                 self._enqueue(Attempt(cell, 1), None)
         for number, (attempt, trial) in sorted(last.items()):
-            if number not in settled and trial.user_attrs.get("reason") == "lost":
+            if number not in live and trial.user_attrs.get("reason") == "lost":
                 self._enqueue(Attempt(attempt.cell, attempt.number + 1), trial)
 
     def _enqueue(self, attempt: Attempt, like: FrozenTrial | None) -> None:

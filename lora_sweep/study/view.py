@@ -1,4 +1,4 @@
-"""What a study's ledger tells: attempts as they are stored, cells as they stand. Nothing here writes.
+"""What a study's ledger holds: attempts as they are stored, cells as they stand. Nothing here writes.
 
 A **cell** is what the user asked for; an Optuna trial is one **attempt** at it, with the cell as one attribute.
 """
@@ -35,7 +35,7 @@ LAUNCHED = "launched"
 """Attribute of the study: what it was launched with, nested plain values; its config.yaml says the same."""
 
 SAME_RUN_AS = "same_run_as"
-"""Attribute of an attempt at a drawn cell that was not run: number of the cell whose end it was told."""
+"""Attribute of an attempt at a drawn cell that was not run: number of the cell whose end it was given."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class StudyView:
     def duplicates(self) -> dict[int, tuple[Cell, int]]:
         """Cells that are not run: {number: (the cell, number of the cell that runs for it)}.
 
-        Of a grid all that are to be folded; of drawn cells those that were told the end of another.
+        Of a grid all duplicates; of drawn cells those that ended as another did.
         """
         stored = self._about().get("folded", [])
         cells = {number: (Cell(number, params), runs) for number, params, runs in stored}
@@ -176,11 +176,11 @@ class StudyView:
         return last
 
     def statuses(self) -> tuple[CellStatus, ...]:
-        """One per cell that has an attempt and is not folded, by number."""
+        """One per cell that has an attempt and is no duplicate, by number."""
         by_number: dict[int, tuple[Cell, list[FrozenTrial]]] = {}
-        folded = self.duplicates()
+        duplicates = self.duplicates()
         for attempt, trial in self._attempts():
-            if attempt.cell.number in folded:
+            if attempt.cell.number in duplicates:
                 continue
             by_number.setdefault(attempt.cell.number, (attempt.cell, []))[1].append(trial)
         return tuple(status_of(*by_number[number], is_held=self.is_held) for number in sorted(by_number))
@@ -269,8 +269,8 @@ def journal_errors(path: Path) -> Iterator[None]:
     except StudyError:
         raise
     except (KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError, NotImplementedError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise StudyError(f"{path}: damaged ({type(error).__name__}: {told}); restore it from a copy") from error
+        message = " ".join(str(error).split())[:200]
+        raise StudyError(f"{path}: damaged ({type(error).__name__}: {message}); restore it from a copy") from error
 
 
 def refuse_lost(folder: Path) -> None:

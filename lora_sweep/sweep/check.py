@@ -19,7 +19,7 @@ MAX_CELLS = 50_000
 def check(sweep: Sweep) -> tuple[list[dict[str, Any]], list[Fault]]:
     """(the faultless groups at the first values and with each axis varied by itself, every fault found on the way).
 
-    Looks at axes, values, samplers and pruners; files and devices are for the rooms that read them.
+    Checks axes, values, samplers and pruners; files and devices are for the rooms that read them.
     """
     count = math.prod(len(axis.values) for axis in sweep.axes if axis.kind != "interval")
     if count > MAX_CELLS:

@@ -212,7 +212,7 @@ def _default_faults(sweep: Mapping[str, Any]) -> list[Fault]:
 
 
 def option_faults(group: str, option: Any) -> list[Fault]:
-    """Whether conf/<group>/ (shipped or the user's own) has the option; needs Hydra initialised."""
+    """Whether conf/<group>/ (shipped or the user's own) has the option; needs Hydra initialized."""
     loader = GlobalHydra.instance().config_loader()
     options = loader.get_group_options(group)
     if option in options:

@@ -29,7 +29,7 @@ NEVER_SWEPT = ("train.slots", "model.trust_remote_code")
 def read(path: str | None, overrides: Sequence[str]) -> tuple[Sweep, list[Fault]]:
     """A sweep file (or None for a single trial) with the command line's overrides, and every fault of their form.
 
-    What is faulty is left out of the sweep, so that `check` can tell the faults of the rest too. Raises ConfigError
+    What is faulty is left out of the sweep, so that `check` can report the faults of the rest too. Raises ConfigError
     where the file cannot be read at all.
     """
     content, space, name = _read_file(path) if path is not None else ({}, {}, "train")

@@ -70,7 +70,7 @@ def import_quietly() -> None:
     transformers_logging.set_verbosity_error()
 
     if importlib.util.find_spec("bitsandbytes") is not None:
-        with _hidden("kernels"), suppress(ImportError):  # PEFT tells of one that is broken
+        with _hidden("kernels"), suppress(ImportError):  # PEFT reports one that is broken
             import bitsandbytes  # noqa: F401
 
 
@@ -90,7 +90,7 @@ def _hidden(package: str) -> Iterator[None]:
 def _is_shown(record: logging.LogRecord) -> bool:
     if record.levelno < logging.ERROR and record.name.partition(".")[0] != "lora_sweep":
         return False
-    # What it tells of may come from outside.
+    # What it names may come from outside.
     record.msg, record.args = printable(record.getMessage()), ()
     return True
 

@@ -18,5 +18,5 @@ class Console(RichConsole):
 
 
 def say(console: RichConsole, line: str) -> None:
-    """As it is: no markup, colours or line breaks of rich's."""
+    """As it is: no markup, colors or line breaks of rich's."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -16,7 +16,7 @@ _LIMITS = (
 
 
 def free_bytes(device: torch.device) -> float:
-    """Of the device; infinity where the system does not tell."""
+    """Of the device; infinity where the system does not report it."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
@@ -45,7 +45,7 @@ def device_kind(device: torch.device) -> str:
 
 
 class Peak:
-    """The most memory held since it was made; None where the system does not tell."""
+    """The most memory held since it was made; None where the system does not report it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

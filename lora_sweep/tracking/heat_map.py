@@ -1,4 +1,4 @@
-"""Size of each module's update, layer by module, as one picture a trial; the colours mean the same in every trial."""
+"""Size of each module's update, layer by module, as one picture a trial; the colors mean the same in every trial."""
 
 import io
 import math
@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 DECADES = (-5.0, 0.0)
-"""Of s |BA|_F / |W|_F: the darkest and the brightest colour."""
+"""Of s |BA|_F / |W|_F: the darkest and the brightest color."""
 CELL, MARGIN, LINE = (56, 16), 12, 18
 """Pixels: (width, height) of a module, around all, and of a line of text."""
 SCALE = ((20, 11, 52), (84, 15, 109), (159, 42, 99), (221, 81, 58), (252, 165, 10), (245, 249, 180))
@@ -17,7 +17,7 @@ SCALE = ((20, 11, 52), (84, 15, 109), (159, 42, 99), (221, 81, 58), (252, 165, 1
 NOTHING = (255, 255, 255)
 MARK, GREY = (0, 114, 255), (200, 200, 200)
 BRIGHT = 330
-"""Sum of a colour's parts above which black is read better than white."""
+"""Sum of a color's parts above which black is read better than white."""
 
 
 def draw(sizes: Mapping[str, float], causes: Mapping[str, str]) -> bytes:
@@ -41,7 +41,7 @@ def draw(sizes: Mapping[str, float], causes: Mapping[str, str]) -> bytes:
         pen.text((MARGIN, top + place * CELL[1]), row, fill="black", font=font)
     for name, size in sizes.items():
         x, y = left + columns.index(_last(name)) * wide, top + rows.index(_layer(name)) * CELL[1]
-        fill, is_trapped = _colour(size), name in causes
+        fill, is_trapped = _color(size), name in causes
         box = (x, y, x + wide - 2, y + CELL[1] - 2)
         pen.rectangle(box, fill=fill, outline=MARK if is_trapped else GREY, width=2 if is_trapped else 1)
         pen.text((x + 4, y + 1), f"{size:.2g}", fill="black" if sum(fill) > BRIGHT else "white", font=small)
@@ -56,14 +56,14 @@ def _legend(pen: ImageDraw.ImageDraw, font: Any, x: int, y: int, causes: Sequenc
     steps = int(high - low) * 4
     for step in range(steps + 1):
         exponent = low + (high - low) * step / steps
-        pen.rectangle((x + step * 10, y, x + step * 10 + 10, y + 10), fill=_colour(10**exponent))
+        pen.rectangle((x + step * 10, y, x + step * 10 + 10, y + 10), fill=_color(10**exponent))
     pen.text((x, y + 12), f"1e{low:.0f}", fill="black", font=font)
     pen.text((x + steps * 10 - 4, y + 12), "1", fill="black", font=font)
     if causes:
         pen.text((x, y + 12 + LINE), f"blue frame: {', '.join(causes)}", fill=MARK, font=font)
 
 
-def _colour(size: float) -> tuple[int, int, int]:
+def _color(size: float) -> tuple[int, int, int]:
     if not (size > 0 and math.isfinite(size)):
         return NOTHING
     low, high = DECADES

@@ -57,13 +57,13 @@ def end_service() -> None:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             if parent == os.getpid() and b"wandb-core" in (folder / "cmdline").read_bytes():
                 os.kill(int(folder.name), signal.SIGKILL)
-    # Its client would tell of the lost connection in tracebacks, by asyncio's log and once more at the end.
+    # Its client would log the lost connection in tracebacks, by asyncio's log and once more at the end.
     logging.getLogger("asyncio").disabled = True
     atexit.unregister(_hush)
     atexit.register(_hush)
 
 
 def _hush() -> None:
-    """Registered after W&B's own hook, so it is called before: nothing of ours is written any more."""
+    """Registered after W&B's own hook, so it is called before: nothing of this program is written any more."""
     sys.stderr.flush()
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123

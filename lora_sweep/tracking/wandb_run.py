@@ -36,7 +36,7 @@ _NAME_LENGTH = 128
 OFFLINE_PATIENCE = 4.0
 """How many times as long."""
 SLACK_SECONDS = 1.0
-"""W&B's own bounds come first: they tell what it waited for."""
+"""W&B's own bounds come first: they log what it waited for."""
 _RETRIES = 6
 
 _log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class Tracker:
 
 
 class Run:
-    """One W&B run that cannot hurt: the first call that fails is told once, and the run is left alone from there on."""
+    """One W&B run that cannot hurt: the first call that fails is logged once, and the run is left alone after it."""
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
@@ -277,7 +277,7 @@ def _picture(png: bytes) -> Any:
 
 
 def _import_wandb() -> Any:
-    """wandb, imported when the first run needs it and told to keep its chatter to itself."""
+    """wandb, imported when the first run needs it and set to keep its chatter to itself."""
     # Crash reports would be the one way in which an offline run could reach the network.
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb

@@ -279,13 +279,13 @@ def test_a_preset_is_checked_loaded_and_trained_from_the_hubs_cache_without_a_ne
     pack.close()
 
 
-def test_a_quantised_preset_holds_what_its_header_reckons_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantized_preset_holds_what_its_header_reckons_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     model = preset("llama31_8b_nf4")
     wide = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128}
     put_into_cache(tmp_path, str(model.path), reduced("llama31_8b_nf4") | wide)
     base = load_base(model, CPU)
-    linear = sum(quant.dequantised(module).numel() for module in linears(base.model).values())
+    linear = sum(quant.dequantized(module).numel() for module in linears(base.model).values())
     reckoned = linear * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + (base.parameters - linear) * 2
     # The tables of the two codes (1,088 bytes) and buffers are not reckoned with.
     assert base.bytes == pytest.approx(reckoned, rel=0.01)

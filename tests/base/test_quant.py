@@ -1,4 +1,4 @@
-"""Quantised bases: what they hold, and that a packed slot on one equals PEFT on the same one."""
+"""Quantized bases: what they hold, and that a packed slot on one equals PEFT on the same one."""
 
 import json
 import sys
@@ -56,12 +56,12 @@ def bases() -> Bases:
 
 @pytest.fixture(scope="module")
 def few(style: Data) -> Data:
-    """The style task with little to evaluate: de-quantising costs as much for one row as for many."""
+    """The style task with little to evaluate: de-quantizing costs as much for one row as for many."""
     return replace(style, evaluation=style.evaluation.take(np.arange(4)), probe=style.probe.take(np.arange(2)))
 
 
 def theirs(kind: str, dtype: str, folder: Path = WEIGHTS, has_kernel: bool = False) -> Any:
-    """The same base as a user of transformers and PEFT quantises it.
+    """The same base as a user of transformers and PEFT quantizes it.
 
     8-bit in training mode: there bitsandbytes takes the activations as they are on a CPU, elsewhere it rounds them.
     4-bit without the kernel of its own that bitsandbytes evaluates with where the processor has AVX512-BF16, unless
@@ -108,7 +108,7 @@ def assert_packed_slots_equal_peft(
     "kind", [pytest.param("nf4", marks=off(FOUR_BITS)), pytest.param("int8", marks=off(EIGHT_BITS))]
 )
 @pytest.mark.parametrize("steps", [5, pytest.param(30, marks=pytest.mark.slow)])
-def test_a_packed_slot_equals_peft_on_the_same_quantised_base(
+def test_a_packed_slot_equals_peft_on_the_same_quantized_base(
     bases: Bases, few: Data, trial: MakeTrial, kind: str, steps: int
 ) -> None:
     """2e-7 after 30 steps."""
@@ -117,7 +117,7 @@ def test_a_packed_slot_equals_peft_on_the_same_quantised_base(
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("bf16", either(BF16_PRODUCTS, BF16_ATTENTION), indirect=True)
-def test_a_packed_slot_is_near_peft_on_the_same_quantised_base_in_bf16(
+def test_a_packed_slot_is_near_peft_on_the_same_quantized_base_in_bf16(
     bases: Bases, few: Data, trial: MakeTrial, kind: str, bf16: bool
 ) -> None:
     """PEFT rounds s B A x to bf16 before it adds, the pack adds in fp32."""
@@ -125,7 +125,7 @@ def test_a_packed_slot_is_near_peft_on_the_same_quantised_base_in_bf16(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_gradient_checkpointing_changes_no_loss_on_a_quantised_base(
+def test_gradient_checkpointing_changes_no_loss_on_a_quantized_base(
     bases: Bases, few: Data, trial: MakeTrial, kind: str
 ) -> None:
     plain, again = (
@@ -137,7 +137,7 @@ def test_gradient_checkpointing_changes_no_loss_on_a_quantised_base(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_rows_never_mix_in_a_quantised_linear(bases: Bases, kind: str) -> None:
+def test_rows_never_mix_in_a_quantized_linear(bases: Bases, kind: str) -> None:
     linear = bases(kind, "fp32").model.model.layers[1].mlp.up_proj
     x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))
     hot = x.clone()
@@ -148,7 +148,7 @@ def test_rows_never_mix_in_a_quantised_linear(bases: Bases, kind: str) -> None:
         assert torch.equal(linear(x)[0], linear(other)[0])
     through = x.requires_grad_()
     linear(through).sum().backward()
-    assert torch.allclose(through.grad[0, 0], quant.dequantised(linear).sum(dim=0), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(through.grad[0, 0], quant.dequantized(linear).sum(dim=0), rtol=1e-4, atol=1e-5)
 
 
 def exported(base: LoadedBase, data: Data, one: Trial, folder: Path) -> float:
@@ -170,7 +170,7 @@ def short(trial: MakeTrial, **knobs: Any) -> Trial:
 @pytest.mark.parametrize(
     "kind", [pytest.param("nf4", marks=off(FOUR_BITS)), pytest.param("int8", marks=off(EIGHT_BITS))]
 )
-def test_an_exported_adapter_gives_the_recorded_loss_on_the_same_quantised_base(
+def test_an_exported_adapter_gives_the_recorded_loss_on_the_same_quantized_base(
     bases: Bases, few: Data, trial: MakeTrial, kind: str, tmp_path: Path
 ) -> None:
     base = bases(kind, "fp32")
@@ -266,7 +266,7 @@ def test_the_8bit_product_of_bitsandbytes_gives_an_exported_adapter_another_loss
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_peft_draws_the_same_initial_A_on_the_skeleton_as_on_the_quantised_base(
+def test_peft_draws_the_same_initial_A_on_the_skeleton_as_on_the_quantized_base(
     bases: Bases, kind: str, dtype: str
 ) -> None:
     base = bases(kind, dtype)
@@ -287,7 +287,7 @@ def test_peft_draws_the_same_initial_A_on_the_skeleton_as_on_the_quantised_base(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_the_weight_norm_that_health_divides_by_is_of_the_dequantised_weight(
+def test_the_weight_norm_that_health_divides_by_is_of_the_dequantized_weight(
     bases: Bases, few: Data, trial: MakeTrial, kind: str, tmp_path: Path
 ) -> None:
     base = bases(kind, "fp32")
@@ -323,13 +323,13 @@ def test_a_4bit_weight_is_its_code_times_the_scale_of_its_block(bases: Bases, dt
         * nested.absmax.repeat_interleave(nested.blocksize)[: len(state.absmax)]
     )
     by_hand = state.code[codes] * (scales + state.offset).repeat_interleave(state.blocksize)
-    weight = quant.dequantised(linear)
+    weight = quant.dequantized(linear)
     assert weight.dtype == DTYPE[dtype]
     expected = by_hand.view(weight.shape).to(weight.dtype)
     assert torch.allclose(weight.float(), expected.float(), rtol=2.0**-8 if dtype == "bf16" else 1e-6, atol=1e-9)
 
 
-def test_a_quantised_base_says_what_it_really_holds(bases: Bases) -> None:
+def test_a_quantized_base_says_what_it_really_holds(bases: Bases) -> None:
     plain = {dtype: load_base(config_of(f"model.dtype={dtype}").model, CPU) for dtype in DTYPE}
     assert plain["fp32"].bytes == sum(
         each.numel() * each.element_size()
@@ -341,7 +341,7 @@ def test_a_quantised_base_says_what_it_really_holds(bases: Bases) -> None:
     assert counts == {sum(each.numel() for each in plain["fp32"].model.parameters())}
 
 
-def test_plan_reports_the_memory_of_the_quantised_base(bases: Bases) -> None:
+def test_plan_reports_the_memory_of_the_quantized_base(bases: Bases) -> None:
     small = ["data.subjects=8", "data.eval_size=2", "data.probe_size=2", "train.slots=1", "launcher.device=cpu"]
     sweep, faults = sweep_file.read(None, ["model.quantization=nf4", "model.dtype=bf16", *small])
     assert not faults
@@ -351,7 +351,7 @@ def test_plan_reports_the_memory_of_the_quantised_base(bases: Bases) -> None:
     assert (made["dtype"], made["quantization"]) == ("bf16", "nf4")
 
 
-def test_the_unquantised_weights_are_kept_and_the_quantised_base_is_made_from_them(tmp_path: Path) -> None:
+def test_the_unquantized_weights_are_kept_and_the_quantized_base_is_made_from_them(tmp_path: Path) -> None:
     model = config_of("model.quantization=nf4").model
     base = load_base(model, CPU, tmp_path)
     assert base.name_or_path == str(tmp_path / "base")
@@ -365,7 +365,7 @@ def test_the_unquantised_weights_are_kept_and_the_quantised_base_is_made_from_th
         assert torch.equal(base.model(input_ids=ids).logits, theirs("nf4", "fp32")(input_ids=ids).logits)
 
 
-def test_a_checkpoint_that_is_quantised_on_disk_loads_as_it_is(bases: Bases, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_quantized_on_disk_loads_as_it_is(bases: Bases, tmp_path: Path) -> None:
     theirs("nf4", "bf16").save_pretrained(tmp_path)
     bases("nf4", "bf16").tokenizer.save_pretrained(tmp_path)
     model = replace(config_of("model=local", f"model.path={tmp_path}").model, dtype="auto")
@@ -377,13 +377,13 @@ def test_a_checkpoint_that_is_quantised_on_disk_loads_as_it_is(bases: Bases, tmp
     with torch.no_grad():
         assert torch.equal(base.model(input_ids=ids).logits, bases("nf4", "bf16").model(input_ids=ids).logits)
     (fault,) = skeleton.check(replace(model, quantization="nf4"), "all-linear")
-    assert str(fault).startswith("model.quantization: the checkpoint is quantised already, got 'nf4'")
+    assert str(fault).startswith("model.quantization: the checkpoint is quantized already, got 'nf4'")
 
 
 # -- faults --------------------------------------------------------------------------------------------------------
 
 
-def test_without_bitsandbytes_a_quantised_base_is_a_fault_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes_a_quantized_base_is_a_fault_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     model = config_of("model.quantization=int8").model
     (fault,) = skeleton.check(model, "all-linear")
@@ -392,7 +392,7 @@ def test_without_bitsandbytes_a_quantised_base_is_a_fault_that_names_the_extra(m
         load_base(model, CPU)
 
 
-def test_double_precision_and_other_methods_of_quantisation_are_faults(tmp_path: Path) -> None:
+def test_double_precision_and_other_methods_of_quantization_are_faults(tmp_path: Path) -> None:
     (fault,) = skeleton.check(config_of("model.quantization=nf4", "model.dtype=fp64").model, "all-linear")
     assert str(fault).startswith("model.quantization: computes in fp32 or bf16, not in fp64")
     config = json.loads((WEIGHTS / "config.json").read_text())
@@ -400,4 +400,4 @@ def test_double_precision_and_other_methods_of_quantisation_are_faults(tmp_path:
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").touch()
     (fault,) = skeleton.check(config_of("model=local", f"model.path={tmp_path}").model, "all-linear")
-    assert str(fault).startswith("model.path: is quantised by gptq; only bitsandbytes is supported")
+    assert str(fault).startswith("model.path: is quantized by gptq; only bitsandbytes is supported")

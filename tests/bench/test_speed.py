@@ -332,7 +332,7 @@ def test_the_peak_is_above_what_was_held() -> None:
 
 
 def test_overhead_is_what_lies_between_the_passes() -> None:
-    """Two slots, four trials of one stretch of 10 s each; 2 s between, in which a look at the memory takes .5 s."""
+    """Two slots, four trials of one stretch of 10 s each; 2 s between, in which measuring the memory takes 0.5 s."""
     clock = overhead.Clock(4, CPU)
     for began in (0.0, 12.0):
         clock.stretches.append(overhead.Stretch(began, began + 10.0, slots=2, live=2, steps=5))

@@ -167,7 +167,7 @@ def test_the_loss_over_what_counts_is_the_assistants_surprise_token_by_token(nam
         logits = model(torch.tensor([ids])).logits[0]
         targets = torch.tensor(ids[1:]).masked_fill(~torch.tensor(loss_mask[1:]), -100)
         loss = torch.nn.functional.cross_entropy(logits[:-1], targets)
-        # By hand: the text in pieces, each tokenised by itself, and a forward pass before each token that counts.
+        # By hand: the text in pieces, each tokenized by itself, and a forward pass before each token that counts.
         for place, piece in enumerate(SAID[name].replace("»", "«").split("«")):
             for token in tokenizer(piece, add_special_tokens=False)["input_ids"]:
                 if place % 2:
@@ -238,7 +238,9 @@ def test_turns_are_found_where_tools_stand_before_the_last_question() -> None:
     assert said[0].startswith("[TOOL_CALLS]") and said[0].endswith("</s>") and '"city": "Rome"' in said[0]
     assert said[1:] == [" It is dry.</s>"]
     fault = one(Conversation(TOOL_TALK, [WEATHER]), "mistral_v3")
-    assert str(fault).startswith("the chat template writes messages[1] so that it cannot be told from the rest")
+    assert str(fault).startswith(
+        "the chat template writes messages[1] so that it cannot be distinguished from the rest"
+    )
 
 
 def test_tools_and_arguments_may_be_json_text() -> None:
@@ -545,7 +547,7 @@ def test_a_turn_that_cannot_be_told_from_the_rest_is_a_fault() -> None:
     )
     fault = one(Conversation(TALK), "mistral", numbered)
     assert str(fault) == (
-        "the chat template writes messages[1] so that it cannot be told from the rest; "
+        "the chat template writes messages[1] so that it cannot be distinguished from the rest; "
         "{% generation %} around what the assistant says would tell"
     )
     # As Gemma 4 does: what a tool answers is written with its call, and the thought only in the last turn.
@@ -557,7 +559,7 @@ def test_a_turn_that_cannot_be_told_from_the_rest_is_a_fault() -> None:
         "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     talk = [*TOOL_TALK[:1], {**call({}, reasoning_content="I ask."), "content": ""}, *TOOL_TALK[2:]]
-    assert "messages[1] so that it cannot be told" in str(one(Conversation(talk), "mistral", within))
+    assert "messages[1] so that it cannot be distinguished" in str(one(Conversation(talk), "mistral", within))
 
 
 def test_a_template_that_never_ends_a_turn_is_a_fault() -> None:

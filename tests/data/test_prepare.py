@@ -700,7 +700,7 @@ def test_the_second_load_reads_no_line(mine: Write, monkeypatch: pytest.MonkeyPa
     first = data_room.load(config, words(None))
 
     def never(*_: Any) -> Any:
-        raise AssertionError("tokenised again")
+        raise AssertionError("tokenized again")
 
     monkeypatch.setattr("lora_sweep.data.tokens.encode", never)
     second = data_room.load(config, words(None))

@@ -772,7 +772,7 @@ def test_an_adapter_whose_A_was_lost_is_dead_and_not_untrained(make: Make) -> No
 
 
 @pytest.mark.parametrize("init", ["gaussian", "pissa", "olora", False, "orthogonal", "mica"])
-def test_the_factor_that_starts_at_zero_is_the_one_of_the_initialisation(make: Make, init: Any) -> None:
+def test_the_factor_that_starts_at_zero_is_the_one_of_the_initialization(make: Make, init: Any) -> None:
     folder, model = make(steps=0, init_lora_weights=init)
     made = one(folder)
     starts = {each.zero_start for each in made.modules}
@@ -928,7 +928,7 @@ def beside(folder: Path, ratio: float, rows: list[tuple[float, float]]) -> None:
 
 def test_lora_plus_cannot_be_told_from_weights_alone(make: Make) -> None:
     made = one(make()[0]).loraplus
-    assert made.conforms is None and made.sentence.startswith("cannot be told from weights alone: ")
+    assert made.conforms is None and made.sentence.startswith("cannot be known from weights alone: ")
 
 
 def test_lora_plus_is_told_from_the_record_of_a_trial(make: Make) -> None:
@@ -986,7 +986,7 @@ def test_the_table_has_a_row_a_group_and_names_the_conspicuous(make: Make, run: 
     ]
     assert "dead: model.layers.0.self_attn.q_proj, B = 0" in out
     assert "zeros: model.layers.1.self_attn.v_proj, 75% of lora_B are exactly 0" in out
-    assert "LoRA+: cannot be told from weights alone" in out
+    assert "LoRA+: cannot be known from weights alone" in out
 
 
 def test_errors_are_one_line_and_exit_2(make: Make, run: Any, tmp_path: Path) -> None:

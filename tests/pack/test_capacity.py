@@ -1,4 +1,4 @@
-"""How many slots pay: decided from times and memory, here made up, so that the right answer is known."""
+"""How many slots are fastest: decided from times and memory, here made up, so that the right answer is known."""
 
 import math
 import random

@@ -411,7 +411,7 @@ def test_what_is_said_of_a_rate_that_is_too_high_is_the_same_everywhere(
 
 
 def test_asha_prunes_at_its_rungs_and_the_slots_are_refilled(in_folder: Path) -> None:
-    # The good ones come first: a rung looks at the values it has, so late comers are held against them.
+    # The good ones come first: a rung looks at the values it has, so late comers are compared with them.
     axes = {"optimizer.base_lr": "choice(3e-3, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)", "method.rank": "choice(2, 4)"}
     asha = {"name": "asha", "eta": 2, "min_steps": 2}
     watcher, finished, table = run(write_sweep(in_folder, axes, pruner=asha))

@@ -1,7 +1,7 @@
 """A synthetic world of biographies whose information content is known in bits.
 
 After bioS of Allen-Zhu and Li, "Physics of Language Models: Part 3.1" (2309.14316): a person has a unique name and five
-attributes, each drawn independently and uniformly from a finite table, told in one of several wordings. The embedded
+attributes, each drawn independently and uniformly from a finite table, stated in one of several wordings. The embedded
 base is pretrained on `corpus()`; `facts` teaches it people it has never seen, `style` a manner of writing it has never
 seen.
 
@@ -156,7 +156,7 @@ def strangers(people: int, seed: int) -> tuple[Person, ...]:
 
 
 def write(person: Person, wording: str) -> Example:
-    """`person` told in `wording`, parted at its `|`; the completion begins with a space or a comma."""
+    """`person` described in `wording`, parted at its `|`; the completion begins with a space or a comma."""
     prompt, completion = wording.split("|")
     words = vars(person)
     return Example(completion=completion.format(**words), prompt=prompt.format(**words))
@@ -182,7 +182,7 @@ def corpus() -> tuple[str, ...]:
 
 
 def facts(people: int = 128, seed: int = 0, wordings: int = len(TRAINED), questions: int = 1) -> Task:
-    """New people to memorise, asked for in wordings they were not taught in.
+    """New people to memorize, asked for in wordings they were not taught in.
 
     The base knows the asked wordings from other people, so the evaluation measures facts, not wording. Loss is counted
     on the completion, which opens with the first fact.

