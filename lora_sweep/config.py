@@ -45,6 +45,7 @@ class ModelConfig:
     __pydantic_config__ = _FORBID
 
     name: Name
+    """Of the preset, for tables and W&B."""
     path: Text | None
     """Hub id, checkpoint folder or .gguf file; `embedded:tiny` is the base in the package, `package:NAME/FILE` a file
     in an installed Python package."""
@@ -57,6 +58,7 @@ class ModelConfig:
     """Of the weights of the base's linears, but for the output layer, by bitsandbytes (extra `quant`); activations and
     what is computed with them are in `dtype`."""
     attn_implementation: Literal["sdpa", "eager"]
+    """transformers' attention: sdpa, or eager where an architecture has no other."""
     trust_remote_code: bool
     """Runs code that lies beside the checkpoint; heard on the command line only, never from a file."""
 
@@ -66,6 +68,7 @@ class DataConfig:
     __pydantic_config__ = _FORBID
 
     name: Literal["facts", "style", "real_facts", "files", "hub"]
+    """Where examples come from: an embedded task, files of your own, or a data set of the hub."""
     path: Text | None
     """`files`: a file (.jsonl, .json, .csv, .parquet, .arrow, .txt) or a folder of them. `hub`: a data set's id."""
     subset: Text | None
@@ -79,6 +82,7 @@ class DataConfig:
     eval_split: Text | None
     """Of a hub data set: the one to evaluate on; null: a share of `split`."""
     eval_share: InnerShare
+    """Of the training examples, held out where no evaluation data is given."""
     columns: dict[str, str]
     """The data's own names for `text`, `prompt`, `completion` or `messages`, e.g. `{prompt: question}`."""
     chat_template: Text | None
@@ -106,10 +110,13 @@ class MethodConfig:
     __pydantic_config__ = _FORBID
 
     name: Literal["lora"]
+    """The kind of adapter."""
     rank: Count
+    """Rows of A and columns of B: the largest rank that the update can have."""
     alpha: Positive
     """scaling = alpha / rank, with rsLoRA alpha / sqrt(rank)."""
     use_rslora: bool
+    """Whether scaling divides alpha by the root of the rank (2312.03732) and not by the rank."""
     dropout: Share
     """Probability of dropping an element of the adapter's input."""
     target_modules: Any
@@ -133,9 +140,11 @@ class OptimizerConfig:
     optim: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd"]
     """What steps the groups; 8 bits of state and paging by bitsandbytes (extra `quant`; paging needs a GPU)."""
     beta1: Share
-    """Of AdamW, as are beta2 and eps."""
+    """Decay of AdamW's first moment, a step."""
     beta2: Share
+    """Decay of AdamW's second moment, a step."""
     eps: Positive
+    """What AdamW adds to the root of the second moment."""
     momentum: Share
     """Of SGD."""
     eps_rule: Literal["torch", "scaled"]
@@ -161,6 +170,7 @@ class TrainConfig:
     eval_batch_size: Count
     """Evaluation examples a forward pass of one trial."""
     warmup_steps: Whole
+    """Optimizer steps in which the learning rates rise from 0 to their top."""
     schedule: Literal["constant", "linear", "cosine"]
     """Factor on every group's lr after the warm-up; linear and cosine end at 0."""
     max_grad_norm: Positive | None
@@ -182,6 +192,7 @@ class SamplerConfig:
     __pydantic_config__ = _FORBID
 
     name: Literal["grid", "optuna"]
+    """grid runs every cell of the grid; optuna draws cells."""
     n_trials: Count | None
     """Cells to draw; null for a grid, which runs all its cells."""
     instance: dict[str, Any] | None
@@ -193,6 +204,7 @@ class PrunerConfig:
     __pydantic_config__ = _FORBID
 
     name: Literal["none", "asha", "optuna"]
+    """none trains every cell to its end; asha and optuna stop some at their evaluations."""
     eta: Several | None
     """ASHA: one in eta goes on at each rung."""
     min_steps: Count | None
@@ -206,10 +218,15 @@ class TrackerConfig:
     __pydantic_config__ = _FORBID
 
     name: Literal["wandb", "none"]
+    """wandb makes one run a trial beside the record on disk; none makes none."""
     mode: Literal["offline", "online"]
+    """offline keeps runs on disk until `wandb sync`; online sends them as trials train."""
     project: Name
+    """Of W&B."""
     entity: Text | None
+    """W&B user or team; null: the account's default."""
     tags: list[str]
+    """Of every run, beside the flags."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +234,9 @@ class LauncherConfig:
     __pydantic_config__ = _FORBID
 
     name: Literal["local"]
+    """Where trials train: local is this machine."""
     device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    """auto: a GPU where there is one, else the CPU."""
     threads: Count | None
     """CPU threads of torch; null: as many as torch takes."""
 

@@ -54,6 +54,10 @@ class LoadedBase:
 def load(model: ModelConfig, device: torch.device, keep_in: Path | None = None) -> LoadedBase:
     """Loads the base frozen, in eval mode.
 
+    >>> base = load(sweep.base().model, torch.device("cpu"))
+    >>> base.parameters, base.dtype
+    (922752, torch.float32)
+
     A base that is reachable by no name (embedded, GGUF) is written once, un-quantized, as safetensors to `keep_in`, so
     that an adapter's `base_model_name_or_path` loads it. Raises ConfigError where it cannot be read.
     """

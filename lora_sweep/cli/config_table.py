@@ -30,7 +30,7 @@ class Key:
     """One key of the configuration.
 
     >>> keys("method")[1]
-    Key(name='method.rank', default='8', bound='a whole number, at least 1', description='Of A and B.')
+    Key(name='method.rank', default='8', bound='a whole number, at least 1', description='Rows of A...')
     """
 
     name: str

@@ -147,7 +147,12 @@ def _head(path: str) -> Iterator[Row]:
 
 
 def load(data: DataConfig, tokenizer: Any, progress: Progress = silent) -> Data:
-    """Reads, splits and tokenizes, or maps what was prepared before. Raises ConfigError with all faults of the data."""
+    """Reads, splits and tokenizes, or maps what was prepared before. Raises ConfigError with all faults of the data.
+
+    >>> data = load(sweep.base().data, base.tokenizer)
+    >>> data.evaluation.examples, data.probe.examples
+    (48, 24)
+    """
     if data.name in USER_DATA:
         train, evaluation, report = _user_data(data, tokenizer, progress)
         bits = 0.0

@@ -54,7 +54,16 @@ def never() -> bool:
 
 
 class Pack:
-    """Slots on one base and one data set. Close it to get the base back as it was."""
+    """Slots on one base and one data set. Close it to get the base back as it was.
+
+    >>> trials = [Trial.of(cell, sweep.config(cell)) for cell in sweep.cells()[:2]]
+    >>> pack = Pack(base, data, Settings.of(trials[0]), bank_rank=4)
+    >>> [pack.admit(trial) for trial in trials]
+    [0, 1]
+    >>> [(each.cell, each.step, each.eval_loss < 6) for each in pack.advance()]
+    [(0, 12, True), (1, 12, True)]
+    >>> pack.close()
+    """
 
     def __init__(
         self,

@@ -31,6 +31,9 @@ def rows(view: StudyView, rules: HealthConfig | None = None) -> list[Row]:
 
     `rules`: by which trials are judged, where they are known: else those that the study was launched with. A duplicate
     has all from the cell that is run for it, which `same_run_as` names, but its own number and params.
+
+    >>> [(row["number"], row["state"], row["eval_loss"]) for row in rows(view)]
+    [(0, 'COMPLETE', 1.25), (1, 'WAITING', None)]
     """
     return StudyTable(view, rules).rows()
 

@@ -17,7 +17,7 @@ class GridRuns:
     """The runs of a grid.
 
     >>> GridRuns.of(sweep).count
-    10
+    24
     """
 
     classes: tuple[SameRun, ...]

@@ -49,7 +49,14 @@ from lora_sweep.system.disk import disk_errors, refuse_links
 
 
 class Study(StudyView):
-    """A study to work on. Make one with `Study.open`; use it as a context manager."""
+    """A study to work on. Make one with `Study.open`; use it as a context manager.
+
+    >>> with Study.open("outputs/example", name="example", cells=sweep.cells()[:2]) as study:
+    ...     lease = study.ask(lambda cell: True)
+    ...     study.report_rung({lease: 1.25}, step=12)[lease]
+    ...     study.tell(lease, "COMPLETE", 1.25)
+    True
+    """
 
     def __init__(
         self,

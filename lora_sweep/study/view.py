@@ -77,7 +77,12 @@ class Attempt(NamedTuple):
 
 
 class StudyView:
-    """What anybody may know about a study, also while another process works on it."""
+    """What anybody may know about a study, also while another process works on it.
+
+    >>> view = StudyView.read(Path("outputs/example"))
+    >>> [(status.cell.number, status.state, status.value) for status in view.statuses()]
+    [(0, 'COMPLETE', 1.25), (1, 'WAITING', None)]
+    """
 
     def __init__(self, folder: Path, storage: JournalStorage, name: str) -> None:
         self.folder = folder

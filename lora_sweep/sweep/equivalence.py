@@ -236,7 +236,15 @@ def run_key(config: Config, fold: Folding) -> Hashable:
 
 
 def classes(configs: Mapping[int, Config], fold: Fold) -> tuple[SameRun, ...]:
-    """{cell number: its configuration} in classes, by their lowest number; each cell is in one.
+    """The cells in classes of the same run, by their lowest number; each cell is in one.
+
+    Args:
+        configs: number of a cell -> its configuration.
+        fold: how equal the cells of a class are.
+
+    >>> found = classes({cell.number: sweep.config(cell) for cell in sweep.cells()}, "exact")
+    >>> len(found), found[1].cells, str(found[1].grade)
+    (24, (1,), 'bitwise')
 
     `exact`: only cells that are equal by algebra share a class; `near`: also those that eps or the rounding of a
     quantized base in fp32 tells apart, by no more than LARGEST_SIZE; `off`: none. A clip that may bind, the rounding of

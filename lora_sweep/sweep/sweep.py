@@ -19,7 +19,11 @@ from lora_sweep.sweep.cell_configs import CellConfigs
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file with its command line: what is asked, and how each cell becomes a trial's configuration."""
+    """A sweep file with its command line: what is asked, and how each cell becomes a trial's configuration.
+
+    >>> len(sweep.cells()), sweep.cells()[0].params["method.rank"], sweep.config(sweep.cells()[-1]).method.rank
+    (24, 2, 4)
+    """
 
     content: Mapping[str, Any]
     """The sweep file without `space`; empty for a single trial."""

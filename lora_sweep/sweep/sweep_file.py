@@ -29,8 +29,18 @@ NEVER_SWEPT = ("train.slots", "model.trust_remote_code")
 def read(path: str | None, overrides: Sequence[str]) -> tuple[Sweep, list[Fault]]:
     """A sweep file (or None for a single trial) with the command line's overrides, and every fault of their form.
 
-    What is faulty is left out of the sweep, so that `check` can report the faults of the rest too. Raises ConfigError
-    where the file cannot be read at all.
+    What is faulty is left out of the sweep, so that `check` can report the faults of the rest too.
+
+    Args:
+        path: a sweep file, or the name of a shipped one; None for a single trial.
+        overrides: of the command line, in Hydra's grammar.
+
+    Raises:
+        ConfigError: where the file cannot be read at all.
+
+    >>> sweep, faults = read("quickstart", ["method.rank=choice(2,4)", "method.alpha=8", "train.slots=2"])
+    >>> faults
+    []
     """
     content, space, name = _read_file(path) if path is not None else ({}, {}, "train")
     faults: list[Fault] = []
