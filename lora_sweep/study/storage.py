@@ -14,6 +14,7 @@ from lora_sweep.errors import StudyError
 from lora_sweep.records import Cell
 from lora_sweep.study.asha import Asha
 from lora_sweep.study.journal import Journal
+from lora_sweep.study.search import Search
 from lora_sweep.study.view import JOURNAL, Attempt, refuse_lost
 
 
@@ -40,8 +41,12 @@ def as_json(params: Mapping[str, Any]) -> str:
     return json.dumps(dict(params), sort_keys=True)
 
 
-def check_arguments(cells: Iterable[Cell] | None, pruner: Asha | BasePruner | None) -> tuple[Cell, ...] | None:
-    """The cells of a grid; None without one. Raises ValueError for cells or a pruner that make no sense."""
+def check_arguments(
+    cells: Iterable[Cell] | None, search: Search | None, pruner: Asha | BasePruner | None
+) -> tuple[Cell, ...] | None:
+    """The cells of a grid; None without one. Raises ValueError for arguments of `Study.open` that make no sense."""
+    if (cells is None) == (search is None):
+        raise ValueError("give either cells or search")
     grid = None if cells is None else tuple(cells)
     if grid is not None and not 0 < len(grid) == len({cell.number for cell in grid}):
         raise ValueError("cells must not be empty and every number must be there once")

@@ -6,8 +6,8 @@ which Optuna makes immutable. It never goes back: a lost attempt is told FAIL, r
 enqueued again. So whatever process dies wherever, one rule repairs the study: a cell needs an attempt iff none is
 live or finished and the last one, if any, was lost.
 
-Until leases have deadlines one process at a time works on a study (`Study.open`); anybody may look
-(`ledger.StudyView`). A `Study` serves one thread.
+Until leases have deadlines one process at a time works on a study (`Study.open`); anybody may read
+(`view.StudyView`). A `Study` serves one thread.
 """
 
 import json
@@ -105,9 +105,7 @@ class Study(StudyView):
         StorageUnavailable when the disk is full or gone; ValueError for arguments that make no sense. Nothing is
         written before the arguments are checked.
         """
-        if (cells is None) == (search is None):
-            raise ValueError("give either cells or search")
-        grid = check_arguments(cells, pruner)
+        grid = check_arguments(cells, search, pruner)
         if optuna.logging.get_verbosity() == logging.INFO:  # Its default: one line per study and trial on stderr.
             optuna.logging.set_verbosity(logging.WARNING)
         folder = Path(folder).absolute()
