@@ -122,7 +122,7 @@ class HealthSnapshot:
     sums_by_check: tuple[UpdateSums, ...]
     """(L,) sums up to each."""
     values: Mapping[str, NDArray[np.float64]]
-    """Metric (health.look.METRICS) -> (L, modules)."""
+    """Metric (health.measure.METRICS) -> (L, modules)."""
     sums: UpdateSums
     """Sums up to now."""
 

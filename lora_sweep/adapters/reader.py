@@ -117,8 +117,10 @@ def find(folder: Path) -> list[Path]:
 def read(folder: Path, allow_pickle: bool = False) -> Saved:
     """Reads a LoRA adapter that PEFT saved, wherever it comes from; needs no model and runs no code.
 
-    `allow_pickle`: where there are no safetensors, adapter_model.bin is read by torch.load(weights_only=True). Raises
-    UserError where a file is missing, broken, refused or no LoRA, or where weights and configuration disagree.
+    Raises UserError where a file is missing, broken, refused or no LoRA, or where weights and configuration disagree.
+
+    Args:
+        allow_pickle: where there are no safetensors, adapter_model.bin is read by torch.load(weights_only=True).
     """
     config, notes = _config(folder)
     if not (allow_pickle and (folder / PICKLE).is_file() and not (folder / WEIGHTS).is_file()):

@@ -154,7 +154,10 @@ def _magnitudes(saved: Saved) -> Iterator[Missing]:
 def missing_on(saved: Saved, base: Any) -> tuple[list[Missing], tuple[str, ...]]:
     """(what PEFT does not find for the base, other LoRA tensors that it has no place for), by PEFT itself.
 
-    `base`: transformers' model, of which only class and configuration are used. Raises UserError.
+    Raises UserError.
+
+    Args:
+        base: transformers' model, of which only class and configuration are used.
     """
     config = deepcopy(saved.config)
     # Neither what draws the start nor a task's own class changes which names PEFT asks for.

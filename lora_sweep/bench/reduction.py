@@ -75,9 +75,11 @@ def reduce(
 ) -> dict[str, Any]:
     """Rows of the table and the factors.
 
-    `runs`: `sequential` and `packed K` -> one Run a repetition, in the order of the repetitions. A packed row's ratio
-    is that of the seconds of (b) to its own, repetition by repetition. Factors, where HF Trainer was run: `total` =
-    `start_up` (the processes' whole time over their training time) x `trainer` (that over (b)) x `packing` (the ratio).
+    Args:
+        runs: `sequential` and `packed K` -> one Run a repetition, in the order of the repetitions. A packed row's ratio
+            is that of the seconds of (b) to its own, repetition by repetition. Factors, where HF Trainer was run:
+            `total` = `start_up` (the processes' whole time over their training time) x `trainer` (that over (b)) x
+            `packing` (the ratio).
     """
     reference = runs["sequential"]
     b_seconds = statistics.median(run.seconds for run in reference)

@@ -84,7 +84,11 @@ def choice(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> dict[str, A
 
 
 def timed(device: torch.device, resident: float | None, work: Callable[[], tuple[float, ...]]) -> Run:
-    """`resident`: bytes held by the base alone; None where memory cannot be determined."""
+    """What `work` takes.
+
+    Args:
+        resident: bytes held by the base alone; None where memory cannot be determined.
+    """
     peak = gauge.fresh_peak(device)
     began = time.perf_counter()
     losses = work()

@@ -28,8 +28,10 @@ def validate_sweep(
     """The sweep that a file and the command line ask for, or every fault of it at once.
 
     Without a file, `defaults` come in its place. Of groups in `unread` nobody checks whether what they name is there.
-    `resumes`: a study that lies in its folder already goes on, so it must be on the same data. Raises ConfigError, and
-    StudyError where the data has changed.
+    Raises ConfigError, and StudyError where the data has changed.
+
+    Args:
+        resumes: a study that lies in its folder already goes on, so it must be on the same data.
     """
     if path is not None and "=" in path:
         raise ConfigError(

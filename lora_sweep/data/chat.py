@@ -186,7 +186,11 @@ class _Writer:
         return self.with_tools if tools else self.text
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, prompt: bool = False) -> str:
-        """With `prompt`: and the header after which the assistant would go on. Raises ChatFault."""
+        """The text of the messages. Raises ChatFault.
+
+        Args:
+            prompt: whether the header follows after which the assistant would go on.
+        """
         return self._tracked(messages, tools, prompt, False)[0]
 
     def _tracked(

@@ -23,7 +23,11 @@ Parsed = Example | Conversation
 
 
 def parse(record: Any, columns: Mapping[str, str]) -> Parsed | str:
-    """An example, or what is wrong with the record. `columns`: meaning -> the data's own name, where it has another."""
+    """An example, or what is wrong with the record.
+
+    Args:
+        columns: meaning -> the data's own name, where it has another.
+    """
     if not isinstance(record, Mapping):
         return "is no JSON object"
     known = {meaning: record.get(columns.get(meaning, meaning)) for meaning in meanings(columns)}

@@ -55,8 +55,10 @@ def diagnosis(
 ) -> dict[str, Any]:
     """Recall, share of right causes and false alarms, by fault and in all; what is said over the ranges of sweeps.
 
-    The faults take some 20 minutes on two CPU cores, the ranges, each with two seeds, about two hours. `keep`: a
-    folder in which each part lies as soon as it is measured; parts that lie there are not measured again.
+    The faults take some 20 minutes on two CPU cores, the ranges, each with two seeds, about two hours.
+
+    Args:
+        keep: a folder in which each part lies as soon as it is measured; parts that lie there are not measured again.
     """
     logging.getLogger("lora_sweep").setLevel(logging.ERROR)
     parts = {"faults": _kept(keep, "faults", lambda: _faults(say, seeds))}

@@ -15,7 +15,9 @@ def judged(
 ) -> list[tuple[Finding, ...]]:
     """What is said of each trial after its last evaluation, all of them compared as one study.
 
-    `alone`: the losses of the base; `records`: the evaluations of each config's trial, in order.
+    Args:
+        alone: the losses of the base.
+        records: the evaluations of each config's trial, in order.
     """
     peers = health.Peers(alone.eval_loss)
     for place, (config, evaluations) in enumerate(zip(configs, records, strict=True)):

@@ -29,7 +29,9 @@ def measurements(
 ) -> tuple[Measurement, ...]:
     """One per group as of the last check, in order of first appearance.
 
-    `factors`: module -> (A, B) as they were at that check, in any layout; `base_norms`: module -> |W|_F.
+    Args:
+        factors: module -> (A, B) as they were at that check, in any layout.
+        base_norms: module -> |W|_F.
     """
     named: dict[str, list[int]] = {}
     for place, name in enumerate(snapshot.modules):

@@ -80,7 +80,8 @@ class Logged:
     def not_finite(self, checks: Sequence[tuple[int, bool]] = ()) -> Finding | None:
         """Whether losses, evaluations or the adapter itself came to an end that is not finite.
 
-        `checks`: (step, whether A and B were finite). They are needed: transformers logs 0 for a loss that is not.
+        Args:
+            checks: (step, whether A and B were finite). They are needed: transformers logs 0 for a loss that is not.
         """
         finite_at = [[(step, math.isfinite(loss)) for step, loss in each] for each in (self.losses, self.evaluations)]
         finite_at.append([*checks])

@@ -73,7 +73,10 @@ def paired_fall(base: Base, evaluation: Evaluation) -> Estimate | None:
 def training_fall(base: Base, train_losses: Sequence[float]) -> Estimate | None:
     """How far the loss of the steps fell: along its trend, or below the base's, whichever is surer.
 
-    Steps see other examples each, so what was learned by heart does not count. `train_losses`: of each step.
+    Steps see other examples each, so what was learned by heart does not count.
+
+    Args:
+        train_losses: of each step.
     """
     found = [trend(range(len(train_losses)), train_losses)]
     late = np.asarray(train_losses[len(train_losses) // 2 :], np.float64)

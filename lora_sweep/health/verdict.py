@@ -44,9 +44,12 @@ def rule_input(
 
 
 def diagnose(losses: LossHistory, inputs: RuleInput, own: Sequence[Finding], config: HealthConfig) -> Diagnosis:
-    """Of one trial by itself, after its last evaluation; `own`: its own findings.
+    """What one trial shows by itself, after its last evaluation.
 
     A trial that diverged has no gain because of that: rules that ask why there is none have nothing to add.
+
+    Args:
+        own: its own findings.
     """
     base = losses.base
     gain, error = loss_history.paired_gain(base, losses.last)
@@ -119,8 +122,9 @@ def compared(
 ) -> tuple[Finding, ...]:
     """The verdict on a trial, to stand before its `own` findings.
 
-    `diagnosis`: after its last evaluation, at `step`; None of a trial whose loss is not finite. `peers`: the trials of
-    its study, `cell` among them; None where there is none.
+    Args:
+        diagnosis: after its last evaluation, at `step`; None of a trial whose loss is not finite.
+        peers: the trials of its study, `cell` among them; None where there is none.
     """
     if diagnosis is None:
         return ()
@@ -144,8 +148,10 @@ def verdict(
 ) -> tuple[Finding, ...]:
     """`zero_trapped`, `partially_trapped`, `barely_learned`, `rate_too_high`, `undecided` or nothing, worst first.
 
-    `best_gain`: of the study's trials on the same base and data at equal steps, nats per token; None where no other is
-    known. `cooler`: a trial of the study that does better at a tenth of the rate.
+    Args:
+        best_gain: of the study's trials on the same base and data at equal steps, nats per token; None where no other
+            is known.
+        cooler: a trial of the study that does better at a tenth of the rate.
     """
     # What others have learned from the same data is no matter of chance.
     labels_are_sound = best_gain is not None and best_gain > diagnosis.noise
@@ -258,7 +264,8 @@ def _undecided(diagnosis: Diagnosis, was_pruned: bool) -> Finding:
 def _trapped(diagnosis: Diagnosis, findings: Sequence[Cause], flag: str, needed: float | None = None) -> Finding | None:
     """`flag` if half of the modules have a cause, `partially_trapped` if a tenth have; None of fewer.
 
-    `needed`: the gain that would have counted.
+    Args:
+        needed: the gain that would have counted.
     """
     share = sum(cause.share for cause in findings)
     if share < PARTIALLY:

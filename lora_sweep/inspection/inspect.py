@@ -76,8 +76,10 @@ class Inspection:
 def inspect(folder: Path, base: str | None = None, allow_pickle: bool = False) -> tuple[list[Inspection], list[str]]:
     """(the adapters in the folder, one line for each that cannot be read).
 
-    `base`: folder, hub id, .gguf file or `embedded:tiny` to hold them against; its weights are loaded on the CPU.
     Raises UserError where no adapter is found, or the base cannot be read.
+
+    Args:
+        base: folder, hub id, .gguf file or `embedded:tiny` to compare them with; its weights are loaded on the CPU.
     """
     saved, errors = [], []
     for each in reader.find(folder):

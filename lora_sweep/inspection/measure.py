@@ -107,10 +107,13 @@ def zero_start(init: object, is_embedding: bool) -> ZeroStart | None:
 
 
 def measure(name: str, factors: Factors, start: ZeroStart | None, weight: Tensor | None = None) -> ModuleMeasurement:
-    """`weight`: (d_out, d_in) of the base, in the orientation of BA; None where none is given.
+    """Sizes of one module's A, B and BA.
 
     With A' = Q R and B = P S (QR), BA = P (S R') Q', so its singular values are those of the r x r matrix S R': BA is
     never formed.
+
+    Args:
+        weight: (d_out, d_in) of the base, in the orientation of BA; None where none is given.
     """
     A, B = factors.A.detach().double(), factors.B.detach().double()
     held = [A, B, *(each.double() for each in (factors.bias, factors.magnitude) if each is not None)]
@@ -231,7 +234,8 @@ def judge(
 ) -> tuple[Verdict, str]:
     """(verdict, what it means in a sentence).
 
-    `missing`: clauses on what the configuration promises and PEFT does not find, and on what it passes over.
+    Args:
+        missing: clauses on what the configuration promises and PEFT does not find, and on what it passes over.
     """
     beside = f"; the {len(extras)} tensors saved beside it may still change the model" if extras else ""
     also = "".join(f"; {each}" for each in missing)

@@ -31,7 +31,11 @@ def slot_key(seed: int, step: int, micro_batch: int, module: str) -> int:
 def keep_mask(keys: Tensor, p: Tensor, shape: tuple[int, int, int, int], first_position: int = 0) -> Tensor:
     """(K, b, T, d) bool, True where an element stays, with probability 1 - p[k].
 
-    `keys`: (K,) int32, one per slot; `p`: (K,) float; `shape`: (K, b, T, d); `first_position`: of a chunk of positions.
+    Args:
+        keys: (K,) int32, one per slot.
+        p: (K,) float.
+        shape: (K, b, T, d).
+        first_position: of a chunk of positions.
     """
     K, b, T, d = shape
     device = keys.device

@@ -35,9 +35,10 @@ class OutputLayer:
     def losses(self, input_ids: Tensor, position_ids: Tensor | None = None, loss_mask: Tensor | None = None) -> Tensor:
         """(rows, T - 1) nats of predicting token t + 1 from tokens up to t; no gradient.
 
-        `position_ids`: where rows hold several examples, each counted from 0: none sees another (`separates`).
-        `loss_mask`: (n,) int64, places in the flattened (rows, T) whose next token counts; the losses of the others are
-        0. Only where the layer `selects`.
+        Args:
+            position_ids: where rows hold several examples, each counted from 0: none sees another (`separates`).
+            loss_mask: (n,) int64, places in the flattened (rows, T) whose next token counts; the losses of the others
+                are 0. Only where the layer `selects`.
         """
         with torch.no_grad():
             if self._head is None:
@@ -54,7 +55,9 @@ class OutputLayer:
         """Adds the gradient of sum(weights x losses); returns the losses (rows, T - 1).
 
         `weights` (rows, T - 1): 0 where a token does not count, else 1 / (counted tokens of its slot's step).
-        `loss_mask`: as of `losses`; all with a weight must be among them.
+
+        Args:
+            loss_mask: as of `losses`; all with a weight must be among them.
         """
         if self._head is None:
             losses = _nll(self._run(self._model, input_ids, position_ids).logits[:, :-1], input_ids[:, 1:])

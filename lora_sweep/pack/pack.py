@@ -238,7 +238,7 @@ class Pack:
         return Base(evaluation[0][0], probe[0][0], evaluation[1][0], kept, probe[1][0])
 
     def _train_step(self, measures: bool = False) -> None:
-        """One optimizer step of each slot. `measures`: whether its cost is recorded in any case.
+        """One optimizer step of each slot.
 
         1. choose how many slots go through the base at once
         2. forward and backward: the gradients of each slot lie in its row of the banks
@@ -246,6 +246,9 @@ class Pack:
         4. clip, step and schedule each slot by itself
         5. check health
         6. record what the step has cost
+
+        Args:
+            measures: whether its cost is recorded in any case.
         """
         began = time.monotonic()
         measures = measures or not self.capacity.is_chosen

@@ -43,16 +43,18 @@ class Picked:
     passed_over: tuple[Row, ...]
     """Cells with a lower loss whose record or adapter is not what it was, the best first."""
     repaired: int
-    """Adapters that named a base elsewhere, see bases.repair."""
+    """Adapters that named a base elsewhere, see kept_base.repair."""
 
 
 def pick(folder: Path, form: Form | None = None) -> Picked:
     """Exports the best healthy finished cell to production/: its configuration, adapter and evidence, written whole.
 
-    The adapter is compared with the digests in the trial's result.json before and after it is copied. `form`: the
-    equivalent form that production.yaml takes; the adapter stays as it was trained. Raises NoEligibleTrial where no
-    finished cell is healthy, whole and better than the base, ConfigError where there is no such form, StudyError where
-    production/ cannot be written.
+    The adapter is compared with the digests in the trial's result.json before and after it is copied. Raises
+    NoEligibleTrial where no finished cell is healthy, whole and better than the base, ConfigError where there is no
+    such form, StudyError where production/ cannot be written.
+
+    Args:
+        form: the equivalent form that production.yaml takes; the adapter stays as it was trained.
     """
     view = StudyView.read(folder)
     refuse_links(view.folder)

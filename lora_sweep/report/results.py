@@ -29,8 +29,10 @@ _FROM_RESULT = (
 def rows(view: StudyView, rules: HealthConfig | None = None) -> list[Row]:
     """One per cell that was asked for, by number; losses in nats per token.
 
-    `rules`: by which trials are judged, where they are known: else those that the study was launched with. A duplicate
-    has all from the cell that is run for it, which `same_run_as` names, but its own number and params.
+    A duplicate has all from the cell that is run for it, which `same_run_as` names, but its own number and params.
+
+    Args:
+        rules: by which trials are judged, where they are known: else those that the study was launched with.
 
     >>> [(row["number"], row["state"], row["eval_loss"]) for row in rows(view)]
     [(0, 'COMPLETE', 1.25), (1, 'WAITING', None)]
@@ -133,7 +135,8 @@ def launched(view: StudyView) -> dict[str, Any]:
 def _ended(view: StudyView, status: CellStatus, keeps_all: bool) -> tuple[Row | None, list[Finding]]:
     """(result.json of a trial that has ended, what became of its files since).
 
-    `keeps_all`: whether the study keeps the adapter of each trial.
+    Args:
+        keeps_all: whether the study keeps the adapter of each trial.
     """
     folder = view.trial_folder(status.cell.number)
     if status.state not in ENDED:
@@ -189,7 +192,8 @@ def _add(row: Row, damage: Finding) -> None:
 def _findings(result: Mapping[str, Any], peers: health.Peers | None, rules: HealthConfig) -> dict[str, Any]:
     """The verdict, which compares with the study as it is now, before the trial's own findings.
 
-    `peers`: the trials to compare with; None: the trial's own findings alone.
+    Args:
+        peers: the trials to compare with; None: the trial's own findings alone.
     """
     diagnosis = result.get("diagnosis")
     own = [Finding.of_plain(each) for each in result["findings"]]
@@ -275,7 +279,8 @@ def summary(view: StudyView, table: Sequence[Row], slots: int | None) -> dict[st
     """What `status --json` says of the study and its rows: cells, runs, counts of cells by state, best, ETA, slots.
     `is_held`: whether a process works on it.
 
-    `slots`: as asked for; null where they are chosen on the way, and as many as are running count.
+    Args:
+        slots: as asked for; null where they are chosen on the way, and as many as are running count.
     """
     statuses = view.statuses()
     states = [row["state"] for row in table]

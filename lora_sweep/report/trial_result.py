@@ -42,7 +42,11 @@ def _is_ended(result: Mapping[str, Any]) -> bool:
 
 
 def peer(folder: Path, result: Mapping[str, Any]) -> health.Peer:
-    """A trial as the others of its study see it. `result`: its `cell`, `effective` and `curve`, as far as known."""
+    """A trial as the others of its study see it.
+
+    Args:
+        result: its `cell`, `effective` and `curve`, as far as known.
+    """
     coordinates = result.get("effective") or {}
     return health.Peer(
         result["cell"],

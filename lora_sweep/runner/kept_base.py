@@ -14,7 +14,7 @@ from lora_sweep.system.disk import disk_errors
 from lora_sweep.tracking import seal
 
 KEPT = re.compile(r"base(?:-[0-9a-f]{8})?")
-"""Names of the folders in which a study keeps a base that no name reaches (model.load)."""
+"""Names of the folders in which a study keeps a base that no name reaches (base.kept)."""
 
 
 def repair(folder: Path) -> int:

@@ -161,7 +161,8 @@ class Run:
     def finish(self, state: Outcome, reason: Reason | None = None, peers: health.Peers | None = None) -> Future[Ended]:
         """Frees the slot; the result is written when the future is done.
 
-        `peers`: the trials of the study so far, this one among them, which its flags in W&B compare it with.
+        Args:
+            peers: the trials of the study so far, this one among them, which its flags in W&B compare it with.
         """
         self._pack.evict(self.slot)
         return self._in_background(lambda: self._finish(state, reason, peers))

@@ -98,9 +98,12 @@ class StudyView:
 
     @staticmethod
     def read(folder: Path | str) -> "StudyView":
-        """Look at the study in `folder`: no lock is kept, nothing is written.
+        """Look at the study in
 
         Raises StudyError where there is none, or its journal is damaged or lost.
+
+        Args:
+            folder: no lock is kept, nothing is written.
         """
         view = StudyView.find(folder)
         if view is not None:

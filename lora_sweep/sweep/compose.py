@@ -267,8 +267,9 @@ def unsafe(tree: Any) -> list[Fault]:
 def sections(config: DictConfig, is_bounded: bool = True) -> tuple[dict[str, Any], list[Fault]]:
     """(name -> dataclass of every faultless group, all faults of the others).
 
-    `is_bounded`: whether resolving it is. The bound on memory is the whole process's: it is for a request as it comes
-    in, not for a cell of one that was checked, while other threads are at work.
+    Args:
+        is_bounded: whether resolving it is. The bound on memory is the whole process's: it is for a request as it comes
+            in, not for a cell of one that was checked, while other threads are at work.
     """
     faults = unsafe(OmegaConf.to_container(config, resolve=False))
     if faults:

@@ -12,7 +12,8 @@ from lora_sweep.system import files
 def disk_errors(path: Path) -> Iterator[None]:
     """OSError and files.Unsafe become StudyError (rights, a link, something in the way) or StorageUnavailable.
 
-    `path`: the folder or file that is read or written, for the message.
+    Args:
+        path: the folder or file that is read or written, for the message.
     """
     try:
         yield

@@ -26,8 +26,10 @@ class Unsafe(ValueError):
 def open_file(path: Path, *, follow: bool = True) -> BufferedReader:
     """Opens a regular file for reading, without waiting for anybody.
 
-    `follow`: whether `path` itself may be a link. Raises Unsafe for anything but a regular file, OSError where there is
-    none or it cannot be read.
+    Raises Unsafe for anything but a regular file, OSError where there is none or it cannot be read.
+
+    Args:
+        follow: whether `path` itself may be a link.
     """
     return os.fdopen(_opened(path, os.O_RDONLY, follow), "rb")
 

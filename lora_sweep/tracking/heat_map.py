@@ -21,9 +21,13 @@ BRIGHT = 330
 
 
 def draw(sizes: Mapping[str, float], causes: Mapping[str, str]) -> bytes:
-    """A PNG. `sizes`: module -> s |BA|_F / |W|_F; `causes`: module -> what traps it, framed in blue.
+    """A PNG.
 
     A module whose update is 0 or not finite is white.
+
+    Args:
+        sizes: module -> s |BA|_F / |W|_F.
+        causes: module -> what traps it, framed in blue.
     """
     rows = list(dict.fromkeys(_layer(name) for name in sizes))
     columns = list(dict.fromkeys(_last(name) for name in sizes))

@@ -64,14 +64,18 @@ class Record:
         tracker: Tracker,
         resume_step: int | None = None,
     ) -> "Record":
-        """The record of `cell` in `folder`: empty, or given `resume_step` with the rows up to that step.
+        """The record of `cell` in
 
         `config` is the resolved configuration, nested. What an earlier attempt wrote after `resume_step` is cut off
-        (without a `resume_step`: all of it), so that the trial goes on as if it had never been interrupted. In W&B it
-        stays the same run: an offline one is written anew from the rows kept, since a file torn by a kill can't be
-        uploaded; an online one gets the rows that its server lacks.
+        (without a
 
         Raises StorageUnavailable where the folder can't be written.
+
+        Args:
+            folder: empty, or given `resume_step` with the rows up to that step.
+            resume_step: all of it), so that the trial goes on as if it had never been interrupted. In W&B it stays the
+                same run: an offline one is written anew from the rows kept, since a file torn by a kill can't be
+                uploaded; an online one gets the rows that its server lacks.
         """
         with disk_errors(folder):
             rows = _cut(folder, -1 if resume_step is None else resume_step)
@@ -281,7 +285,7 @@ def _plain_findings(findings: Sequence[Finding]) -> dict[str, Any]:
 def _write_evaluation(
     path: Path, losses: NDArray[np.float64], histograms: Histograms, modules: Mapping[str, Any] = NONE
 ) -> None:
-    """`modules`: `module/name` and each `module/<metric>` of health.look, (modules,)."""
+    """`modules`: `module/name` and each `module/<metric>` of health.measure, (modules,)."""
     counts: dict[str, Any] = {f"lora_B/{group}": np.asarray(count, np.int64) for group, count in histograms.items()}
     content = io.BytesIO()
     np.savez(content, losses=np.asarray(losses, np.float64), **counts, **modules)

@@ -158,7 +158,8 @@ class Run:
     def finish(self, result: Mapping[str, Any], heat_map: bytes | None = None) -> None:
         """Ends the run with the content of result.json: numbers into the summary, flags and cause into tags as well.
 
-        `heat_map`: a PNG, into the summary. The first trapped adapter of a study raises its one alert.
+        Args:
+            heat_map: a PNG, into the summary. The first trapped adapter of a study raises its one alert.
         """
         self._try("writing the summary", lambda: self._conclude(result, heat_map))
         self.end(failed=result["state"] == "FAIL")
