@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +28,7 @@ from lora_sweep.pack.capacity import MOST_SLOTS, Capacity
 from lora_sweep.pack.checkpoint import CHECKPOINT
 from lora_sweep.pack.linear import Pass
 from lora_sweep.pack.loss import OutputLayer
-from lora_sweep.pack.passes import Passes
+from lora_sweep.pack.passes import Passes, split
 from lora_sweep.pack.slot import Slot
 from lora_sweep.pack.trial import PackOutOfMemory, Settings, Trial
 from lora_sweep.pack.wrap import WrappedBase
@@ -226,7 +225,7 @@ class Pack:
         for place, rows in enumerate([chosen[-1], *chosen]):
             if place == 1:
                 began = time.monotonic()
-            for slots in _split(live, self.capacity.known_slots_per_pass(len(live))):
+            for slots in split(live, self.capacity.known_slots_per_pass(len(live))):
                 self._within_memory(partial(self._passes.batch_evaluated, rows), slots)
             self._wait()
         return (time.monotonic() - began) / (len(live) * sum(map(len, chosen)))
@@ -260,7 +259,7 @@ class Pack:
 
         # 2. of each pass (its k slots, mean losses (k,) on the device, loss tokens of each slot)
         passes = [
-            each for part in _split(slots, slots_per_pass) for each in self._within_memory(self._passes.train, part)
+            each for part in split(slots, slots_per_pass) for each in self._within_memory(self._passes.train, part)
         ]
         peak_bytes = None if peak is None else peak.bytes
 
@@ -304,7 +303,7 @@ class Pack:
         # The host is ahead of the device: only here it waits.
         self._wait()
         spent = time.monotonic() - (self._training_since or math.nan)
-        parts = _split(due, self.capacity.known_slots_per_pass(len(due)))
+        parts = split(due, self.capacity.known_slots_per_pass(len(due)))
         # All losses before the first report, which takes a slot's steps: where one trial does not fit into memory, the
         # others stay due.
         measured = [each for part in parts for each in self._within_memory(self._passes.evaluated, part)]
@@ -393,10 +392,3 @@ class Pack:
     def _peft_config(self, trial: Trial) -> Any:
         method = trial.method
         return peft_config(method.rank, method.alpha, method.use_rslora, method.dropout, method.target_modules)
-
-
-def _split(slots: Sequence[Slot | None], slots_per_pass: int) -> list[Sequence[Slot | None]]:
-    """In parts of at most `slots_per_pass`, as equal as can be."""
-    parts = -(-len(slots) // slots_per_pass)
-    ends = [len(slots) * part // parts for part in range(parts + 1)]
-    return [slots[a:b] for a, b in pairwise(ends)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -226,3 +226,10 @@ class Passes:
             first, bank, row = neighbours[0]
             found.append(Segment(first, bank, row, slots[first : first + len(neighbours)]))
         return tuple(found)
+
+
+def split(slots: Slots, slots_per_pass: int) -> list[Slots]:
+    """In parts of at most `slots_per_pass`, as equal as can be."""
+    parts = -(-len(slots) // slots_per_pass)
+    ends = [len(slots) * part // parts for part in range(parts + 1)]
+    return [slots[a:b] for a, b in pairwise(ends)]
