@@ -76,14 +76,14 @@ class _Lora:
     @property
     def A(self) -> Tensor:
         """(r, d_in)."""
-        found: Tensor = self.layer.lora_A[self.adapter].weight
-        return found
+        weight: Tensor = self.layer.lora_A[self.adapter].weight
+        return weight
 
     @property
     def B(self) -> Tensor:
         """(d_out, r)."""
-        found: Tensor = self.layer.lora_B[self.adapter].weight
-        return found
+        weight: Tensor = self.layer.lora_B[self.adapter].weight
+        return weight
 
     @property
     def scaling(self) -> float:
@@ -224,13 +224,13 @@ class HealthCallback(TrainerCallback, ExportableState):
         nothing = {"args": self._given, "attributes": {"kept": None}}
         # transformers can save the state of a callback only where the checkpoint before had one.
         stored = state.stateful_callbacks.setdefault(type(self).__name__, nothing)
-        found = stored["attributes"]["kept"] if state.global_step and isinstance(stored, dict) else None
-        return found if found and found["modules"] == [each.name for each in self._modules] else None
+        kept = stored["attributes"]["kept"] if state.global_step and isinstance(stored, dict) else None
+        return kept if kept and kept["modules"] == [each.name for each in self._modules] else None
 
     def _forget(self, state: Any) -> None:
         """A callback may see several trainings; a base that was evaluated before the first is still the base."""
-        known = self._logged.evaluations if self._history is None else []
-        self._logged = Logged(evaluations=known)
+        evaluations = self._logged.evaluations if self._history is None else []
+        self._logged = Logged(evaluations=evaluations)
         for row in state.log_history:
             self._logged.take(row, row["step"])
         self._logged.knows_start = state.global_step == 0 or bool(self._logged.losses)
@@ -242,17 +242,17 @@ class HealthCallback(TrainerCallback, ExportableState):
         """What was seen until now. Raises ValueError before a training has begun."""
         gain, noise = self._logged.gain(self._rules)
         inputs = self._rule_input()
-        trapping, found = health.causes(inputs)
+        trapping, causes = health.causes(inputs)
         if self._broken():
-            gain, found = None, trapping
+            gain, causes = None, trapping
         elif any(finding.flag == "diverged" for finding in self._logged.findings(self._rules)):
             # A training that diverged has no gain because of that.
-            found = trapping
+            causes = trapping
         return Diagnosis(
             gain,
             noise,
             trapping,
-            found,
+            causes,
             error=self._logged.error(self._rules),
             delta_rel=inputs.median_delta_rel,
             fall=self._logged.fall(),
@@ -388,5 +388,5 @@ def _shrink(group: Mapping[str, Any]) -> float:
 
 def _number(group: Mapping[str, Any], key: str) -> float | None:
     """None where the group has none: Adafactor has a pair for eps, and no rate where it makes its own."""
-    found = group.get(key)
-    return float(found) if isinstance(found, Real | Tensor) else None
+    value = group.get(key)
+    return float(value) if isinstance(value, Real | Tensor) else None

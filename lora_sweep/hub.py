@@ -62,5 +62,5 @@ def cached_commit(data_set: str, revision: str) -> str | None:
     if re.fullmatch("[0-9a-f]{40}", revision):
         return revision
     name = repo_folder_name(repo_id=data_set, repo_type="dataset")
-    seen = Path(constants.HF_HUB_CACHE) / name / "refs" / revision
-    return seen.read_text().strip() if seen.is_file() else None
+    ref = Path(constants.HF_HUB_CACHE) / name / "refs" / revision
+    return ref.read_text().strip() if ref.is_file() else None

@@ -243,10 +243,10 @@ class Diagnosis:
             for key in ("causes", "causes_without_gain")
         )
         # Older versions wrote null where one evaluation example had no standard error, and knew less.
-        known = {name: plain[name] for name in ("error", "delta_rel", "window_is_over") if name in plain}
+        values = {name: plain[name] for name in ("error", "delta_rel", "window_is_over") if name in plain}
         falls = {name: plain.get(name) for name in ("fall", "probe_fall")}
-        known |= {name: Estimate(*fall) for name, fall in falls.items() if fall is not None and None not in fall}
-        return cls(plain["gain"], plain["noise"] or 0.0, causes, without, **known)
+        values |= {name: Estimate(*fall) for name, fall in falls.items() if fall is not None and None not in fall}
+        return cls(plain["gain"], plain["noise"] or 0.0, causes, without, **values)
 
 
 UNDECIDED = "undecided"
@@ -273,8 +273,8 @@ class Finding:
     @classmethod
     def of_plain(cls, plain: Mapping[str, Any]) -> "Finding":
         """Inverse of dataclasses.asdict, by way of JSON; older versions wrote neither warnings, causes nor remedies."""
-        known = {each.name: plain[each.name] for each in fields(cls) if each.name in plain}
-        return cls(**{"evidence": {}, "sentence": "", **known})
+        values = {each.name: plain[each.name] for each in fields(cls) if each.name in plain}
+        return cls(**{"evidence": {}, "sentence": "", **values})
 
 
 @dataclass(frozen=True)

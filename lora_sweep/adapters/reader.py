@@ -108,10 +108,10 @@ def find(folder: Path) -> list[Path]:
     """The adapters in a folder: its own and, as PEFT saves named ones, those of its sub-folders. Raises UserError."""
     if not folder.is_dir():
         raise UserError(f"{folder}: must be a folder that PEFT saved{', got a file' if folder.exists() else ''}")
-    found = [each for each in (folder, *sorted(folder.iterdir())) if (each / CONFIG).is_file()]
-    if not found:
+    folders = [each for each in (folder, *sorted(folder.iterdir())) if (each / CONFIG).is_file()]
+    if not folders:
         raise UserError(f"{folder}: holds no {CONFIG}, nor does a sub-folder, so it is no PEFT adapter")
-    return found
+    return folders
 
 
 def read(folder: Path, allow_pickle: bool = False) -> Saved:
@@ -180,7 +180,7 @@ def _config(folder: Path) -> tuple[Any, tuple[str, ...]]:
     if kind != "LORA":
         raise UserError(f"{file}: peft_type must be LORA, got {kind!r}; no other kind is read")
     try:
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             config = PeftConfig.from_pretrained(str(folder))
         for field in ("rank_pattern", "alpha_pattern"):
@@ -194,7 +194,7 @@ def _config(folder: Path) -> tuple[Any, tuple[str, ...]]:
     foreign = [field for field in FOREIGN if getattr(config, field, None)]
     if foreign:
         raise UserError(f"{file}: {foreign[0]} is set; under it the update is not s B A, which alone is read")
-    return config, tuple(_one_line(each.message) for each in told)
+    return config, tuple(_one_line(each.message) for each in warned)
 
 
 UNREADABLE = (
@@ -214,9 +214,9 @@ def _check_patterns(file: Path, config: Any, modules: Iterable[str]) -> None:
     """Raises UserError where a pattern takes too long for the names of the modules, which PEFT would wait for."""
     names = list(modules)
     for key in ("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"):
-        found: Any = getattr(config, key, None)
+        patterns: Any = getattr(config, key, None)
         is_suffix = key.endswith("_pattern")
-        for pattern in list(found) if is_suffix else [found] if isinstance(found, str) else []:
+        for pattern in list(patterns) if is_suffix else [patterns] if isinstance(patterns, str) else []:
             where = f"{file}: {key} {pattern[:200]!r}"
             try:
                 with bounded(PATTERN_SECONDS, PATTERN_BYTES):
@@ -275,8 +275,8 @@ def _split(
     if torn:
         raise UserError(f"{folder}: {torn[0].target}: has half a LoRA: {adapter_keys.passed_over(torn)}")
     factors = {
-        module: _factors(f"{folder}: {module}", module, found, config, module in embeddings)
-        for module, found in parts.items()
+        module: _factors(f"{folder}: {module}", module, by_part, config, module in embeddings)
+        for module, by_part in parts.items()
     }
     return factors, extras, tuple(misnamed), tuple(Unloaded(why, tuple(names)) for why, names in unasked.items())
 

@@ -188,25 +188,25 @@ def missing_on(saved: Saved, base: Any) -> tuple[list[Missing], tuple[str, ...]]
                 refused.append(name)
                 held[name] = wanted[name]
     biases = {name for name in wanted if name.endswith(".bias")}
-    known = {key.name for key in saved.misnamed}.union(*(each.names for each in saved.unasked))
-    passed = tuple(name for name in result.unexpected_keys if name in held.keys() - known and ".lora_" in name)
+    modules = {key.name for key in saved.misnamed}.union(*(each.names for each in saved.unasked))
+    passed = tuple(name for name in result.unexpected_keys if name in held.keys() - modules and ".lora_" in name)
     return list(_absent(result.missing_keys, biases, refused)), passed
 
 
 def _absent(keys: Iterable[str], biases: set[str], refused: list[str]) -> Iterator[Missing]:
-    found: Mapping[str, dict[str, None]] = {part: {} for part in ("A", "B", "bias", "magnitude")}
+    absent: Mapping[str, dict[str, None]] = {part: {} for part in ("A", "B", "bias", "magnitude")}
     for name in keys:
         key = adapter_keys.parse(name)
         if key.is_lora and key.part is not None and f".{ADAPTER}" in name:
-            found[key.part][key.target] = None
-    factors = {**found["A"], **found["B"]}
+            absent[key.part][key.target] = None
+    factors = {**absent["A"], **absent["B"]}
     if factors:
         yield Missing(tuple(factors), "no LoRA of modules that the configuration names", UNTOUCHED)
-    magnitudes = tuple(each for each in found["magnitude"] if each not in factors)
+    magnitudes = tuple(each for each in absent["magnitude"] if each not in factors)
     if magnitudes:
         what = "no lora_magnitude_vector, though use_dora is true"
         yield Missing(magnitudes, what, BASE_NORMS)
-    lora_biases = tuple(each for each in found["bias"] if each not in factors)
+    lora_biases = tuple(each for each in absent["bias"] if each not in factors)
     if lora_biases:
         yield Missing(lora_biases, "no lora_B.bias, though lora_bias is true", f"PEFT leaves it at zero: {AGAIN}")
     if refused:

@@ -22,12 +22,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 def stored_quantization(config: Any) -> str | None:
     """The method by which a checkpoint's weights are quantized on disk."""
-    found = getattr(config, "quantization_config", None)
-    if not found:
+    settings = getattr(config, "quantization_config", None)
+    if not settings:
         return None
-    if isinstance(found, str):
-        return found
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    if isinstance(settings, str):
+        return settings
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     return str(getattr(method, "value", method) or "bitsandbytes")
 
 
@@ -72,14 +72,14 @@ def _heard_config(model: ModelConfig, at: Source) -> dict[str, Any]:
 
 def _from_hub(at: Source, name: str, is_needed: bool = False) -> str:
     """Where the hub's cache keeps a file of a repository, downloaded if it is not there; empty where there is none."""
-    found = cached_file(
+    file = cached_file(
         at.name_or_path,
         name,
         revision=at.revision,
         _raise_exceptions_for_missing_entries=is_needed,
         _raise_exceptions_for_connection_errors=is_needed,
     )
-    return str(found or "")
+    return str(file or "")
 
 
 def _own_dtype(config: Any, at: Source) -> torch.dtype:
@@ -91,7 +91,7 @@ def _own_dtype(config: Any, at: Source) -> torch.dtype:
     own: Any = None if at.gguf_file else config.dtype or config.get_text_config().dtype
     if own == torch.float16:
         return torch.bfloat16
-    return next((known for known in DTYPES.values() if known == own), torch.float32)
+    return next((dtype for dtype in DTYPES.values() if dtype == own), torch.float32)
 
 
 def input_faults(path: str | None, config: Any, length: int, largest_id: int) -> list[Fault]:

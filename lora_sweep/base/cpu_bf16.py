@@ -76,8 +76,8 @@ def _has_bf16() -> bool:
     isa = next((os.environ[name] for name in _ISA_VARIABLES if name in os.environ), "")
     if isa.upper() in _ISA_WITHOUT_BF16:
         return False
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in _INSTRUCTIONS)
+    flags = torch.cpu.get_capabilities()
+    return any(flags.get(name, False) for name in _INSTRUCTIONS)
 
 
 def _is_widened(linear: nn.Module) -> bool:

@@ -35,13 +35,13 @@ def kept(model: ModelConfig, at: Source, root: Path) -> Source:
     mark = hashlib.sha256(json.dumps(origin).encode()).hexdigest()[:8]
     with disk_errors(root):
         for folder in (root / "base", root / f"base-{mark}"):
-            found = _origin(folder)
-            if found.items() >= origin.items() and _is_as_written(folder, found):
+            stored = _origin(folder)
+            if stored.items() >= origin.items() and _is_as_written(folder, stored):
                 return Source(str(folder.resolve()))
             if not folder.exists():
                 _write(model, at, folder, origin)
                 return Source(str(folder.resolve()))
-            if not found or found.items() >= origin.items():
+            if not stored or stored.items() >= origin.items():
                 damaged = folder.with_name(f"damaged-{folder.name}-{secrets.token_hex(4)}")
                 folder.rename(damaged)
                 _log.warning("%s: is not the base that was written; moved to %s and written anew", folder, damaged.name)

@@ -47,8 +47,8 @@ def target_faults(shape: Any, target_modules: Any) -> list[Fault]:
         wanted = target_modules
     else:
         return [Fault(key, "must be `all-linear`, a list of module names or a regular expression", target_modules)]
-    known = [name for name, module in shape.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    tails = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in known))
+    linears = [name for name, module in shape.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    tails = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
     faults = []
     for one in [wanted] if isinstance(wanted, str) else [[name] for name in wanted]:
         if one == "all-linear":
@@ -72,8 +72,8 @@ def target_faults(shape: Any, target_modules: Any) -> list[Fault]:
                     f"linears are {tails}",
                 )
             )
-        elif not set(hit) <= set(known):
-            other = sorted(set(hit) - set(known))[0]
+        elif not set(hit) <= set(linears):
+            other = sorted(set(hit) - set(linears))[0]
             faults.append(Fault(key, f"matches {other}, which is no linear layer", one, f"linears are {tails}"))
     return faults
 

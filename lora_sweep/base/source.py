@@ -80,10 +80,10 @@ def _package_parts(path: str) -> tuple[str, str] | None:
 def _in_package(path: str) -> Path | None:
     """The file of package:NAME/FILE; the package is found, not imported: none of its code runs."""
     parts = _package_parts(path)
-    found = importlib.util.find_spec(parts[0]) if parts else None
-    if parts is None or found is None:
+    spec = importlib.util.find_spec(parts[0]) if parts else None
+    if parts is None or spec is None:
         return None
-    files = [Path(folder) / parts[1] for folder in found.submodule_search_locations or []]
+    files = [Path(folder) / parts[1] for folder in spec.submodule_search_locations or []]
     return next((file for file in files if file.exists()), None)
 
 

@@ -103,10 +103,10 @@ def _timed(clock: Clock) -> Iterator[None]:
     def advance(pack: Pack, stop: Callable[[], bool]) -> list[Evaluation]:
         live, began = pack.live, time.perf_counter()
         before = [pack.step(slot) for slot in live]
-        found = real(pack, stop)
+        evaluations = real(pack, stop)
         steps = max((pack.step(slot) - step for slot, step in zip(live, before, strict=True)), default=0)
         clock.stretches.append(Stretch(began, time.perf_counter(), pack.capacity.slots, len(live), steps))
-        return found
+        return evaluations
 
     Pack.advance = advance  # type: ignore[method-assign, assignment]
     try:

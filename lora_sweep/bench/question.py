@@ -86,7 +86,7 @@ def check(config: Config, question: Question) -> list[Fault]:
 
 def trials_of(config: Config, count: int) -> list[Trial]:
     """`count` trials around the configuration: see RANKS."""
-    made = []
+    trials = []
     for n in range(count):
         trial = Trial.of(Cell(n), config)
         rank = max(1, round(trial.method.rank * RANKS[n % len(RANKS)]))
@@ -94,7 +94,7 @@ def trials_of(config: Config, count: int) -> list[Trial]:
         rate, ratio = RATES[n % len(RATES)], RATIOS[n // 2 % len(RATIOS)]
         optimizer = trial.optimizer
         optimizer = replace(optimizer, base_lr=optimizer.base_lr * rate, ratio=optimizer.ratio * ratio)
-        made.append(
+        trials.append(
             replace(trial, method=method, optimizer=optimizer, train=replace(trial.train, seed=trial.train.seed + n))
         )
-    return made
+    return trials

@@ -33,31 +33,31 @@ class Dimensions:
     @classmethod
     def parse(cls, text: str) -> "Dimensions":
         """From `width=576,layers=8,heads=9,vocab=1024`. Raises ConfigError."""
-        known = [field.name for field in fields(cls)]
+        names = [field.name for field in fields(cls)]
         faults, given = [], {}
         for part in text.split(","):
             key, _, value = (word.strip() for word in part.partition("="))
-            if key not in known:
+            if key not in names:
                 faults.append(
-                    Fault(FIELD, "unknown dimension", key, nearest(key, known) or f"known: {', '.join(known)}")
+                    Fault(FIELD, "unknown dimension", key, nearest(key, names) or f"known: {', '.join(names)}")
                 )
             elif not value.isdecimal() or int(value) < 1:
                 faults.append(Fault(FIELD, f"{key} must be a whole number of at least 1", value))
             else:
                 given[key] = int(value)
-        absent = [key for key in known[:4] if key not in given]
+        absent = [key for key in names[:4] if key not in given]
         if absent and not faults:
             faults.append(Fault(FIELD, f"needs {', '.join(absent)}", text, "width=576,layers=8,heads=9,vocab=1024"))
         if faults:
             raise ConfigError(faults)
-        made = cls(**given)
-        if made.width % made.heads or made.width // made.heads % 2:
-            faults.append(Fault(FIELD, f"width must be an even multiple of heads={made.heads}", made.width))
-        if made.kv_heads and made.heads % made.kv_heads:
-            faults.append(Fault(FIELD, f"kv_heads must divide heads={made.heads}", made.kv_heads))
+        dimensions = cls(**given)
+        if dimensions.width % dimensions.heads or dimensions.width // dimensions.heads % 2:
+            faults.append(Fault(FIELD, f"width must be an even multiple of heads={dimensions.heads}", dimensions.width))
+        if dimensions.kv_heads and dimensions.heads % dimensions.kv_heads:
+            faults.append(Fault(FIELD, f"kv_heads must divide heads={dimensions.heads}", dimensions.kv_heads))
         if faults:
             raise ConfigError(faults)
-        return made
+        return dimensions
 
     def __str__(self) -> str:
         given = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -81,9 +81,9 @@ def load(dimensions: Dimensions, model: ModelConfig, data: DataConfig, device: t
     )
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(data.seed)
-        made = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.attn_implementation)
-    made.requires_grad_(False)
-    return LoadedBase(made.eval(), None, f"random:{dimensions}", None, dtype)
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=model.attn_implementation)
+    base.requires_grad_(False)
+    return LoadedBase(base.eval(), None, f"random:{dimensions}", None, dtype)
 
 
 def tokens(dimensions: Dimensions, data: DataConfig) -> Data:

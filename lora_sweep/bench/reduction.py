@@ -86,17 +86,17 @@ def reduce(
     rows, factors = [], {}
     if trainer_runs:
         rows.append(_trainer_row(trainer_runs, reference[0], work, peak, b_seconds))
-    for name, made in runs.items():
+    for name, own in runs.items():
         K = None if name == "sequential" else int(name.partition(" ")[2])
-        ratios = [b.seconds / c.seconds for b, c in zip(reference, made, strict=True)]
+        ratios = [b.seconds / c.seconds for b, c in zip(reference, own, strict=True)]
         low, high = bounds(ratios)
-        seconds = statistics.median(run.seconds for run in made)
-        peaks = [run.peak_bytes for run in made if run.peak_bytes is not None]
+        seconds = statistics.median(run.seconds for run in own)
+        peaks = [run.peak_bytes for run in own if run.peak_bytes is not None]
         rows.append(
             {
                 "way": "sequential" if K is None else "packed",
                 "slots": K,
-                "seconds": [run.seconds for run in made],
+                "seconds": [run.seconds for run in own],
                 "median_seconds": seconds,
                 "ratios": ratios,
                 "ratio": statistics.median(ratios),
@@ -104,9 +104,9 @@ def reduce(
                 "ratio_high": high,
                 **_speed(work, seconds, peak),
                 "peak_mib": max(peaks) / 2**20 if peaks else None,
-                "eval_losses": [_plain(loss) for loss in made[-1].eval_losses],
+                "eval_losses": [_plain(loss) for loss in own[-1].eval_losses],
                 "largest_difference": _plain(
-                    max(difference(c.eval_losses, b.eval_losses) for b, c in zip(reference, made, strict=True))
+                    max(difference(c.eval_losses, b.eval_losses) for b, c in zip(reference, own, strict=True))
                 ),
             }
         )

@@ -39,8 +39,8 @@ def validate_sweep(
         )
     sweep, faults = sweep_file.read(path, overrides or [])
     sweep = replace(sweep, content={**sweep.content, **(defaults or {})})
-    variants, found = check.check(sweep)
-    faults += found
+    variants, more = check.check(sweep)
+    faults += more
     if path is None:
         rule = "train runs one trial" if defaults is None else "bench makes its own trials around one value"
         faults += [Fault(axis.key, rule, str(axis), "use launch") for axis in sweep.axes]

@@ -141,13 +141,13 @@ class _Writer:
         plain, self.prompts, self.headless = text, False, False
         for asks, says in zip(*map(forms, ([{"role": "user", "content": "a"}], [_stand_in({})])), strict=True):
             try:
-                bare, asked = (self._render(asks, None, prompt) for prompt in (False, True))
+                bare, wanted = (self._render(asks, None, prompt) for prompt in (False, True))
                 probe = self._render([*asks, *says], None)
             except ChatFault:
                 continue
             if _STAND_IN in probe:
                 # Some write the assistant's header as a prompt, some (Mistral) none at all, some with its turn only.
-                plain, self.prompts = probe, bare != asked
+                plain, self.prompts = probe, bare != wanted
                 self.headless = probe.startswith(bare) and not probe[len(bare) :].partition(_STAND_IN)[0].strip()
                 break
         control = [re.escape(token) for token in self.tokens if token in plain]

@@ -29,11 +29,11 @@ def encoded(
     pairs = iter(tokens.encode(plain, tokenizer))
     turns = iter(_turns(talks, tokenizer, template))
     for place, one in batch:
-        found = next(pairs) if isinstance(one, Example) else next(turns)
-        if isinstance(found, ChatFault):
-            broken.add(f"{place}: {found}")
+        each_tokens = next(pairs) if isinstance(one, Example) else next(turns)
+        if isinstance(each_tokens, ChatFault):
+            broken.add(f"{place}: {each_tokens}")
             continue
-        ids, loss_mask = found
+        ids, loss_mask = each_tokens
         if max_length is not None and len(ids) > max_length:
             part.cut.add(place)
             part.cut_tokens += len(ids) - max_length

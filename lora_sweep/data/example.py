@@ -99,6 +99,6 @@ def digest(example: Parsed) -> int:
         content = f"{example.prompt}\0{example.completion}"
     else:
         # The same conversation is the same one in a columnar file, whose objects have keys without value.
-        known = without_nulls([example.messages, example.tools, example.loss_from])
-        content = json.dumps(known, sort_keys=True, default=str)
+        fields = without_nulls([example.messages, example.tools, example.loss_from])
+        content = json.dumps(fields, sort_keys=True, default=str)
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8])

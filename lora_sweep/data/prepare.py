@@ -125,17 +125,17 @@ def _head_faults(
 ) -> list[Fault]:
     """Of a file: unreadable, empty, or not one usable example among its first rows."""
     try:
-        found = [row.broken or parse(row.record, columns) for row in _head(path)]
+        parsed = [row.broken or parse(row.record, columns) for row in _head(path)]
     except Unreadable as error:
         is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).expanduser().exists()
         remedy = f"a data set of the hub is data=hub data.path={path}" if is_id and not Path(path).suffix else ""
         return [Fault(key, f"cannot be read ({error})", path, remedy if key == "data.path" else "")]
-    reasons = [each for each in found if isinstance(each, str)]
-    if not found:
+    reasons = [each for each in parsed if isinstance(each, str)]
+    if not parsed:
         return [Fault(key, "holds no example", path)]
-    if len(reasons) == len(found):
+    if len(reasons) == len(parsed):
         where = next(iter(_head(path))).where
-        many = f"none of the first {len(found)} rows" if len(found) > 1 else "its only row"
+        many = f"none of the first {len(parsed)} rows" if len(parsed) > 1 else "its only row"
         asks_names = not columns and reasons[0].startswith("has no ")
         remedy = "name them: data.columns='{prompt: question, completion: answer}'" if asks_names else ""
         return [Fault(key, f"{many} can be used; {where} {reasons[0]}", path, remedy)]

@@ -84,8 +84,8 @@ class Report:
         if self.broken.count:
             lines.append(f"data: {self.broken.count:,} of {self.rows:,} rows were skipped: {self.broken.places()}")
         if self.duplicates.count:
-            what = "training examples stand in the evaluation set too and were removed from training"
-            lines.append(f"data: {self.duplicates.count:,} {what}: {self.duplicates.places()}")
+            skipped = "training examples stand in the evaluation set too and were removed from training"
+            lines.append(f"data: {self.duplicates.count:,} {skipped}: {self.duplicates.places()}")
         if self.unretained.count:
             lines.append(f"data.retention: {self.unretained.count:,} rows were skipped: {self.unretained.places()}")
         for name, part in (("training", self.train), ("evaluation", self.evaluation)):

@@ -162,16 +162,16 @@ def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
 
 def _refuse_other_splits(folder: Path, files: list[Path]) -> None:
     """A folder with train and test files, read whole, would train on its own test."""
-    found: dict[str, Path] = {}
+    splits: dict[str, Path] = {}
     for file in files:
         inside = file.relative_to(folder)
         if match := _SPLIT.search(inside.as_posix().lower()):
             # The folder of a split, where it has one of its own.
             depth = inside.as_posix()[: match.end()].count("/")
-            found.setdefault(match[1].removesuffix("ing"), folder.joinpath(*inside.parts[: depth or None]))
-    if "train" in found and len(found) > 1:
-        other = next(file for split, file in found.items() if split != "train")
-        raise Unreadable(f"holds files of several splits; give data.path={found['train']} data.eval_path={other}")
+            splits.setdefault(match[1].removesuffix("ing"), folder.joinpath(*inside.parts[: depth or None]))
+    if "train" in splits and len(splits) > 1:
+        other = next(file for split, file in splits.items() if split != "train")
+        raise Unreadable(f"holds files of several splits; give data.path={splits['train']} data.eval_path={other}")
 
 
 def _digest(files: tuple[Path, ...]) -> str:

@@ -118,9 +118,9 @@ def report(folder: Path, names: Sequence[str]) -> dict[str, Any] | None:
     A cache is swept by others: of a folder some files may be gone.
     """
     try:
-        found: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        plain: dict[str, Any] = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         if all(_is_whole(folder, name) for name in names):
-            return found
+            return plain
     except (OSError, ValueError):
         pass
     return None

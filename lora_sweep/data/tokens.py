@@ -226,8 +226,8 @@ def encode(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> list[Encoded]:
 
 def _ids(texts: Sequence[str], tokenizer: Any, special: bool) -> list[list[int]]:
     ids_alone = {"return_attention_mask": False, "return_token_type_ids": False}
-    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, **ids_alone)["input_ids"]
-    return found
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=special, **ids_alone)["input_ids"]
+    return ids
 
 
 def _following(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:

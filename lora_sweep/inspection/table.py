@@ -79,15 +79,15 @@ def _groups(inspected: Inspection) -> Table:
 
 
 def _middle(values: Sequence[float | None]) -> list[float]:
-    known = [value for value in values if value is not None]
-    return [statistics.median(known)] if known else []
+    finite = [value for value in values if value is not None]
+    return [statistics.median(finite)] if finite else []
 
 
 def _range(values: Sequence[float | None], form: str = ".2g") -> str:
-    known = [value for value in values if value is not None]
-    if not known:
+    finite = [value for value in values if value is not None]
+    if not finite:
         return "-"
-    three = [f"{value:{form}}" for value in (min(known), statistics.median(known), max(known))]
+    three = [f"{value:{form}}" for value in (min(finite), statistics.median(finite), max(finite))]
     return three[0] if len(set(three)) == 1 else " ".join(three)
 
 

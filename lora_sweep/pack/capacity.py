@@ -187,10 +187,10 @@ class Capacity:
         self.is_chosen = True
 
     def _best(self) -> float | None:
-        known = [
+        medians = [
             self._slot_seconds(slots_per_pass) for slots_per_pass, ratios in self._seconds.items() if len(ratios) > 1
         ]
-        return min(known, default=None)
+        return min(medians, default=None)
 
     def _slot_seconds(self, slots_per_pass: int) -> float:
         """Median of the steps after the first."""
@@ -199,14 +199,14 @@ class Capacity:
 
     def _fits(self, slots_per_pass: int) -> bool:
         """Whether a pass of this width is within memory, by a line through the narrower ones."""
-        known = {each: peak for each, peak in self._peaks.items() if each < slots_per_pass}
-        if not known or slots_per_pass in self._peaks:
+        peaks = {each: peak for each, peak in self._peaks.items() if each < slots_per_pass}
+        if not peaks or slots_per_pass in self._peaks:
             return True
-        if len(known) == 1:
-            ((few, peak),) = known.items()
+        if len(peaks) == 1:
+            ((few, peak),) = peaks.items()
             needed = peak * slots_per_pass / few
         else:
-            a, b = _line(list(known), list(known.values()))
+            a, b = _line(list(peaks), list(peaks.values()))
             needed = a + b * slots_per_pass
         return needed <= FULL * self.free_bytes
 

@@ -44,10 +44,10 @@ class OutputLayer:
             if self._head is None:
                 return _nll(self._run(self._model, input_ids, position_ids).logits[:, :-1], input_ids[:, 1:])
             hidden = self._run(self._body, input_ids, position_ids).last_hidden_state.flatten(0, 1)
-            found = torch.zeros(input_ids.shape, dtype=_loss_dtype(hidden), device=hidden.device)
+            by_chunk = torch.zeros(input_ids.shape, dtype=_loss_dtype(hidden), device=hidden.device)
             for at, first in self._pieces(input_ids, loss_mask):
-                found.view(-1)[at] = _nll(self._logits(hidden[at], first), input_ids.flatten()[at + 1])
-        return found[:, :-1]
+                by_chunk.view(-1)[at] = _nll(self._logits(hidden[at], first), input_ids.flatten()[at + 1])
+        return by_chunk[:, :-1]
 
     def backward(
         self, input_ids: Tensor, weights: Tensor, position_ids: Tensor | None = None, loss_mask: Tensor | None = None
@@ -65,17 +65,17 @@ class OutputLayer:
             return losses.detach()
         hidden = self._run(self._body, input_ids, position_ids).last_hidden_state
         states, gradient = hidden.detach().flatten(0, 1), torch.zeros_like(hidden)
-        found = torch.zeros(input_ids.shape, dtype=_loss_dtype(hidden), device=hidden.device)
+        by_chunk = torch.zeros(input_ids.shape, dtype=_loss_dtype(hidden), device=hidden.device)
         by_place = functional.pad(weights, (0, 1)).flatten()
         for at, first in self._pieces(input_ids, loss_mask):
             piece = states[at].requires_grad_()
             losses = _nll(self._logits(piece, first), input_ids.flatten()[at + 1])
             (losses * by_place[at]).sum().backward()
-            found.view(-1)[at] = losses.detach()
+            by_chunk.view(-1)[at] = losses.detach()
             gradient.view(-1, gradient.shape[-1])[at] = piece.grad
         if hidden.requires_grad:  # not so when only the output layer is adapted
             hidden.backward(gradient)
-        return found[:, :-1]
+        return by_chunk[:, :-1]
 
     def _pieces(self, input_ids: Tensor, loss_mask: Tensor | None) -> Iterator[tuple[Tensor, int]]:
         """(places in the flattened (rows, T) whose logits are held at once, the position of the first).

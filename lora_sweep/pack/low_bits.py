@@ -44,8 +44,8 @@ class _Stepped:
         """Zeros like `p`; large ones paged, where the optimizer is."""
         free = _free.get((p.shape, dtype, p.device))
         if not (self.is_paged and free):
-            made: Tensor = super().get_state_buffer(p, dtype)  # type: ignore[misc]
-            return made
+            buffer: Tensor = super().get_state_buffer(p, dtype)  # type: ignore[misc]
+            return buffer
         again = free.pop()
         functional.fill(again, 0)
         self.page_mng.paged_tensors.append(again)

@@ -44,15 +44,15 @@ def build(optimizer: OptimizerConfig, groups: Sequence[dict[str, Any]]) -> torch
         return torch.optim.AdamW(groups, fused=True, **shared)
     from lora_sweep.pack import low_bits
 
-    made: torch.optim.Optimizer = getattr(low_bits, _BITSANDBYTES[optimizer.optim])(groups, **shared)
-    return made
+    built: torch.optim.Optimizer = getattr(low_bits, _BITSANDBYTES[optimizer.optim])(groups, **shared)
+    return built
 
 
 def placed(optimizer: torch.optim.Optimizer, parameter: Tensor, value: Tensor) -> Tensor:
     """A copy of a saved part of the parameter's state where the optimizer keeps its like: on the device, or paged."""
     if getattr(optimizer, "is_paged", False) and value.shape == parameter.shape:
-        made: Tensor = optimizer.get_state_buffer(parameter, value.dtype)  # type: ignore[attr-defined]
-        return made.copy_(value)
+        state: Tensor = optimizer.get_state_buffer(parameter, value.dtype)  # type: ignore[attr-defined]
+        return state.copy_(value)
     # A fused step wants the number of steps, too, beside the moments.
     return value.to(parameter.device)
 

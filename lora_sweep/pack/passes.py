@@ -129,8 +129,8 @@ class Passes:
         """
         if self.settings.fixed_shapes or not self.output.selects:
             return None
-        found = functional.pad(loss_mask, (0, 1)).flatten().nonzero().flatten()
-        return self._there(found) if len(found) else None
+        places = functional.pad(loss_mask, (0, 1)).flatten().nonzero().flatten()
+        return self._there(places) if len(places) else None
 
     def _mask_keys(self, slots: Slots, micro_batch: int) -> dict[str, Tensor] | None:
         """What dropout masks are drawn from, of all modules in one piece: one of its own would wait for the device."""
@@ -218,14 +218,14 @@ class Passes:
         if self.settings.fixed_shapes:
             (bank,) = self.banks
             return (Segment(0, bank, 0, slots),)
-        found = []
+        segments = []
         places = [(place, *slot.home) for place, slot in enumerate(slots) if slot is not None]
         # Where both the place and the row go up by one, in one bank.
         for _, run in groupby(places, key=lambda at: (id(at[1]), at[2] - at[0])):
             neighbours: list[tuple[int, Any, int]] = list(run)
             first, bank, row = neighbours[0]
-            found.append(Segment(first, bank, row, slots[first : first + len(neighbours)]))
-        return tuple(found)
+            segments.append(Segment(first, bank, row, slots[first : first + len(neighbours)]))
+        return tuple(segments)
 
 
 def split(slots: Slots, slots_per_pass: int) -> list[Slots]:

@@ -232,10 +232,10 @@ def _row(trial: Path, status: CellStatus, result: Row | None, running: Row | Non
     elif status.state == "RUNNING" and running is not None:
         row |= running
     elif status.state == "RUNNING":
-        seen = [each for each in read_rows(trial) if each.get("eval/loss") is not None]
-        if seen:
-            last = seen[-1]
-            best = min(each["eval/loss"] for each in seen)
+        evaluated = [each for each in read_rows(trial) if each.get("eval/loss") is not None]
+        if evaluated:
+            last = evaluated[-1]
+            best = min(each["eval/loss"] for each in evaluated)
             row |= {"eval_loss": best, "train_loss": last.get("train/loss"), "gap": last.get("eval/gap")}
             row |= {"steps": last["step"]}
     return row

@@ -53,8 +53,8 @@ class LoadedDevice:
         loaded = self.base(config.model)
         settings = Settings.of(Trial.of(Cell(0), config))
         kind = f"{config.model} {config.data} {settings} {device_kind(self.device)}"
-        known = CapacityCache(self.folder / "capacity.json", kind)
-        pack = Pack(loaded, self.data(config.data, loaded), settings, bank_rank, known.too_many, known.fits)
+        cache = CapacityCache(self.folder / "capacity.json", kind)
+        pack = Pack(loaded, self.data(config.data, loaded), settings, bank_rank, cache.too_many, cache.fits)
         try:
             try:
                 measured = pack.evaluate_base()
@@ -64,9 +64,9 @@ class LoadedDevice:
                     "lower it or data.max_length"
                 ) from error
             yield pack, measured
-            known.keep(pack.capacity)
+            cache.keep(pack.capacity)
         except PackOutOfMemory as error:
-            known.keep(pack.capacity)
+            cache.keep(pack.capacity)
             raise UserError(
                 f"train.slots: {error.slots} trials do not fit into the device's memory; lower train.batch_size or "
                 "data.max_length, or set train.gradient_checkpointing=true"
@@ -85,20 +85,20 @@ class CapacityCache:
     @property
     def too_many(self) -> int | None:
         """The smallest number of slots a pass that ran out of memory."""
-        found = self._all().get(self._key, {}).get("too_wide")
-        return found if isinstance(found, int) and found > 0 else None
+        value = self._all().get(self._key, {}).get("too_wide")
+        return value if isinstance(value, int) and value > 0 else None
 
     @property
     def fits(self) -> int:
         """The largest number below that whose passes went through."""
-        found = self._all().get(self._key, {}).get("fits", 0)
-        return found if isinstance(found, int) and found > 0 else 0
+        value = self._all().get(self._key, {}).get("fits", 0)
+        return value if isinstance(value, int) and value > 0 else 0
 
     def keep(self, capacity: Capacity) -> None:
         if not capacity.measured and capacity.too_many is None:
             return
-        found = {"too_wide": capacity.too_many, "fits": capacity.fits}
-        measured = {"slots": capacity.slots, "reason": capacity.reason} | found
+        stored = {"too_wide": capacity.too_many, "fits": capacity.fits}
+        measured = {"slots": capacity.slots, "reason": capacity.reason} | stored
         write_whole(self.file, json.dumps(self._all() | {self._key: measured}, indent=2) + "\n")
 
     @property
@@ -108,7 +108,7 @@ class CapacityCache:
     def _all(self) -> dict[str, dict[str, Any]]:
         """A cache: one that cannot be read is made anew."""
         try:
-            found = files.read_json(self.file, follow=False)
+            stored = files.read_json(self.file, follow=False)
         except (OSError, files.Unsafe):
             return {}
-        return {key: each for key, each in found.items() if isinstance(each, dict)} if isinstance(found, dict) else {}
+        return {key: each for key, each in stored.items() if isinstance(each, dict)} if isinstance(stored, dict) else {}

@@ -49,8 +49,10 @@ def plan(sweep: Sweep) -> dict[str, Any]:
     capacity, per_row = _measured(sweep, base, data, runs)
     slots = min(capacity.slots, runs)
     evaluations = -(-train.max_steps // train.eval_every)
-    seen = evaluations * sum(len(each) for each in (data.evaluation, data.probe, data.retention) if each is not None)
-    seconds = runs * (train.max_steps * capacity.slot_seconds + per_row * seen)
+    evaluated = evaluations * sum(
+        len(each) for each in (data.evaluation, data.probe, data.retention) if each is not None
+    )
+    seconds = runs * (train.max_steps * capacity.slot_seconds + per_row * evaluated)
     each_step = train.batch_size * train.gradient_accumulation_steps
     adapters = slots * ranks[-1] * a_rank * BYTES_A_PARAMETER
     return {
@@ -89,8 +91,8 @@ def _measured(sweep: Sweep, base: LoadedBase, data: Data, runs: int) -> tuple[Ca
     first = sweep.base()
     settings = Settings.of(Trial.of(Cell(0), first))
     if first.sampler.name == "grid":
-        asked = [Trial.of(cell, sweep.config(cell)) for cell in sweep.cells()]
-        trials = [trial for trial in asked if Settings.of(trial) == settings]
+        candidates = [Trial.of(cell, sweep.config(cell)) for cell in sweep.cells()]
+        trials = [trial for trial in candidates if Settings.of(trial) == settings]
     else:
         trials = [Trial.of(Cell(number), first) for number in range(runs)]
     pack = Pack(base, data, settings, max(trial.method.rank for trial in trials))
@@ -128,8 +130,8 @@ def _scaled_runs(sweep: Sweep, runs: int) -> int | None:
         config = sweep.config(cell)
         rules = replace(config.optimizer, eps_rule="scaled", decay_rule="scaled", clip_rule="scaled")
         scaled[cell.number] = replace(config, optimizer=rules)
-    found = len(equivalence.classes(scaled, "exact"))
-    return found if found < runs else None
+    fewest = len(equivalence.classes(scaled, "exact"))
+    return fewest if fewest < runs else None
 
 
 def _data(data: Data) -> dict[str, Any]:

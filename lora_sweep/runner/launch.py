@@ -70,16 +70,16 @@ def _writable(folder: Path) -> bool:
 
 
 def tracker(config: Config, folder: Path, study_id: str) -> Tracker:
-    asked = config.tracker
+    settings = config.tracker
     return Tracker(
         study=config.study.name,
         study_id=study_id,
         folder=folder,
         bin_edges=BIN_EDGES,
-        mode="none" if asked.name == "none" or is_switched_off() else asked.mode,
-        project=asked.project,
-        entity=asked.entity,
-        tags=asked.tags,
+        mode="none" if settings.name == "none" or is_switched_off() else settings.mode,
+        project=settings.project,
+        entity=settings.entity,
+        tags=settings.tags,
     )
 
 
@@ -105,15 +105,15 @@ def launch(sweep: Sweep, watcher: Watcher, stop: Stop) -> bool:
             f"{folder}: holds a study with another meaning; choose another study.name, or launch it as it was:\n  "
             + "\n  ".join(changed)
         )
-    asked = config.sampler
-    grid = None if asked.name == "optuna" else sweep.cells()
+    sampler_config = config.sampler
+    grid = None if sampler_config.name == "optuna" else sweep.cells()
     search = None
-    if asked.name == "optuna":
-        sampler = optuna_classes.instance(asked.instance or {}, "samplers")
+    if sampler_config.name == "optuna":
+        sampler = optuna_classes.instance(sampler_config.instance or {}, "samplers")
         search = Search(
             sampler,
             sweep.distributions(),
-            asked.n_trials or 1,
+            sampler_config.n_trials or 1,
             sweep.decode,
             hold=config.train.slots or HELD,
             same_run=_same_run(sweep, config.study.fold),
@@ -193,10 +193,10 @@ def amounts(sweep: Sweep) -> tuple[int, int, int]:
 
 def _pruner(config: Config) -> Any:
     """Asha, an Optuna pruner or None."""
-    asked, train = config.pruner, config.train
-    if asked.name == "asha":
-        return Asha(asked.eta or 0, asked.min_steps or 0, train.max_steps, train.eval_every)
-    return None if asked.instance is None else optuna_classes.instance(asked.instance, "pruners")
+    pruner, train = config.pruner, config.train
+    if pruner.name == "asha":
+        return Asha(pruner.eta or 0, pruner.min_steps or 0, train.max_steps, train.eval_every)
+    return None if pruner.instance is None else optuna_classes.instance(pruner.instance, "pruners")
 
 
 def train(config: Config, watcher: Watcher, stop: Stop) -> bool:

@@ -89,8 +89,8 @@ class _Point:
 def pitfalls(sweep: Sweep, known: Mapping[str, EvaluationSize] | None = None) -> tuple[Pitfall, ...]:
     """Every warning of a sweep without faults; loads its data sets but for those `known` (by `data_key`)."""
     points = _points(sweep)
-    found = [*_rslora(points), *_warmup(points), *_rung(sweep.base(), points)]
-    return (*found, *_evaluation(points, known or {}))
+    listed = [*_rslora(points), *_warmup(points), *_rung(sweep.base(), points)]
+    return (*listed, *_evaluation(points, known or {}))
 
 
 def data_key(config: Config) -> str:
@@ -214,10 +214,10 @@ def _first_rung(config: Config) -> tuple[int, str, Any] | None:
         return rungs[0], "pruner.min_steps", pruner.min_steps
     if pruner.instance is None:
         return None
-    known = FIRST_STEP_KEYS.get(str(pruner.instance.get("_target_", "")).rpartition(".")[2])
-    if known is None:
+    arguments = FIRST_STEP_KEYS.get(str(pruner.instance.get("_target_", "")).rpartition(".")[2])
+    if arguments is None:
         return None
-    name, default = known
+    name, default = arguments
     got = pruner.instance.get(name, default)
     least = max(got, 1) if isinstance(got, int) else 1
     step = -(-least // train.eval_every) * train.eval_every

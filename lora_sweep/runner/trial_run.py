@@ -146,8 +146,8 @@ class Run:
     def peer(self) -> health.Peer:
         """The trial as the others of its study see it."""
         effective = equivalence.coordinates(self._config)
-        known = {"cell": self.cell.number, "effective": effective and asdict(effective), "curve": self.before}
-        return peer(self.folder, known)
+        values = {"cell": self.cell.number, "effective": effective and asdict(effective), "curve": self.before}
+        return peer(self.folder, values)
 
     @property
     def failed(self) -> Reason | None:

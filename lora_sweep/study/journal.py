@@ -93,11 +93,11 @@ def hold(folder: Path) -> int:
         os.pwrite(lock, holder, 0)
         os.ftruncate(lock, len(holder))
     except OSError as error:
-        told = os.pread(lock, 200, 0).decode(errors="replace")
+        pid = os.pread(lock, 200, 0).decode(errors="replace")
         os.close(lock)
         if isinstance(error, BlockingIOError):
             raise StudyError(
-                f"{folder}: process {told or '(unknown)'} is working on this study; one process at a time: wait until "
+                f"{folder}: process {pid or '(unknown)'} is working on this study; one process at a time: wait until "
                 f"it ends, or stop it first"
             ) from None
         if error.errno in (errno.ENOLCK, errno.ENOTSUP):

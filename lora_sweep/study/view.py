@@ -122,9 +122,9 @@ class StudyView:
             is_running = is_held(folder)
             with disk_errors(folder), journal_errors(path):
                 storage = JournalStorage(Journal(path, writable=False))
-                for found in storage.get_all_studies():
-                    if "about" in found.user_attrs:
-                        view = StudyView(folder, storage, found.study_name)
+                for each in storage.get_all_studies():
+                    if "about" in each.user_attrs:
+                        view = StudyView(folder, storage, each.study_name)
                         view.is_held = is_running
                         view.check()
                         return view

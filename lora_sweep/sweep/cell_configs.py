@@ -102,9 +102,9 @@ class _Layer:
         return self._values[key]
 
     def _resolved(self, field: str, params: Mapping[str, Any]) -> Any:
-        asked = params[field] if field in self._axes else self._written(field)
-        if not any("${" in text for text in _texts(asked)):
-            return asked
+        given = params[field] if field in self._axes else self._written(field)
+        if not any("${" in text for text in _texts(given)):
+            return given
         try:
             value = OmegaConf.select(self._configs.merged(params), field)
             plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

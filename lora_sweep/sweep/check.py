@@ -93,8 +93,10 @@ def _combination_faults(sweep: Sweep) -> list[Fault]:
         try:
             sweep.config(cell)
         except ConfigError as error:
-            asked = ", ".join(f"{key}={written(value)}" for key, value in cell.params.items())
-            return [Fault(fault.field, f"{fault.rule} (at {asked})", fault.got, fault.remedy) for fault in error.faults]
+            params = ", ".join(f"{key}={written(value)}" for key, value in cell.params.items())
+            return [
+                Fault(fault.field, f"{fault.rule} (at {params})", fault.got, fault.remedy) for fault in error.faults
+            ]
     return []
 
 

@@ -333,14 +333,16 @@ def old_keys(tree: Mapping[str, Any]) -> dict[str, str]:
 
 def _readable(group: str, error: ValidationError) -> list[Fault]:
     """pydantic's errors as faults; of a union, one fault for the field."""
-    known = [field.name for field in fields(GROUPS[group])]
+    own_names = [field.name for field in fields(GROUPS[group])]
     faults: dict[str, Fault] = {}
     for item in error.errors():
         names = [str(part) for part in item["loc"]]
         key = ".".join([group, *names[:1]])
         got = item["input"]
         if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            faults[key] = Fault(key, "unknown key", None, nearest(names[0], known) or f"known: {', '.join(known)}")
+            faults[key] = Fault(
+                key, "unknown key", None, nearest(names[0], own_names) or f"known: {', '.join(own_names)}"
+            )
         elif item["type"] in ("missing", "missing_argument"):
             faults[key] = Fault(key, "is missing")
         elif item["type"] == "string_pattern_mismatch" and group == "study":

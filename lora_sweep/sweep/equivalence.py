@@ -181,8 +181,8 @@ def _run(config: Config) -> _Run:
     rank, alpha, lr_A, ratio = method.rank, decimal(method.alpha), decimal(optimizer.base_lr), decimal(optimizer.ratio)
     lr_B = lr_A * ratio
     s_squared = alpha**2 / (rank if method.use_rslora else rank**2)
-    asked = optimizer.weight_decay if optimizer.weight_decay_B is None else optimizer.weight_decay_B
-    decay_B = (lr_A if optimizer.decay_rule == "scaled" else lr_B) * decimal(asked)
+    decay = optimizer.weight_decay if optimizer.weight_decay_B is None else optimizer.weight_decay_B
+    decay_B = (lr_A if optimizer.decay_rule == "scaled" else lr_B) * decimal(decay)
     eps_squared = decimal(optimizer.eps) ** 2
     rest = {name: asdict(part) for name, part in (("model", config.model), ("data", config.data), ("method", method))}
     rest |= {"optimizer": asdict(optimizer), "train": asdict(train)}

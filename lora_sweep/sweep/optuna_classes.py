@@ -58,8 +58,8 @@ def _is_optuna_class(target: Any, kind: str) -> bool:
     package, _, name = str(target).rpartition(".")
     if package != module.__name__ or name not in module.__all__:
         return False
-    found = getattr(module, name)
-    return isinstance(found, type) and issubclass(found, base)
+    cls = getattr(module, name)
+    return isinstance(cls, type) and issubclass(cls, base)
 
 
 def instance(node: Mapping[str, Any], kind: Literal["samplers", "pruners"]) -> Any:

@@ -23,7 +23,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     old, new = (dict(compose.leaves(compose.current(tree))) for tree in (before, now))
     lines = []
     for key in [*old, *(key for key in new if key not in old)]:
-        means = not any(key == how or key.startswith(f"{how}.") for how in HOW_NOT_WHAT)
+        means = not any(key == free or key.startswith(f"{free}.") for free in HOW_NOT_WHAT)
         if means and old.get(key) != new.get(key):
             lines.append(f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}")
     return lines

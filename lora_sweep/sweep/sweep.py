@@ -49,10 +49,10 @@ class Sweep:
 
     def config(self, cell: Cell) -> Config:
         """The trial's own configuration. Raises ConfigError."""
-        known = self._built.get(cell.number)
-        if known is None or known[0] != cell:
-            known = self._built[cell.number] = (cell, self._configs.of(cell.params))
-        return known[1]
+        built = self._built.get(cell.number)
+        if built is None or built[0] != cell:
+            built = self._built[cell.number] = (cell, self._configs.of(cell.params))
+        return built[1]
 
     def largest_rank(self) -> int:
         """Of any cell, a derived rank included as long as it grows with each axis by itself."""

@@ -82,8 +82,8 @@ def find(path: str) -> Path:
     for candidate in (Path(path), shipped / Path(path).name, shipped / f"{Path(path).name}.yaml"):
         if candidate.exists() and not candidate.is_dir():
             return candidate
-    known = sorted(f"sweeps/{file.name}" for file in shipped.glob("*.yaml"))
-    remedy = compose.nearest(path, known) or f"shipped are {', '.join(known)}"
+    names = sorted(f"sweeps/{file.name}" for file in shipped.glob("*.yaml"))
+    remedy = compose.nearest(path, names) or f"shipped are {', '.join(names)}"
     raise ConfigError([Fault("SWEEP", "no such file", path, remedy)])
 
 
@@ -154,7 +154,7 @@ def _key_faults(key: str) -> list[Fault]:
 
 
 def _unknown(key: str) -> Fault:
-    known = [f"{group}.{field.name}" for group, section in schema.GROUPS.items() for field in fields(section)]
-    same_name = [full for full in known if full.endswith(f".{key}")]
-    near = f"did you mean {same_name[0]}?" if same_name else compose.nearest(key, [*known, *schema.GROUPS])
+    keys = [f"{group}.{field.name}" for group, section in schema.GROUPS.items() for field in fields(section)]
+    same_name = [full for full in keys if full.endswith(f".{key}")]
+    near = f"did you mean {same_name[0]}?" if same_name else compose.nearest(key, [*keys, *schema.GROUPS])
     return Fault(key or "=", "unknown key", None, near or "see conf/")

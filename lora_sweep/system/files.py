@@ -85,8 +85,8 @@ def write_at(path: Path, content: bytes, offset: int, size: int) -> bool:
     except FileNotFoundError:
         return False
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != size:
             return False
         os.pwrite(descriptor, content, offset)
         return True

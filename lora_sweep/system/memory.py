@@ -21,20 +21,20 @@ def free_bytes(device: torch.device) -> float:
         free, _ = torch.cuda.mem_get_info(device)
         return float(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     with contextlib.suppress(OSError, ValueError, IndexError):
-        found = [1024.0 * int(_line(Path("/proc/meminfo"), "MemAvailable"))]
+        limits = [1024.0 * int(_line(Path("/proc/meminfo"), "MemAvailable"))]
         for limit, used, parts, cached in _LIMITS:
             with contextlib.suppress(OSError, ValueError, IndexError, StopIteration):
                 held = int((_CONTAINER / used).read_text()) - int(_line(_CONTAINER / parts, cached))
-                found.append(float(int((_CONTAINER / limit).read_text()) - held))
-        return max(0.0, min(found))
+                limits.append(float(int((_CONTAINER / limit).read_text()) - held))
+        return max(0.0, min(limits))
     return math.inf
 
 
 def device_kind(device: torch.device) -> str:
     """What has the same name has as much memory: a number of slots that is too many on one is so on the other."""
     if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        return f"{found.name}, {found.total_memory} bytes"
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory} bytes"
     total = math.inf
     with contextlib.suppress(OSError, ValueError, IndexError):
         total = 1024 * int(_line(Path("/proc/meminfo"), "MemTotal"))

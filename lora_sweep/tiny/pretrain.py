@@ -133,9 +133,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder to write (default: the package's own)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default {STEPS})")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default 1, as the package's weights)")
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    pretrain(asked.out, asked.steps)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    pretrain(arguments.out, arguments.steps)
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ def _color(size: float) -> tuple[int, int, int]:
 
 def _layer(name: str) -> str:
     """Of `model.layers.3.self_attn.q_proj`: `3`, the number of the layer; the whole name where there is none."""
-    found = re.search(r"\.(\d+)\.", name)
-    return found[1] if found else name
+    match = re.search(r"\.(\d+)\.", name)
+    return match[1] if match else name
 
 
 def _last(name: str) -> str:

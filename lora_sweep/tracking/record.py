@@ -169,20 +169,20 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     Raises Unsafe where the file cannot be read or does not hold what `Record.finish` writes.
     """
     try:
-        plain_ = files.read_json(folder / RESULT, MAX_RESULT_BYTES, follow=False)
+        content = files.read_json(folder / RESULT, MAX_RESULT_BYTES, follow=False)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise Unsafe(f"cannot be read ({error.strerror})") from error
-    if not _is_result(plain_):
+    if not _is_result(content):
         raise Unsafe("is no record of a trial")
-    result: dict[str, Any] = plain_
+    result: dict[str, Any] = content
     return result
 
 
-def _is_result(plain_: Any) -> bool:
+def _is_result(content: Any) -> bool:
     """Whether it has what `Record.finish` adds to a result; older versions wrote no seal."""
-    match plain_:
+    match content:
         case {
             "cell": int(),
             "state": "COMPLETE" | "PRUNED" | "FAIL",
@@ -190,7 +190,7 @@ def _is_result(plain_: Any) -> bool:
             "flags": list(),
             "reason": str() | None,
         }:
-            return "files" not in plain_ or seal.is_seal(plain_["files"])
+            return "files" not in content or seal.is_seal(content["files"])
     return False
 
 

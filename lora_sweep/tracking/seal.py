@@ -30,14 +30,14 @@ Seal = Mapping[str, Mapping[str, Any]]
 
 def sealed(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """The seal of the files and folders of these names that are there. Raises OSError or files.Unsafe."""
-    found = {}
+    sizes = {}
     for name in names:
         path = folder / name
         for file in sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []:
             inside = file.relative_to(folder).as_posix()
             size = {} if inside == ADAPTER_CONFIG else {"bytes": file.stat().st_size}
-            found[inside] = {**size, "sha256": digest(file, inside)}
-    return found
+            sizes[inside] = {**size, "sha256": digest(file, inside)}
+    return sizes
 
 
 def broken(folder: Path, seal: Seal) -> list[str]:
@@ -89,8 +89,8 @@ def _is_there(file: Path, name: str, each: Mapping[str, Any]) -> bool:
         return False
     if status.st_size > READ_BYTES:
         return True
-    found = _digest_of(file, name, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-    return bool(found == each["sha256"])
+    details = _digest_of(file, name, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    return bool(details == each["sha256"])
 
 
 @lru_cache(maxsize=2**16)
