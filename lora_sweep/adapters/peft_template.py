@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_sweep.system import files
+from lora_sweep.system.background import Background
 
 KEPT_BYTES, KEPT_DRAWS = 2**29, 32
 """Of initial A's, drawn beforehand or kept for trials of the same rank and seed; one is kept whatever its size."""
@@ -61,7 +62,7 @@ class PeftTemplate:
         self._base, self._revision = base_name_or_path, revision
         # PEFT wraps the one skeleton and draws from the one generator.
         self._lock = Lock()
-        self._thread = ThreadPoolExecutor(1, "initial-A")
+        self._thread = Background("initial-A")
         self._draws: dict[tuple[int, str, int], tuple[Future[dict[str, Tensor]], int]] = {}
         """(rank, targets, seed) -> (the draw, its bytes), the one asked for last at the end."""
         self._widths: dict[str, int] = {}
@@ -70,7 +71,7 @@ class PeftTemplate:
 
     def close(self) -> None:
         """Ends the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.close()
 
     def prepare(self, draws: Sequence[tuple[LoraConfig, int]]) -> None:
         """Begins to draw what `initial` will be asked for: (configuration, seed), the most urgent first.
@@ -92,7 +93,7 @@ class PeftTemplate:
 
         Not to be written into: who asks the same again gets the same tensors.
         """
-        return self._drawn(config, seed).result()
+        return self._thread.result(self._drawn(config, seed))
 
     def _drawn(self, config: LoraConfig, seed: int) -> Future[dict[str, Tensor]]:
         key = (config.r, str(config.target_modules), seed)
@@ -128,7 +129,7 @@ class PeftTemplate:
 
     def write(self, folder: Path, config: LoraConfig, weights: Weights) -> None:
         """Writes adapter_config.json and adapter_model.safetensors as PEFT does; the folder need not exist."""
-        format_, keys = self._format(config).result()
+        format_, keys = self._thread.result(self._format(config))
         resolved = deepcopy(format_)
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("r", "lora_alpha", "use_rslora", "lora_dropout"):

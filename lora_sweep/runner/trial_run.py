@@ -7,7 +7,7 @@ checkpoint that builds on it, the adapter before the result, the result before t
 import json
 import math
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from operator import itemgetter
 from pathlib import Path
@@ -22,6 +22,7 @@ from lora_sweep.study.view import Outcome, Reason
 from lora_sweep.sweep import equivalence
 from lora_sweep.sweep.compose import to_yaml
 from lora_sweep.system import files
+from lora_sweep.system.background import Background
 from lora_sweep.system.disk import disk_errors, write_whole
 from lora_sweep.tracking import Record, Tracker, is_whole, read_losses, read_rows, seal
 
@@ -38,7 +39,7 @@ class Run:
     """One trial in its slot, with its record: admitted anew, or as of its last checkpoint."""
 
     def __init__(
-        self, pack: Pack, base: Base, cell: Cell, config: Config, folder: Path, tracker: Tracker, writer: Executor
+        self, pack: Pack, base: Base, cell: Cell, config: Config, folder: Path, tracker: Tracker, writer: Background
     ) -> None:
         """`writer`: of one thread, which all runs of a pack may share."""
         trial = Trial.of(cell, config)
@@ -118,7 +119,7 @@ class Run:
         to be written would fill the memory. Raises what an earlier write has raised: StorageUnavailable, say.
         """
         if self._logged is not None:
-            self._logged.result()
+            self._writer.result(self._logged)
         if self._broken is not None:
             raise self._broken
         self._logged = self._in_background(lambda: self._opened.log(evaluation))
@@ -174,7 +175,7 @@ class Run:
             if self._record is not None:
                 self._record.abandon()
 
-        self._writer.submit(close).result()
+        self._writer.result(self._writer.submit(close))
 
     def _in_background(self, work: Callable[[], Result]) -> Future[Result]:
         def in_turn() -> Result:

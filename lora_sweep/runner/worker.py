@@ -4,7 +4,7 @@ import gc
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from lora_sweep.study.study import Study
 from lora_sweep.study.view import Outcome, Reason
 from lora_sweep.sweep.sweep import Sweep
 from lora_sweep.system import files
+from lora_sweep.system.background import Background
 from lora_sweep.system.files import Unsafe
 from lora_sweep.system.out_of_memory import is_out_of_memory
 from lora_sweep.tracking import RESULT, Tracker, seal
@@ -63,7 +64,7 @@ def train(config: Config, folder: Path, tracker: Tracker, device: torch.device, 
             failed = run.failed
             if failed is not None or run.step >= config.train.max_steps:
                 state: Outcome = "COMPLETE" if failed is None else "FAIL"
-                value, flags = run.finish(state, failed).result()
+                value, flags = writer.result(run.finish(state, failed))
                 _drop_checkpoint(folder)
                 watcher.ended(cell, state, value, flags)
                 return True
@@ -104,7 +105,7 @@ class PackSession:
         base: Base,
         config: Config,
         tracker: Tracker,
-        writer: Executor,
+        writer: Background,
         watcher: Watcher,
     ) -> None:
         self._study, self._sweep, self._pack, self._base = study, sweep, pack, base
@@ -252,7 +253,7 @@ class PackSession:
         for lease, ending in list(self._ending.items()):
             if len(self._ending) <= most and not ending.written.done():
                 return
-            value, flags = ending.written.result()
+            value, flags = self._writer.result(ending.written)
             state, folder = ending.state, ending.run.folder
             self._study.tell(lease, state, None if state == "FAIL" else value, ending.reason)
             del self._ending[lease]
@@ -297,9 +298,9 @@ def _steady() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _writer() -> Executor:
+def _writer() -> Background:
     """The thread in which all runs of a pack are written."""
-    return ThreadPoolExecutor(1, "records")
+    return Background("records")
 
 
 def use_threads(launcher: LauncherConfig) -> None:

@@ -3,7 +3,6 @@
 Ratios of medians on a machine that does nothing else meanwhile; minutes each.
 """
 
-import gc
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
@@ -13,13 +12,12 @@ import pytest
 import torch
 from conftest import config_of
 
-from lora_sweep.bench import overhead, question, random_base, speed
+from lora_sweep.bench import gauge, overhead, question, random_base, speed
 from lora_sweep.bench.question import Question
 from lora_sweep.bench.random_base import Dimensions
 from lora_sweep.cli.validate import validate_sweep
 from lora_sweep.pack import Pack, Settings, Trial
 from lora_sweep.sweep import sweep_file
-from lora_sweep.system.memory import Peak
 
 MakeTrial = Callable[..., Trial]
 CPU = torch.device("cpu")
@@ -127,8 +125,7 @@ def test_no_more_logits_are_held_for_eight_slots_than_for_one(trial: MakeTrial) 
         pack._train_step()  # optimizer states, and what the allocator keeps
         held = []
         for _ in range(2):
-            gc.collect()
-            whole = Peak(CPU)
+            whole = gauge.fresh_peak(CPU)
             pack._train_step()
             if whole.bytes is None:
                 pytest.skip("this system does not tell its peak")

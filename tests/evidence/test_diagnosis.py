@@ -19,7 +19,7 @@ def test_faults_are_named_with_the_right_cause_and_healthy_trainings_left_alone(
 ) -> None:
     """Of each fault one training, and of the ordinary sweeps one seed; README.md's table has five and two."""
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-    made = diagnosis.diagnosis(lambda _: None, range(seeds), asked={})
+    made = diagnosis.diagnosis(lambda _: None, range(seeds), sweeps={})
     with capsys.disabled():
         print("", *diagnosis.lines(made), sep="\n")
     assert made["injected"] == seeds * len(made["faults"])
