@@ -289,7 +289,7 @@ def test_plan_shows_the_classes_and_what_keeps_others_apart(run: Run) -> None:
 
 
 def test_warnings_stand_under_plan_and_in_its_json_and_are_no_fault(run: Run) -> None:
-    few = "data.eval_size: 4 evaluation examples tell runs apart"
+    few = "data.eval_size: 4 evaluation examples distinguish runs"
     said = run("plan", small())
     assert (said.code, said.err) == (0, "")
     assert said.out.splitlines()[-1].startswith(f"warning: {few}")

@@ -133,7 +133,7 @@ def test_too_few_examples_are_told_with_how_many_are_needed() -> None:
     axis = "method.rank=choice(4,8)"
     assert found(axis, "data=facts") == {}
     sentence = found(axis, "data=facts", size=few)["data.eval_size"]
-    assert sentence.startswith(f"{needed - 1} evaluation examples tell runs apart")
+    assert sentence.startswith(f"{needed - 1} evaluation examples distinguish runs")
     assert f"about {needed} are needed; set data.eval_size={needed}" in sentence
 
 
