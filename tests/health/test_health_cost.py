@@ -1,4 +1,4 @@
-"""What looking costs: at the default cadence at most 2 % of a training, histograms and heat map included."""
+"""What health checks cost: at the default cadence at most 2 % of a training, histograms and heat map included."""
 
 import time
 from collections.abc import Iterator
@@ -47,10 +47,10 @@ def spent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
         monkeypatch.setattr(owner, name, around)
 
-    for name in ("snapshot", "measurements", "delta_rel"):
+    for name in ("sample_weights", "measurements", "delta_rel"):
         timed(health, name)
-    timed(Pack, "_look")
-    timed(HealthHistory, "reading")
+    timed(Pack, "_check_health")
+    timed(HealthHistory, "snapshot")
     yield found
     torch.set_num_threads(threads)
 
@@ -82,7 +82,7 @@ def share(base: LoadedBase, data: Data, trials: list[Trial], spent: list[float])
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_looking_costs_at_most_two_percent_of_the_embedded_base(base: LoadedBase, spent: list[float]) -> None:
+def test_health_costs_at_most_two_percent_of_the_embedded_base(base: LoadedBase, spent: list[float]) -> None:
     """500 steps of 4 x 32 tokens, evaluated every 50."""
     config = config_of("data=style", "train.max_steps=500", "train.slots=8", "optimizer.ratio=4")
     data = load_data(config.data, base.tokenizer)
@@ -95,8 +95,8 @@ def test_looking_costs_at_most_two_percent_of_the_embedded_base(base: LoadedBase
 
 @pytest.mark.real
 @pytest.mark.timeout(2700)
-def test_looking_costs_at_most_two_percent_of_smollm2(spent: list[float]) -> None:
-    """100 steps of two examples, evaluated every 50; the first 20 steps are looked at most, so fewer are no sample."""
+def test_health_costs_at_most_two_percent_of_smollm2(spent: list[float]) -> None:
+    """100 steps of two examples, evaluated every 50; the first 20 steps are checked most often, so fewer are no sample."""
     config = config_of(
         "model=smollm2_gguf", "model.dtype=bf16", "data=real_facts", "data.subjects=200", "data.eval_size=16",
         "data.probe_size=8", "train.max_steps=100", "train.batch_size=2", "train.slots=4",
