@@ -96,7 +96,7 @@ def test_health_costs_at_most_two_percent_of_the_embedded_base(base: LoadedBase,
 @pytest.mark.real
 @pytest.mark.timeout(2700)
 def test_health_costs_at_most_two_percent_of_smollm2(spent: list[float]) -> None:
-    """100 steps of two examples, evaluated every 50; the first 20 steps are checked most often, so fewer are no sample."""
+    """100 steps of two examples, evaluated every 50; the first 20 steps are checked most often: fewer are no sample."""
     config = config_of(
         "model=smollm2_gguf", "model.dtype=bf16", "data=real_facts", "data.subjects=200", "data.eval_size=16",
         "data.probe_size=8", "train.max_steps=100", "train.batch_size=2", "train.slots=4",
