@@ -358,13 +358,13 @@ def _side(optimizer: Any, groups: Mapping[int, dict[str, Any]], module: _Lora, w
     parameter = module.A if which == "A" else module.B
     group = groups.get(id(parameter), {})
     state = optimizer.state.get(parameter, {})
-    found = [parameter, parameter.grad]
+    tensors = [parameter, parameter.grad]
     moments = {health.MOMENTS[key]: value for key, value in state.items() if key in health.MOMENTS}
     # In 8 bits a moment means nothing without its scales; others than Adam step otherwise by moments of these names.
     is_adam = type(getattr(optimizer, "optimizer", optimizer)).__module__ in _ADAM and not group.get("amsgrad")
-    known = is_adam and len(moments) == 2 and all(moment.dtype.is_floating_point for moment in moments.values())
-    found += [moments["m"], moments["v"]] if known else [None, None]
-    value, gradient, m, v = (each if each is None or which == "A" else each.T for each in found)
+    is_usual = is_adam and len(moments) == 2 and all(moment.dtype.is_floating_point for moment in moments.values())
+    tensors += [moments["m"], moments["v"]] if is_usual else [None, None]
+    value, gradient, m, v = (each if each is None or which == "A" else each.T for each in tensors)
     betas = group.get("betas", (0.0, 0.0))
     stepped = Stepped(_shrink(group), _number(group, "eps") or 0.0, tuple(betas), int(state.get("step", 0)))
     assert value is not None

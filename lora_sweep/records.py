@@ -176,7 +176,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Base:
+class BaselineLosses:
     """The losses of the base alone, adapters off, on the same sets."""
 
     eval_loss: float

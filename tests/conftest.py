@@ -76,17 +76,17 @@ BEGUN_BY = "LORA_SWEEP_TESTS"
 
 def orphans(begun_by: str) -> dict[int, str]:
     """Process -> command line, of what was begun here and has outlived whoever began it."""
-    found, parents = {}, {}
+    commands, parents = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             environment = (folder / "environ").read_bytes().split(b"\0")
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             if f"{BEGUN_BY}={begun_by}".encode() in environment:
-                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+                commands[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
                 parents[int(folder.name)] = parent
         except OSError:  # ended meanwhile, or somebody else's
             continue
-    return {each: line for each, line in found.items() if parents[each] not in (*found, int(begun_by))}
+    return {each: line for each, line in commands.items() if parents[each] not in (*commands, int(begun_by))}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -43,10 +43,10 @@ class Repository:
     def commit(self, files: Mapping[str, bytes], *names: str) -> str:
         """A new commit, which `main` and `names` then mean; returns its 40 hex digits."""
         whole = hashlib.sha1(repr((self.id, len(self.commits), sorted(files.items()))).encode())
-        made = whole.hexdigest()
-        self.commits[made] = dict(files)
-        self.names |= dict.fromkeys(("main", *names), made)
-        return made
+        digest = whole.hexdigest()
+        self.commits[digest] = dict(files)
+        self.names |= dict.fromkeys(("main", *names), digest)
+        return digest
 
     def found(self, revision: str) -> str | None:
         """The commit of a branch, a tag, a commit or the beginning of one."""
@@ -156,13 +156,13 @@ def _handler_for(server: HubServer) -> type[BaseHTTPRequestHandler]:
         do_HEAD = do_POST = do_GET
 
         def answer(self, path: str, asked: dict[str, list[str]], body: bytes) -> None:
-            if found := _API.fullmatch(path):
-                kind, name, what, revision, inside = found.groups()
-                self.tell(kind, name, what, revision, unquote(inside or ""), asked, body)
-            elif found := _RESOLVE.fullmatch(path):
-                self.resolve("datasets" if found[1] else "models", found[2], found[3], unquote(found[4]))
-            elif (found := _CONTENT.fullmatch(path)) and found[1] in server.contents:
-                self.send(server.contents[found[1]], {"ETag": f'"{found[1]}"'})
+            if match := _API.fullmatch(path):
+                kind, name, kind_of_path, revision, inside = match.groups()
+                self.tell(kind, name, kind_of_path, revision, unquote(inside or ""), asked, body)
+            elif match := _RESOLVE.fullmatch(path):
+                self.resolve("datasets" if match[1] else "models", match[2], match[3], unquote(match[4]))
+            elif (match := _CONTENT.fullmatch(path)) and match[1] in server.contents:
+                self.send(server.contents[match[1]], {"ETag": f'"{match[1]}"'})
             else:
                 raise Refused(404)
 
@@ -181,7 +181,7 @@ def _handler_for(server: HubServer) -> type[BaseHTTPRequestHandler]:
             self,
             kind: str,
             name: str,
-            what: str | None,
+            kind_of_path: str | None,
             revision: str | None,
             inside: str,
             asked: dict[str, list[str]],
@@ -190,9 +190,9 @@ def _handler_for(server: HubServer) -> type[BaseHTTPRequestHandler]:
             repository, commit = self.commit(kind, name, revision)
             files = repository.commits[commit]
             value: Any
-            if what == "tree":
+            if kind_of_path == "tree":
                 value = _tree(files, inside, asked.get("recursive", [""])[0].lower() == "true")
-            elif what == "paths-info":
+            elif kind_of_path == "paths-info":
                 wanted = parse_qs(body.decode()).get("paths", [])
                 if "json" in self.headers.get("Content-Type", ""):
                     wanted = json.loads(body)["paths"]
@@ -226,11 +226,11 @@ def _handler_for(server: HubServer) -> type[BaseHTTPRequestHandler]:
 
         def send(self, content: bytes, headers: dict[str, str]) -> None:
             """The content, or the stretch of it that Range asks for."""
-            found = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-            if found is None:
+            match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if match is None:
                 self.reply(200, content, headers | {"Accept-Ranges": "bytes"})
                 return
-            first, last = int(found[1]), min(int(found[2] or len(content) - 1), len(content) - 1)
+            first, last = int(match[1]), min(int(match[2] or len(content) - 1), len(content) - 1)
             if first > last:
                 raise Refused(416, "", "Range not satisfiable")
             stretch = f"bytes {first}-{last}/{len(content)}"

@@ -118,8 +118,8 @@ def summary(outcomes: Iterable[tuple[str, Any]]) -> list[str]:
     for path in PATHS:
         parts = []
         for state in ("off", "on"):
-            found = [(outcome, counts[path.name, state, outcome]) for outcome in ("passed", "failed", "skipped")]
-            said = ", ".join(f"{count} {outcome}" for outcome, count in found if count)
+            capabilities = [(outcome, counts[path.name, state, outcome]) for outcome in ("passed", "failed", "skipped")]
+            said = ", ".join(f"{count} {outcome}" for outcome, count in capabilities if count)
             parts.append(f"{state}: {said or 'none run'}")
         lines.append(f"  {path.name}: {'; '.join(parts)}")
     return lines if counts else []
@@ -128,7 +128,7 @@ def summary(outcomes: Iterable[tuple[str, Any]]) -> list[str]:
 def _machine() -> str:
     import torch
 
-    found = torch.cpu.get_capabilities()
-    known = [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "sve_bf16") if found.get(name)]
+    capabilities = torch.cpu.get_capabilities()
+    supported = [name for name in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "sve_bf16") if capabilities.get(name)]
     masked = "; masked to AVX2" if IS_MASKED else ""
-    return f"processor: {found.get('cpu_name', found['architecture'])} ({', '.join(known)}){masked}"
+    return f"processor: {capabilities.get('cpu_name', capabilities['architecture'])} ({', '.join(supported)}){masked}"

@@ -70,10 +70,10 @@ class SecondDevice:
     def get_paged(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """As bitsandbytes has it: managed memory comes as a tensor on the host with two marks."""
         assert device.type == "cuda"
-        made = torch.full(shape, 77, dtype=dtype)
-        made.is_paged, made.page_deviceid = True, device.index  # type: ignore[attr-defined]
-        self.paged.append(made)
-        return made
+        result = torch.full(shape, 77, dtype=dtype)
+        result.is_paged, result.page_deviceid = True, device.index  # type: ignore[attr-defined]
+        self.paged.append(result)
+        return result
 
 
 @dataclass
@@ -92,12 +92,12 @@ class _Operations(TorchDispatchMode):
         there = [self.device.holds(each) for each in given]
         if any(there) and not all(there):
             self._check(func._schema.name.partition("::")[2], given, there)
-        made = func(*args, **(kwargs or {}))
-        known = {each.untyped_storage()._cdata for each in given}
-        for each in tree_leaves(made):
-            if isinstance(each, Tensor) and each.untyped_storage()._cdata not in known:
+        result = func(*args, **(kwargs or {}))
+        storages = {each.untyped_storage()._cdata for each in given}
+        for each in tree_leaves(result):
+            if isinstance(each, Tensor) and each.untyped_storage()._cdata not in storages:
                 self.device.put(each, any(there))
-        return made
+        return result
 
     def _check(self, name: str, given: list[Tensor], there: list[bool]) -> None:
         alike = "fused" in name or ("foreach" in name and name != "_foreach_mul_") or name in ALIKE
@@ -142,9 +142,9 @@ class _Functions(TorchFunctionMode):
         if kwargs.get("device") is None:
             return func(*args, **kwargs)
         there = torch.device(kwargs.pop("device")).type == "cuda"
-        made = func(*args, **kwargs, device="cpu")
-        self.device.put(made, there)
-        return made
+        result = func(*args, **kwargs, device="cpu")
+        self.device.put(result, there)
+        return result
 
     def _moved(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         tensor, *rest = args
@@ -159,10 +159,10 @@ class _Functions(TorchFunctionMode):
         copy = kwargs.pop("copy", False) or wanted != there
         if func is not torch.Tensor.to:
             rest = []
-        made: Tensor = torch.Tensor.to(tensor, "cpu", *rest, copy=copy, **kwargs)
+        result: Tensor = torch.Tensor.to(tensor, "cpu", *rest, copy=copy, **kwargs)
         if wanted != there:
-            self.device.put(made, wanted)
-        return made
+            self.device.put(result, wanted)
+        return result
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def fitted(
     **settings: Any,
 ) -> Trainer:
     """A training by transformers' Trainer with its own defaults but for `settings`; the base is left as it was."""
-    told = {
+    expected = {
         "max_steps": 25, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 5,
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "remove_unused_columns": False,
         "label_names": ["labels"], "use_cpu": True, "log_level": "error",
@@ -67,15 +67,15 @@ def fitted(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = adapt(base.model)
-        made = optimizer([each for each in model.parameters() if each.requires_grad]) if optimizer else None
-        constant = made and _Constant(made)
+        outcome = optimizer([each for each in model.parameters() if each.requires_grad]) if optimizer else None
+        constant = outcome and _Constant(outcome)
         trainer = Trainer(
             model,
-            TrainingArguments(output_dir=str(folder), **told | settings),
+            TrainingArguments(output_dir=str(folder), **expected | settings),
             data_collator=collate,
             train_dataset=rows,
             eval_dataset=rows[:24],
-            optimizers=(made, constant),
+            optimizers=(outcome, constant),
             callbacks=[watch, *others],
         )
         trainer.remove_callback(PrinterCallback)
@@ -98,15 +98,15 @@ def written(folder: Path) -> Any:
 @pytest.fixture
 def heard() -> Iterator[list[str]]:
     """What the callback says in the log, while it says it."""
-    found: list[str] = []
+    flags: list[str] = []
 
     class Ear(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
+            flags.append(record.getMessage())
 
     ear, logger = Ear(), logging.getLogger("lora_sweep")
     logger.addHandler(ear)
-    yield found
+    yield flags
     logger.removeHandler(ear)
 
 
@@ -117,15 +117,15 @@ def test_a_fault_is_named_with_its_cause(base: LoadedBase, tmp_path: Path, cause
     fault = next(each for each in FAULTS if each.cause == cause)
     assert cause in train(base, fault.inject(SHORT), tmp_path).named
     written = json.loads((tmp_path / "health.json").read_text())
-    found = [each for each in written["findings"] if cause in (each["flag"], each["cause"])]
-    assert found
-    assert found[0]["sentence"].endswith(".")
+    flags = [each for each in written["findings"] if cause in (each["flag"], each["cause"])]
+    assert flags
+    assert flags[0]["sentence"].endswith(".")
 
 
 def test_a_healthy_training_is_left_alone(base: LoadedBase, tmp_path: Path) -> None:
-    made = train(base, SHORT, tmp_path)
-    assert made == Outcome(pytest.approx(made.gain), ())
-    assert made.gain > 2
+    outcome = train(base, SHORT, tmp_path)
+    assert outcome == Outcome(pytest.approx(outcome.gain), ())
+    assert outcome.gain > 2
 
 
 def test_the_base_is_left_as_it_was(base: LoadedBase, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def sft(base: LoadedBase, folder: Path, callbacks: list[TrainerCallback], **sett
 def test_in_trl_a_healthy_training_is_left_alone_and_faults_are_named(
     base: LoadedBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    healthy, stale, asked = HealthCallback(), HealthCallback(action="stop"), HealthCallback(ratio=16)
+    healthy, stale, requested = HealthCallback(), HealthCallback(action="stop"), HealthCallback(ratio=16)
     with caplog.at_level(logging.WARNING, logger="lora_sweep"):
         sft(base, tmp_path / "healthy", [healthy])
         assert healthy.findings == ()
@@ -194,8 +194,8 @@ def test_in_trl_a_healthy_training_is_left_alone_and_faults_are_named(
         assert [(each.flag, each.cause) for each in stale.findings][:1] == [("zero_trapped", "not_stepped")]
         assert trainer.state.global_step == 20, "stop: at the end of the window, not of the training"
         # TRL's optimizer has one rate for A and B: whoever wanted LoRA+ did not get it.
-        sft(base, tmp_path / "ratio", [asked])
-        assert [each.flag for each in asked.findings] == ["ratio_lost"]
+        sft(base, tmp_path / "ratio", [requested])
+        assert [each.flag for each in requested.findings] == ["ratio_lost"]
     assert sum("not_stepped" in record.message for record in caplog.records) == 1, "said once"
 
 
@@ -209,9 +209,9 @@ def test_an_optimizer_with_a_pair_for_eps_or_without_a_rate_is_watched_in_peace(
     watch = HealthCallback()
     fitted(base, tmp_path, watch, optim="adafactor")
     assert (watch.findings, heard) == ((), [])
-    own_rate, asked = (lambda parameters: Adafactor(parameters, lr=None)), HealthCallback(ratio=16)
-    assert fitted(base, tmp_path, asked, optimizer=own_rate).state.global_step == 25
-    assert (asked.findings, heard) == ((), [])
+    own_rate, requested = (lambda parameters: Adafactor(parameters, lr=None)), HealthCallback(ratio=16)
+    assert fitted(base, tmp_path, requested, optimizer=own_rate).state.global_step == 25
+    assert (requested.findings, heard) == ((), [])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -223,11 +223,11 @@ def test_an_optimizer_with_a_pair_for_eps_or_without_a_rate_is_watched_in_peace(
 def test_of_adams_relatives_the_rates_are_those_of_their_groups(
     base: LoadedBase, tmp_path: Path, heard: list[str], optimizer: Any
 ) -> None:
-    watch, asked = HealthCallback(), HealthCallback(ratio=16)
+    watch, requested = HealthCallback(), HealthCallback(ratio=16)
     fitted(base, tmp_path, watch, optimizer=optimizer)
     assert (watch.findings, heard) == ((), [])
-    fitted(base, tmp_path, asked, optimizer=optimizer, max_steps=4)
-    assert [(each.flag, each.evidence["ratio"]) for each in asked.findings] == [("ratio_lost", 1.0)]
+    fitted(base, tmp_path, requested, optimizer=optimizer, max_steps=4)
+    assert [(each.flag, each.evidence["ratio"]) for each in requested.findings] == [("ratio_lost", 1.0)]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -270,11 +270,11 @@ def test_what_no_more_steps_can_mend_is_warned_of_when_the_window_ends(
             assert (state.global_step < 20) == (not heard)
 
     def with_dead_layer(model: Any) -> Any:
-        made = adapted(model)
-        for module in made.get_submodule("base_model.model.model.layers.1").modules():
+        outcome = adapted(model)
+        for module in outcome.get_submodule("base_model.model.model.layers.1").modules():
             if isinstance(module, LoraLayer):
                 module.lora_A["default"].weight.data.zero_()
-        return made
+        return outcome
 
     fitted(base, tmp_path, HealthCallback(ratio=16), with_dead_layer, others=[Listening()])
     assert [each.partition(":")[0] for each in heard] == ["partially_trapped", "ratio_lost"]
@@ -303,13 +303,13 @@ def by_side(model: Any) -> torch.optim.Optimizer:
 def fitted_at(
     base: LoadedBase, folder: Path, watch: HealthCallback, rates: Callable[[int], tuple[float, float]], **settings: Any
 ) -> None:
-    made: list[Any] = []
+    outcome: list[Any] = []
 
     def adapt(model: Any) -> Any:
-        made.append(adapted(model))
-        return made[0]
+        outcome.append(adapted(model))
+        return outcome[0]
 
-    fitted(base, folder, watch, adapt, lambda _: by_side(made[0]), others=[_Rates(rates)], **settings)
+    fitted(base, folder, watch, adapt, lambda _: by_side(outcome[0]), others=[_Rates(rates)], **settings)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -337,10 +337,10 @@ def test_a_rate_of_0_is_named_and_a_ratio_that_was_asked_for_is_lost(
 def test_a_rate_that_is_far_too_high_is_named_and_random_labels_are_not(base: LoadedBase, tmp_path: Path) -> None:
     """On facts the signs of its steps flip, so that B walks as under random labels."""
     training = Training(0, "facts", steps=25, batch_size=8, alpha=32.0, lr_A=4e-3, lr_B=64e-3, ratio=16.0)
-    made = train(base, training, tmp_path)
-    assert made.gain < -0.2
-    assert {"rate_too_high", "diverged"} & set(made.named)
-    assert not {"zero_trapped", "partially_trapped", "no_signal"} & set(made.named)
+    outcome = train(base, training, tmp_path)
+    assert outcome.gain < -0.2
+    assert {"rate_too_high", "diverged"} & set(outcome.named)
+    assert not {"zero_trapped", "partially_trapped", "no_signal"} & set(outcome.named)
     tenth = train(base, replace(training, lr_A=4e-4, lr_B=64e-4), tmp_path)
     assert (tenth.gain > 0.3, tenth.named) == (True, ()), "the advice works"
 
@@ -363,15 +363,15 @@ def test_of_an_a_that_hardly_moves_the_advice_fits_the_ratio(
 
 @pytest.mark.filterwarnings("ignore")
 def test_of_several_groups_of_b_one_without_a_rate_is_not_all(base: LoadedBase, tmp_path: Path) -> None:
-    made: list[Any] = []
+    outcome: list[Any] = []
 
     def adapt(model: Any) -> Any:
-        made.append(adapted(model))
-        return made[0]
+        outcome.append(adapted(model))
+        return outcome[0]
 
     def layered(_: Any) -> torch.optim.Optimizer:
-        first, *rest = [each for name, each in made[0].named_parameters() if "lora_B" in name]
-        A = [each for name, each in made[0].named_parameters() if "lora_A" in name]
+        first, *rest = [each for name, each in outcome[0].named_parameters() if "lora_B" in name]
+        A = [each for name, each in outcome[0].named_parameters() if "lora_A" in name]
         return torch.optim.AdamW([{"params": [first], "lr": 0.0}, {"params": [*A, *rest]}], lr=1e-3)
 
     watch = HealthCallback()
@@ -487,12 +487,12 @@ def test_of_a_checkpoint_that_knows_nothing_the_way_until_then_is_not_judged(
     state = json.loads(file.read_text())
     del state["stateful_callbacks"]["HealthCallback"]
     file.write_text(json.dumps(state))
-    watch, asked = HealthCallback(), HealthCallback(ratio=16)
+    watch, requested = HealthCallback(), HealthCallback(ratio=16)
     fitted(base, tmp_path, watch, resume=file.parent, **settings | {"save_steps": 2})
     assert (watch.findings, heard) == ((), [])
     assert watch.diagnosis().gain == whole.diagnosis().gain, "the log is there"
-    fitted(base, tmp_path, asked, resume=file.parent, **settings)
-    assert [each.flag for each in asked.findings] == ["ratio_lost"]
+    fitted(base, tmp_path, requested, resume=file.parent, **settings)
+    assert [each.flag for each in requested.findings] == ["ratio_lost"]
     state["log_history"] = []
     file.write_text(json.dumps(state))
     fitted(base, tmp_path, watch, resume=file.parent, **settings | {"save_strategy": "no"})
@@ -518,16 +518,16 @@ def named(model: Any) -> Any:
 
 
 def second_of_two(model: Any) -> Any:
-    made = adapted(model)
-    made.add_adapter("other", OTHER)
-    made.set_adapter("other")
-    return made
+    outcome = adapted(model)
+    outcome.add_adapter("other", OTHER)
+    outcome.set_adapter("other")
+    return outcome
 
 
 def both(model: Any) -> Any:
-    made = second_of_two(model)
-    made.base_model.set_adapter(["default", "other"])
-    return made
+    outcome = second_of_two(model)
+    outcome.base_model.set_adapter(["default", "other"])
+    return outcome
 
 
 class _Spoiling(HealthCallback):

@@ -90,11 +90,11 @@ def every_damage() -> list[tuple[str, str, str]]:
         "base/tokenizer.json", "base/tokenizer_config.json", "config.yaml", "study.journal", "study.lock",
         "trials.jsonl",
     ]  # fmt: skip
-    found = []
+    damages = []
     for study, trials in (("finished", (ended, ended)), ("unfinished", (ended, begun))):
         names = [*shared, *(f"trials/{number:04d}/{name}" for number, each in enumerate(trials) for name in each)]
-        found += [(study, name, damage) for name in names for damage in DAMAGES]
-    return found
+        damages += [(study, name, damage) for name in names for damage in DAMAGES]
+    return damages
 
 
 def test_the_names_of_all_files_of_a_study_are_known(studies: Path) -> None:
@@ -111,12 +111,12 @@ def survives(run: Run, studies: Path, case: tuple[str, str, str]) -> None:
     whole = {number: row["eval_loss"] for number, row in read(studies / "outputs/finished").items()}
     DAMAGES[damage](Path("outputs", name, file))
     words = (f"outputs/{name}",)
-    seen = [run("status", *words), run("launch", f"{name}.yaml"), run("status", *words), run("pick", *words)]
-    for said in seen:
+    outcomes = [run("status", *words), run("launch", f"{name}.yaml"), run("status", *words), run("pick", *words)]
+    for said in outcomes:
         assert said.code in (0, 2, 3), f"{case}: {said}"
         assert "Traceback" not in said.err
         assert len(said.err.splitlines()) <= 4, said.err
-    _, launched, status, picked = seen
+    _, launched, status, picked = outcomes
     if launched.code:
         # Refused: the file that is named, brought back as the message says, makes the study whole again.
         assert Path(file).parts[0] in launched.err, f"{case}: {launched}"
@@ -262,5 +262,5 @@ def test_an_adapter_that_is_not_what_was_trained_is_never_shipped(run: Run, stud
         said = run("pick", "outputs/finished", "--json")
     finally:
         seal.READ_BYTES = before
-    made = json.loads(said.out)
-    assert made["passed_over"] == [best] and made["winner"]["number"] != best
+    result = json.loads(said.out)
+    assert result["passed_over"] == [best] and result["winner"]["number"] != best

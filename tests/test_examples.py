@@ -13,7 +13,7 @@ STORY = (
 
 
 def test_the_examples_are_true(in_folder: Path) -> None:
-    told: dict[str, Any] = {}
+    defined: dict[str, Any] = {}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     examples = 0
     for name in STORY:
@@ -21,8 +21,8 @@ def test_the_examples_are_true(in_folder: Path) -> None:
         # In the order of the file.
         for test in sorted(doctest.DocTestFinder(exclude_empty=True).find(module), key=lambda each: each.lineno or 0):
             examples += len(test.examples)
-            test.globs = {**vars(module), **told}
+            test.globs = {**vars(module), **defined}
             runner.run(test, clear_globs=False)
-            told |= {key: value for key, value in test.globs.items() if vars(module).get(key) is not value}
+            defined |= {key: value for key, value in test.globs.items() if vars(module).get(key) is not value}
     assert examples >= 20
     assert runner.summarize(verbose=False).failed == 0

@@ -111,8 +111,17 @@ OLD_WORDS = frozenset(
 )
 """Words of names that people who know PyTorch, PEFT, Optuna and W&B would not use for what they named here."""
 
+OLD_NAMES = frozenset(
+    (
+        *("Base", "Reading", "Chart", "Seen", "Course", "Asked", "Tally", "Blueprint", "Workbench", "Known", "_Shift"),
+        *("Exhausted", "OutOfRoom", "NoSafeAnswer", "model_room", "data_room", "look_every", "BROUGHT", "settle"),
+    )
+)
+"""Names that have given way to others, whole, whatever their words mean elsewhere."""
+
 KEPT_WORDS = {
     "base/": {"known"},
+    "base/checkpoint_files.py": {"width"},  # of a model
     "adapters/targets.py": {"known"},
     "runner/pitfalls.py": {"known"},
     "data/tokens.py": {"room"},  # what is left of a row
@@ -120,30 +129,28 @@ KEPT_WORDS = {
     "pack/capacity.py": {"known"},
     "pack/pack.py": {"room"},  # has_room: a slot is free
     "bench/random_base.py": {"width"},  # of a model
+    "tracking/heat_map.py": {"width"},  # of a picture
     "system/process.py": {"request"},
 }
 """File or folder -> such words that mean something else there."""
 
 
 def names_of(file: Path) -> Iterator[str]:
-    """Classes, functions, arguments and fields."""
+    """Classes, functions, arguments, fields and whatever else is assigned to."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             yield node.name
         elif isinstance(node, ast.arg):
             yield node.arg
-        if isinstance(node, ast.ClassDef):
-            yield from (
-                each.target.id
-                for each in node.body
-                if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
-            )
+        elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
 def test_names_are_the_fields_own_words(file: Path) -> None:
     kept = {word for place, words in KEPT_WORDS.items() if name(file).startswith(place) for word in words}
     for each in {file.stem, *names_of(file)}:
+        assert each not in OLD_NAMES
         words = set(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", each).lower().split("_"))
         assert not words & OLD_WORDS - kept, each
 
@@ -159,9 +166,9 @@ def test_no_file_has_two_nouns_and_no_function_two_verbs() -> None:
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.FunctionDef)
     }
-    for kind, found in (("file", lengths), ("function", functions)):
-        longest = max(found, key=lambda each: found[each])
-        print(f"{len(found)} {kind}s, the longest {longest} with {found[longest]} lines")
+    for kind, sizes in (("file", lengths), ("function", functions)):
+        longest = max(sizes, key=lambda each: sizes[each])
+        print(f"{len(sizes)} {kind}s, the longest {longest} with {sizes[longest]} lines")
     assert [each for each, lines in lengths.items() if lines > MOST_LINES] == []
     assert [each for each, lines in functions.items() if lines > MOST_FUNCTION_LINES] == []
 
@@ -192,15 +199,15 @@ def dotted(file: Path) -> str:
 
 def targets(file: Path) -> set[str]:
     """Names that the file imports, modules and what it takes from modules."""
-    found = set()
+    sizes = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom):
             module = node.module or ""
             for alias in node.names:
                 path = REPOSITORY / module.replace(".", "/") / alias.name
                 is_module = path.with_suffix(".py").exists() or path.is_dir()
-                found.add(f"{module}.{alias.name}" if is_module else module)
-    return found
+                sizes.add(f"{module}.{alias.name}" if is_module else module)
+    return sizes
 
 
 @pytest.mark.parametrize("file", FILES, ids=name)
@@ -242,9 +249,9 @@ def texts() -> Iterator[tuple[str, str]]:
 def test_no_file_names_the_machine_it_was_written_on() -> None:
     # Put together, so that this file does not name them either.
     places = [f"/{top}/" for top in ("work", "root", "home", "Users")]
-    seen = dict(texts())
-    assert {"pyproject.toml", "README.md", ".ci/run", "conf/config.yaml", "sweeps/quickstart.yaml"} <= seen.keys()
-    assert [(path, place) for path, text in seen.items() for place in places if place in text] == []
+    contents = dict(texts())
+    assert {"pyproject.toml", "README.md", ".ci/run", "conf/config.yaml", "sweeps/quickstart.yaml"} <= contents.keys()
+    assert [(path, place) for path, text in contents.items() for place in places if place in text] == []
 
 
 HEAVY = {"torch", "transformers", "peft", "wandb", "optuna", "hydra", "omegaconf", "pydantic", "safetensors"}
@@ -285,8 +292,8 @@ def test_a_process_that_outlives_its_test_is_found() -> None:
         try:
             until = time.monotonic() + 10
             # The shell may end before its child has become another program.
-            while (found := conftest.orphans("1234567")) != {left: "sleep 60 "} and time.monotonic() < until:
+            while (sizes := conftest.orphans("1234567")) != {left: "sleep 60 "} and time.monotonic() < until:
                 time.sleep(0.01)
-            assert found == {left: "sleep 60 "}
+            assert sizes == {left: "sleep 60 "}
         finally:
             os.kill(left, signal.SIGKILL)

@@ -129,8 +129,8 @@ def said(process: "subprocess.Popen[str]") -> list[Said]:
     assert TOKEN not in "".join(out + err)
     # The exit code stands at the beginning of the part after.
     return [
-        Said(int(after.splitlines()[0]), "\n".join(told.splitlines()[place > 0 :]), lines.splitlines()[place > 0 :])
-        for place, (told, lines, after) in enumerate(zip(out, err, out[1:], strict=False))
+        Said(int(after.splitlines()[0]), "\n".join(message.splitlines()[place > 0 :]), lines.splitlines()[place > 0 :])
+        for place, (message, lines, after) in enumerate(zip(out, err, out[1:], strict=False))
     ]
 
 
@@ -238,8 +238,8 @@ def test_a_launch_on_the_hub_trains_each_pinned_commit_and_names_it_in_its_adapt
 
 
 def test_the_token_stays_with_the_hub(launched: Path, hub: Hub) -> None:
-    asked = {each for each in hub.server.requests if each.startswith("GET /content/")}
-    assert len(asked) == 2, "the weights of both commits"
+    contents = {each for each in hub.server.requests if each.startswith("GET /content/")}
+    assert len(contents) == 2, "the weights of both commits"
     assert hub.server.told_token == {hub.server.url}
 
 
@@ -270,15 +270,15 @@ def online(launched: Path, hub: Hub) -> dict[str, Said]:
 def test_a_data_set_without_a_revision_is_the_newest_with_its_splits(online: dict[str, Said]) -> None:
     for name, trained, evaluated in (("newest", 30, 6), ("plain", 16, 4)):
         assert online[name].code == 0, online[name].err
-        made = json.loads(online[name].out)
-        assert (made["train_examples"], made["eval_examples"]) == (trained, evaluated)
+        result = json.loads(online[name].out)
+        assert (result["train_examples"], result["eval_examples"]) == (trained, evaluated)
 
 
 def test_each_slice_of_a_split_is_a_set_of_its_own(online: dict[str, Said]) -> None:
     for name, trained, evaluated in (("few", 4, 4), ("most", 12, 4), ("rest", 4, 12)):
         assert online[name].code == 0, online[name].err
-        made = json.loads(online[name].out)
-        assert (made["train_examples"], made["eval_examples"]) == (trained, evaluated)
+        result = json.loads(online[name].out)
+        assert (result["train_examples"], result["eval_examples"]) == (trained, evaluated)
 
 
 GATED = "is gated on the hub: accept its terms there, then log in, got 'org/{}' (hf auth login)"
@@ -336,10 +336,10 @@ def test_offline_the_cache_gives_the_commit_asked_for_or_none(launched: Path, on
     assert (first.code, newest.code) == (0, 0)
     assert [json.loads(each.out)["train_examples"] for each in (first, newest)] == [20, 30]
     assert first.err == newest.err == []
-    told = "data.path: is not in the hub's cache at v2, and HF_HUB_OFFLINE is set, got 'org/set' (unset it, or "
-    assert data == Said(2, "", [told + "run this once without it)"])
-    told = "model.path: is not in the hub's cache at v2, and HF_HUB_OFFLINE is set, got 'org/tiny' (unset it, or "
-    assert model == Said(2, "", [told + "bring the files there first: hf download org/tiny --revision v2)"])
+    message = "data.path: is not in the hub's cache at v2, and HF_HUB_OFFLINE is set, got 'org/set' (unset it, or "
+    assert data == Said(2, "", [message + "run this once without it)"])
+    message = "model.path: is not in the hub's cache at v2, and HF_HUB_OFFLINE is set, got 'org/tiny' (unset it, or "
+    assert model == Said(2, "", [message + "bring the files there first: hf download org/tiny --revision v2)"])
 
 
 @pytest.mark.parametrize(
@@ -378,6 +378,6 @@ def test_offline_an_empty_cache_is_one_line(
 @pytest.mark.slow  # the clients' own waiting
 def test_a_hub_that_does_not_answer_is_one_line_each(unreachable: "subprocess.Popen[str]") -> None:
     model, data = said(unreachable)
-    told = "is not in the hub's cache, and the hub cannot be reached"
-    assert model == Said(2, "", [f"model.path: {told}, got 'org/tiny'"])
-    assert data == Said(2, "", [f"data.path: {told}, got 'org/set'"])
+    message = "is not in the hub's cache, and the hub cannot be reached"
+    assert model == Said(2, "", [f"model.path: {message}, got 'org/tiny'"])
+    assert data == Said(2, "", [f"data.path: {message}, got 'org/set'"])

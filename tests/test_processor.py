@@ -51,8 +51,8 @@ def trained(**masks: str) -> dict[str, list[list[float]]]:
     command = [sys.executable, "-c", TRAINED]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    found: dict[str, list[list[float]]] = json.loads(done.stdout)
-    return found
+    products: dict[str, list[list[float]]] = json.loads(done.stdout)
+    return products
 
 
 @on(VECTORS)
@@ -71,13 +71,13 @@ def test_one_thread_and_two_give_the_same_losses_but_for_rounding(
     base: LoadedBase, style: Data, trial: MakeTrial
 ) -> None:
     trials = [trial(number, rank=4 + 4 * number, max_steps=10, eval_every=10, base_lr=2e-4) for number in range(3)]
-    before, found = torch.get_num_threads(), []
+    before, products = torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         assert torch.get_num_threads() == threads
-        found.append(packed(base, style, trials))
+        products.append(packed(base, style, trials))
     torch.set_num_threads(before)
-    for one, two in zip(*found, strict=True):
+    for one, two in zip(*products, strict=True):
         assert largest_difference(losses(one), losses(two)) < 1e-5
         assert one.eval_loss == pytest.approx(two.eval_loss, rel=1e-5)
 

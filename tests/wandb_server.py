@@ -204,8 +204,8 @@ def _handler_for(server: WandbServer) -> type[BaseHTTPRequestHandler]:
                     raise ConnectionAbortedError
                 if self.path == "/graphql":
                     value = {"data": server.answer(message["query"], message.get("variables") or {})}
-                elif found := re.fullmatch(r"/files/[^/]+/([^/]+)/([^/]+)/file_stream", self.path):
-                    server.stream(server.run(found[1], found[2]), message)
+                elif match := re.fullmatch(r"/files/[^/]+/([^/]+)/([^/]+)/file_stream", self.path):
+                    server.stream(server.run(match[1], match[2]), message)
                     value = {"limits": {}}
                 else:
                     value = {}

@@ -204,8 +204,8 @@ def _absent(keys: Iterable[str], biases: set[str], refused: list[str]) -> Iterat
         yield Missing(tuple(factors), "no LoRA of modules that the configuration names", UNTOUCHED)
     magnitudes = tuple(each for each in absent["magnitude"] if each not in factors)
     if magnitudes:
-        what = "no lora_magnitude_vector, though use_dora is true"
-        yield Missing(magnitudes, what, BASE_NORMS)
+        fault = "no lora_magnitude_vector, though use_dora is true"
+        yield Missing(magnitudes, fault, BASE_NORMS)
     lora_biases = tuple(each for each in absent["bias"] if each not in factors)
     if lora_biases:
         yield Missing(lora_biases, "no lora_B.bias, though lora_bias is true", f"PEFT leaves it at zero: {AGAIN}")

@@ -62,12 +62,12 @@ def multiplied_parameters(model: Any) -> int:
     """
     head = model.get_output_embeddings()
     tied = None if head is None else head.weight
-    looked_up = {
+    embeddings = {
         id(module.weight): module.weight.numel()
         for module in model.modules()
         if isinstance(module, nn.Embedding) and module.weight is not tied
     }
-    return int(model.num_parameters()) - sum(looked_up.values())
+    return int(model.num_parameters()) - sum(embeddings.values())
 
 
 def flop(multiplied: int, trained_tokens: int, evaluated_tokens: int) -> int:

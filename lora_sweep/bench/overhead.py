@@ -22,7 +22,7 @@ from lora_sweep.bench import gauge
 from lora_sweep.bench.hf_trainer_process import TrainerProcess
 from lora_sweep.data import load as load_data
 from lora_sweep.pack import Pack, Trial
-from lora_sweep.records import Base, Cell, Evaluation
+from lora_sweep.records import BaselineLosses, Cell, Evaluation
 from lora_sweep.runner import launch, worker
 from lora_sweep.study.view import Outcome
 from lora_sweep.sweep.axis import Axis
@@ -30,7 +30,7 @@ from lora_sweep.sweep.sweep import Sweep
 
 Say = Callable[[str], None]
 
-LOOKS = 10
+CHECKS = 10
 """Times that the memory is measured."""
 WINDOW = 5
 """A window is one in so many of the trials."""
@@ -74,11 +74,11 @@ class Clock:
     def chosen(self, reason: str) -> None:
         self.reason = reason
 
-    def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None: ...
+    def evaluated(self, cell: Cell, evaluation: Evaluation, base: BaselineLosses) -> None: ...
 
     def ended(self, cell: Cell, state: Outcome, value: float | None, flags: Sequence[str]) -> None:
         self.ends.append(time.perf_counter())
-        if len(self.ends) % max(1, self.trials // LOOKS) == 0:
+        if len(self.ends) % max(1, self.trials // CHECKS) == 0:
             began = time.perf_counter()
             held = gauge.fresh_peak(self.device).held_bytes
             if held is not None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from lora_sweep.base.load import LoadedBase
 from lora_sweep.data import Data
 from lora_sweep.pack import Pack, Settings, Trial
-from lora_sweep.records import Base, Evaluation
+from lora_sweep.records import BaselineLosses, Evaluation
 
 
 def run(pack: Pack, trials: Sequence[Trial]) -> Iterator[Evaluation]:
@@ -20,7 +20,7 @@ def run(pack: Pack, trials: Sequence[Trial]) -> Iterator[Evaluation]:
             pack.evict(slot)
 
 
-def recorded(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> tuple[Base, list[list[Evaluation]]]:
+def recorded(base: LoadedBase, data: Data, trials: Sequence[Trial]) -> tuple[BaselineLosses, list[list[Evaluation]]]:
     """(the losses of the base alone, each trial's evaluations); cells are numbered from 0 in the order of `trials`."""
     records: list[list[Evaluation]] = [[] for _ in trials]
     pack = Pack(base, data, Settings.of(trials[0]), max(trial.method.rank for trial in trials))

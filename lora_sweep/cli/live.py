@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from rich.table import Table
 from rich.text import Text
 
-from lora_sweep.records import Base, Cell, Evaluation
+from lora_sweep.records import BaselineLosses, Cell, Evaluation
 from lora_sweep.report.tables import duration, short
 from lora_sweep.study.view import Outcome
 from lora_sweep.system.console import say
@@ -73,7 +73,7 @@ class Show:
         self._slot_steps = 0
         self._ended_steps = 0
         self._began = time.monotonic()
-        self._base: Base | None = None
+        self._base: BaselineLosses | None = None
         self._bar = Progress(TextColumn("cells"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[eta]}"))
         self._task = self._bar.add_task("cells", total=cells, completed=done, eta="")
         self._live = (
@@ -110,7 +110,7 @@ class Show:
     def noticed(self, sentence: str) -> None:
         say(self._console, sentence)
 
-    def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None:
+    def evaluated(self, cell: Cell, evaluation: Evaluation, base: BaselineLosses) -> None:
         self._base = base
         bay = self._bay_of[cell.number]
         bay.step, bay.last = evaluation.step, evaluation

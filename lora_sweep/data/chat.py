@@ -139,10 +139,10 @@ class _Writer:
         self.tokens = {*special, *self.special.values()}
         self.token_lengths = {len(token) for token in self.tokens}
         plain, self.prompts, self.headless = text, False, False
-        for asks, says in zip(*map(forms, ([{"role": "user", "content": "a"}], [_stand_in({})])), strict=True):
+        for asks, reply in zip(*map(forms, ([{"role": "user", "content": "a"}], [_stand_in({})])), strict=True):
             try:
                 bare, wanted = (self._render(asks, None, prompt) for prompt in (False, True))
-                probe = self._render([*asks, *says], None)
+                probe = self._render([*asks, *reply], None)
             except ChatFault:
                 continue
             if _STAND_IN in probe:
@@ -159,8 +159,8 @@ class _Writer:
             check(conversation.messages, conversation.loss_from)
             tools = schemas(conversation.tools)
             for place, message in enumerate(conversation.messages):
-                if found := self.control.search(everything(message)):
-                    raise ChatFault(f"messages[{place}] holds `{found[0]}`, which the chat template writes itself")
+                if token := self.control.search(everything(message)):
+                    raise ChatFault(f"messages[{place}] holds `{token[0]}`, which the chat template writes itself")
             faults = []
             for messages in forms(conversation.messages):
                 try:
@@ -216,10 +216,10 @@ class _Writer:
     def _tagged(self, messages: list[dict[str, Any]], tools: Any, loss_from: int) -> tuple[str, list[Span]]:
         text, blocks = self._tracked(messages, tools)
         if loss_from:
-            asked = self._begun(messages[:loss_from], tools, text)
-            if asked is None:
+            begun = self._begun(messages[:loss_from], tools, text)
+            if begun is None:
                 raise ChatFault("the chat template writes the prompt in another way once its completion follows")
-            blocks = [(begin, end) for begin, end in blocks if end > asked]
+            blocks = [(begin, end) for begin, end in blocks if end > begun]
         merged: list[Span] = []
         for begin, end in blocks:
             if merged and merged[-1][1] == begin:
@@ -257,14 +257,14 @@ class _Writer:
     def _begin(self, messages: list[dict[str, Any]], tools: Any, i: int, text: str) -> int | None:
         """Behind the messages before turn i and its header, where they are written as in `text`; else None."""
         try:
-            asked = self._render(messages[:i], tools, prompt=True) if i else ""
-            if not asked or not text.startswith(asked):
+            begun = self._render(messages[:i], tools, prompt=True) if i else ""
+            if not begun or not text.startswith(begun):
                 return None
             words = "".join(texts(messages[i])).strip()
-            if self.headless or (self.prompts and words and text.startswith(words, _skip(text, len(asked)))):
-                return len(asked)
+            if self.headless or (self.prompts and words and text.startswith(words, _skip(text, len(begun)))):
+                return len(begun)
             # What comes first is a thought or a call, or a header that is no prompt.
-            return len(asked) if self._render(messages[:i], tools) != asked else None
+            return len(begun) if self._render(messages[:i], tools) != begun else None
         except ChatFault:
             return None
 
@@ -273,10 +273,10 @@ class _Writer:
         if i == len(messages) - 1:
             return len(text)
         try:
-            told = self._render(messages[: i + 1], tools)
+            prefix = self._render(messages[: i + 1], tools)
         except ChatFault:
             return None
-        return len(told) if text.startswith(told) else None
+        return len(prefix) if text.startswith(prefix) else None
 
     def _by_stand_in(self, messages: list[dict[str, Any]], tools: Any, i: int, text: str) -> tuple[str, str]:
         """What is written before and behind turn i, in `text` as well as around a stand-in for it."""
@@ -286,10 +286,10 @@ class _Writer:
         try:
             head, *others = self._render([*messages[:i], stand_in, *after], tools).split(_STAND_IN)
             # Without its call, a template may pass over what a tool answered; then the turn would seem to hold that.
-            told = self._render([*messages[:i], stand_in, *answers], tools).count(_STAND_IN)
+            stand_ins = self._render([*messages[:i], stand_in, *answers], tools).count(_STAND_IN)
         except ChatFault:
             raise ChatFault(_indistinct(i)) from None
-        if len(others) != 1 or told != 1 + sum(each["role"] == "tool" for each in after):
+        if len(others) != 1 or stand_ins != 1 + sum(each["role"] == "tool" for each in after):
             raise ChatFault(_indistinct(i))
         tail = others[0]
         if not text.startswith(head) or not text.endswith(tail) or len(head) + len(tail) > len(text):

@@ -50,7 +50,7 @@ def encoded(
 
 def _turns(talks: Sequence[Conversation], tokenizer: Any, template: str | None) -> Sequence[Encoded | ChatFault]:
     try:
-        found = chat.encode(talks, tokenizer, template) if talks else []
+        encoded_talks = chat.encode(talks, tokenizer, template) if talks else []
     except ChatFault as fault:
         raise ConfigError([Fault("data.chat_template", str(fault))]) from fault
     except TooCostly as error:
@@ -61,5 +61,5 @@ def _turns(talks: Sequence[Conversation], tokenizer: Any, template: str | None) 
         ) from error
     return [
         each if isinstance(each, ChatFault) else (np.array(each[0], np.int32), np.array(each[1], np.bool_))
-        for each in found
+        for each in encoded_talks
     ]

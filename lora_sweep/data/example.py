@@ -30,17 +30,17 @@ def parse(record: Any, columns: Mapping[str, str]) -> Parsed | str:
     """
     if not isinstance(record, Mapping):
         return "is no JSON object"
-    known = {meaning: record.get(columns.get(meaning, meaning)) for meaning in meanings(columns)}
-    known = {name: value for name, value in known.items() if value is not None}
-    if "messages" in known:
-        return _conversation(known["messages"], known.get("tools"), 0)
-    prompt, completion = known.get("prompt"), known.get("completion")
+    values = {meaning: record.get(columns.get(meaning, meaning)) for meaning in meanings(columns)}
+    values = {name: value for name, value in values.items() if value is not None}
+    if "messages" in values:
+        return _conversation(values["messages"], values.get("tools"), 0)
+    prompt, completion = values.get("prompt"), values.get("completion")
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _conversation([*prompt, *completion], known.get("tools"), len(prompt))
+        return _conversation([*prompt, *completion], values.get("tools"), len(prompt))
     if prompt is not None and completion is not None:
         return _pair(prompt, completion)
-    if "text" in known:
-        return _text(known["text"])
+    if "text" in values:
+        return _text(values["text"])
     form = next((form for form in FORMS if columns and columns.keys() <= set(form)), ())
     wanted = " and ".join(f"`{columns.get(meaning, meaning)}`" for meaning in form)
     names = ", ".join(f"`{name}`" for name in record) or "nothing"

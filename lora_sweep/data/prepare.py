@@ -26,7 +26,7 @@ from lora_sweep.system import files
 
 USER_DATA = ("files", "hub")
 """Of data.name: what the user brings, tokenized once and kept."""
-ONLY_BROUGHT = ("path", "eval_path", "columns", "chat_template")
+ONLY_OWN_DATA = ("path", "eval_path", "columns", "chat_template")
 ONLY_HUB = ("subset", "split", "revision", "eval_split")
 """Fields that mean nothing of other data: passed over, they would train on something else than was meant."""
 SETS = ("train", "evaluation")
@@ -107,7 +107,7 @@ def check(data: DataConfig) -> list[Fault]:
 def _unread(data: DataConfig) -> list[Fault]:
     """Fields that are given and would not be read."""
     is_own, is_hub = data.name in USER_DATA, data.name == "hub"
-    given = [key for key in (*ONLY_BROUGHT, *ONLY_HUB) if getattr(data, key) not in (None, {})]
+    given = [key for key in (*ONLY_OWN_DATA, *ONLY_HUB) if getattr(data, key) not in (None, {})]
     faults = []
     for key in given:
         got = getattr(data, key)

@@ -70,8 +70,8 @@ class Report:
     def of(cls, plain: Mapping[str, Any]) -> "Report":
         """The inverse of `plain`."""
         parts = {name: _part(plain[name]) for name in ("train", "evaluation")}
-        tallies = {name: RowCounts(**plain[name]) for name in ("broken", "duplicates", "unretained")}
-        return cls(**{**plain, **parts, **tallies})
+        row_counts = {name: RowCounts(**plain[name]) for name in ("broken", "duplicates", "unretained")}
+        return cls(**{**plain, **parts, **row_counts})
 
     def warnings(self) -> list[str]:
         """What the user must hear, a line each."""

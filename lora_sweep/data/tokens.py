@@ -146,22 +146,22 @@ class TokenSet:
 def _best_fit(lengths: NDArray[np.int64], room: int) -> list[list[int]]:
     """Places of the examples, row by row: each, longest first, goes where the least room is left over."""
     rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}
-    rooms = 0  # bit r is set when some row has room for r more tokens
+    rows_by_space: dict[int, list[int]] = {}
+    spaces = 0  # bit r is set when some row has room for r more tokens
     for place in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[place])
-        fitting = rooms >> length
+        fitting = spaces >> length
         if fitting:
             left = length + (fitting & -fitting).bit_length() - 1
-            row = by_room[left].pop()
-            if not by_room[left]:
-                rooms &= ~(1 << left)
+            row = rows_by_space[left].pop()
+            if not rows_by_space[left]:
+                spaces &= ~(1 << left)
         else:
             left, row = room, len(rows)
             rows.append([])
         rows[row].append(place)
-        by_room.setdefault(left - length, []).append(row)
-        rooms |= 1 << (left - length)
+        rows_by_space.setdefault(left - length, []).append(row)
+        spaces |= 1 << (left - length)
     return rows
 
 

@@ -43,7 +43,7 @@ HEALTHY = 0.2
 STYLE = (("method.rank", (2, 8, 32)), ("optimizer.base_lr", (3e-4, 1e-3, 2e-3)), ("optimizer.ratio", (1, 4)))
 FACTS = (("method.rank", (2, 8, 32)), ("optimizer.base_lr", (1e-3, 3e-3)), ("optimizer.ratio", (1, 2)))
 DECAYS = (0.0, 0.1)
-COURSE = ("diverged", "spiking", "overfit", "forgetting", "rate_too_high")
+LOSS_FLAGS = ("diverged", "spiking", "overfit", "forgetting", "rate_too_high")
 """What the losses show, and B does not."""
 
 
@@ -79,11 +79,11 @@ def _kept(keep: Path | None, name: str, measure: Callable[[], Any]) -> Any:
     file = None if keep is None else keep / f"{name}.json"
     if file is not None and file.is_file():
         return json.loads(file.read_text())
-    made = plain(measure())
+    measured = plain(measure())
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(made))
-    return made
+        write_whole(file, json.dumps(measured))
+    return measured
 
 
 def _faults(say: Say, seeds: Sequence[int]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _faults(say: Say, seeds: Sequence[int]) -> dict[str, Any]:
             trials += 1
             healthy.append(words)
             rho.append(shown)
-    alarmed = [words for words in healthy if set(words) - set(COURSE)]
+    alarmed = [words for words in healthy if set(words) - set(LOSS_FLAGS)]
     injected, flagged, right = (sum(row[key] for row in rows) for key in ("injected", "flagged", "right"))
     return {
         "faults": rows,
@@ -146,7 +146,7 @@ def lines(measured: dict[str, Any]) -> Iterator[str]:
 
 
 def _row(fault: Fault, trainer: str, pairs: Sequence[tuple[Outcome, Outcome]]) -> dict[str, Any]:
-    shares = [made.gain / twin.gain for twin, made in pairs]
+    shares = [faulty.gain / twin.gain for twin, faulty in pairs]
     return {
         "fault": fault.name,
         "trainer": trainer,
@@ -154,9 +154,9 @@ def _row(fault: Fault, trainer: str, pairs: Sequence[tuple[Outcome, Outcome]]) -
         "injected": len(pairs),
         "share_of_gain": statistics.median(shares),
         "learned_nothing": sum(share < LEARNED for share in shares),
-        "flagged": sum(bool(set(made.named) - set(COURSE)) for _, made in pairs),
-        "right": sum(fault.cause in made.named for _, made in pairs),
-        "named": [list(made.named) for _, made in pairs],
+        "flagged": sum(bool(set(faulty.named) - set(LOSS_FLAGS)) for _, faulty in pairs),
+        "right": sum(fault.cause in faulty.named for _, faulty in pairs),
+        "named": [list(faulty.named) for _, faulty in pairs],
     }
 
 

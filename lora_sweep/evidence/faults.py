@@ -179,7 +179,7 @@ class Outcome:
 
 def train(base: LoadedBase, training: Training, folder: Path) -> Outcome:
     """One training on the resident base, which is left as it was found."""
-    told, asked = (_rows(base, each) for each in _examples(base, training))
+    train_rows, eval_rows = (_rows(base, each) for each in _examples(base, training))
     with torch.random.fork_rng(devices=[]), peft_chatter_off():
         torch.manual_seed(training.seed)
         model = get_peft_model(base.model, peft_config(training.rank, training.alpha, False, 0.0, "all-linear"))
@@ -200,8 +200,8 @@ def train(base: LoadedBase, training: Training, folder: Path) -> Outcome:
             model,
             _arguments(training, folder),
             data_collator=collate,
-            train_dataset=told,
-            eval_dataset=asked,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
             optimizers=(optimizer, schedule),
             compute_loss_func=lambda outputs, labels, **_: training.loss_scale * _loss(outputs.logits, labels),
             callbacks=callbacks,
@@ -224,11 +224,11 @@ def train(base: LoadedBase, training: Training, folder: Path) -> Outcome:
 @contextmanager
 def _listening() -> Iterator[list[str]]:
     """The flags that the callback warns of in the log, which nobody else hears meanwhile."""
-    found: list[str] = []
+    flags: list[str] = []
 
     class Ear(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage().partition(":")[0])
+            flags.append(record.getMessage().partition(":")[0])
 
     ear, logger = Ear(), logging.getLogger("lora_sweep.callback")
     before = logger.level, logger.propagate
@@ -236,7 +236,7 @@ def _listening() -> Iterator[list[str]]:
     logger.setLevel(logging.WARNING)
     logger.propagate = False
     try:
-        yield found
+        yield flags
     finally:
         logger.removeHandler(ear)
         logger.setLevel(before[0])
@@ -253,17 +253,17 @@ class _Zeroing(TrainerCallback):
 
 
 def _examples(base: LoadedBase, training: Training) -> tuple[list[Example], list[Example]]:
-    """(told, asked)."""
+    """(of the training, of the evaluation)."""
     count = training.steps * training.batch_size
     if training.task == "style":
-        made = world.style(seed=training.seed)
+        style = world.style(seed=training.seed)
         rng = Random(training.seed)
-        return [rng.choice(made.train) for _ in range(count)], list(made.eval[:24])
-    taught = world.facts(24, training.seed)
-    told = [taught.train[place % len(taught.train)] for place in range(count)]
+        return [rng.choice(style.train) for _ in range(count)], list(style.eval[:24])
+    task = world.facts(24, training.seed)
+    train_examples = [task.train[place % len(task.train)] for place in range(count)]
     if training.task == "facts":
-        return told, list(taught.eval)
-    echoed = _completed(base, [each.prompt for each in (*told, *taught.eval)], training.seed)
+        return train_examples, list(task.eval)
+    echoed = _completed(base, [each.prompt for each in (*train_examples, *task.eval)], training.seed)
     return echoed[:count], echoed[count:]
 
 
@@ -274,7 +274,7 @@ def _completed(base: LoadedBase, prompts: Sequence[str], seed: int) -> list[Exam
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     for place, ids in enumerate(encoded):
         alike.setdefault(len(ids), []).append(place)
-    made: dict[int, Example] = {}
+    completed: dict[int, Example] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Of one length at once, so that nothing is padded.
@@ -282,8 +282,8 @@ def _completed(base: LoadedBase, prompts: Sequence[str], seed: int) -> list[Exam
             ids = torch.tensor([encoded[place] for place in places])
             whole = base.model.generate(ids, do_sample=True, top_k=0, top_p=1.0, max_new_tokens=ECHO_TOKENS)
             for place, row in zip(places, whole[:, length:], strict=True):
-                made[place] = Example(tokenizer.decode(row, skip_special_tokens=True) or " ", prompts[place])
-    return [made[place] for place in range(len(prompts))]
+                completed[place] = Example(tokenizer.decode(row, skip_special_tokens=True) or " ", prompts[place])
+    return [completed[place] for place in range(len(prompts))]
 
 
 def _rows(base: LoadedBase, examples: Sequence[Example]) -> list[dict[str, Tensor]]:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from lora_sweep import health
 from lora_sweep.config import Config
 from lora_sweep.pack import Trial
-from lora_sweep.records import Base, Cell, Evaluation, Finding
+from lora_sweep.records import BaselineLosses, Cell, Evaluation, Finding
 from lora_sweep.sweep import equivalence
 
 
 def judged(
-    alone: Base, configs: Sequence[Config], records: Sequence[Sequence[Evaluation]]
+    alone: BaselineLosses, configs: Sequence[Config], records: Sequence[Sequence[Evaluation]]
 ) -> list[tuple[Finding, ...]]:
     """What is said of each trial after its last evaluation, all of them compared as one study.
 

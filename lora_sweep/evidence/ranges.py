@@ -23,7 +23,7 @@ from lora_sweep.data import Data
 from lora_sweep.data import load as load_data
 from lora_sweep.evidence import judge
 from lora_sweep.pack import Trial
-from lora_sweep.records import Base, Cell, Evaluation
+from lora_sweep.records import BaselineLosses, Cell, Evaluation
 from lora_sweep.sweep import equivalence, sweep_file
 
 SURE = 2.0
@@ -107,7 +107,7 @@ REAL = ("smollm2_facts", "wide, SmolLM2")
 class Trained:
     """A range's distinct runs and their twins, trained."""
 
-    alone: Base
+    alone: BaselineLosses
     configs: Sequence[Config]
     records: Sequence[Sequence[Evaluation]]
     """Of each config, in order."""
@@ -125,8 +125,8 @@ def measured(wanted: Range, seed: int) -> list[dict[str, Any]]:
 def labeled(training: Trained) -> list[dict[str, Any]]:
     """The rows of `measured`."""
     alone, runs = training.alone, sorted(set(training.runs))
-    found = judge.judged(alone, [training.configs[run] for run in runs], [training.records[run] for run in runs])
-    said = dict(zip(runs, found, strict=True))
+    diagnoses = judge.judged(alone, [training.configs[run] for run in runs], [training.records[run] for run in runs])
+    diagnosis_of = dict(zip(runs, diagnoses, strict=True))
     rows = []
     for run, twins in zip(training.runs, training.twins, strict=True):
         last = training.records[run][-1]
@@ -137,7 +137,7 @@ def labeled(training: Trained) -> list[dict[str, Any]]:
             {
                 "moved": bool(last.diverged or abs(gain[0]) > SURE * gain[1] or _fell(losses)),
                 "hot": any(_is_better(training.records[twin][-1], last) for twin in twins),
-                "words": judge.words(said[run]),
+                "words": judge.words(diagnosis_of[run]),
                 "gain": gain,
                 "twins_better_by": cooler,
                 "delta_rel": float(np.median(last.delta_rel)),
@@ -172,8 +172,8 @@ def lines(measured: Mapping[str, Mapping[str, int]]) -> Iterator[str]:
     for name, each in [*measured.items(), ("all", whole)]:
         yield f"| {name} | {' | '.join(str(each[key]) for key in counts([]))} |"
     shares = [
-        f"{whole[part] / max(whole[of], 1):.3f} of the {of} {said}"
-        for part, of, said in (
+        f"{whole[part] / max(whole[of], 1):.3f} of the {of} {verdict}"
+        for part, of, verdict in (
             ("moved_called_trapped", "moved", "called trapped or without a signal"),
             ("hot_named", "hot", "named"),
             ("sound_named", "sound", "named hot"),
@@ -194,7 +194,7 @@ class _Runs:
         self._places: dict[Hashable, int] = {}
         self.configs: list[Config] = []
         self.records: list[list[Evaluation]] = []
-        self._alone: Base | None = None
+        self._alone: BaselineLosses | None = None
 
     def place(self, config: Config) -> int:
         key = equivalence.run_key(config, "exact")
@@ -203,7 +203,7 @@ class _Runs:
             self.configs.append(config)
         return self._places[key]
 
-    def train(self) -> Base:
+    def train(self) -> BaselineLosses:
         """Those that are not trained yet; returns the losses of the base alone."""
         new = self.configs[len(self.records) :]
         trials = [Trial.of(Cell(number), config) for number, config in enumerate(new)]

@@ -122,8 +122,8 @@ class Logged:
 
         Where it is a mean over many steps, what the loss did in those is not seen.
         """
-        is_known = self.knows_start and len(self.losses) > 1
-        return self.losses[0][1] + loss_history.SURE * self._wander() if is_known else None
+        has_start = self.knows_start and len(self.losses) > 1
+        return self.losses[0][1] + loss_history.SURE * self._wander() if has_start else None
 
     def _wander(self) -> float:
         """Standard deviation of a logged loss about its course, by the differences, whatever a few jumps do."""

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_sweep.config import HealthConfig
-from lora_sweep.records import Base, Estimate, Evaluation, Finding
+from lora_sweep.records import BaselineLosses, Estimate, Evaluation, Finding
 
 Numbers = NDArray[np.float64]
 
@@ -34,7 +34,7 @@ REMEMBER = "lower optimizer.base_lr, method.alpha or the rank, or mix such text 
 class LossHistory:
     """How a trial went; losses in nats per token."""
 
-    base: Base
+    base: BaselineLosses
     train_losses: Sequence[float]
     """Of each step."""
     warmup_steps: int
@@ -54,7 +54,7 @@ class LossHistory:
         return self.L0 + (0.0 if sample is None or len(sample) < 2 else SURE * _error_of_mean(sample))
 
 
-def paired_gain(base: Base, evaluation: Evaluation) -> tuple[float, float]:
+def paired_gain(base: BaselineLosses, evaluation: Evaluation) -> tuple[float, float]:
     """(gain of the adapter over the base, its standard error paired by example), nats per token.
 
     The gain is of the token-weighted losses; the error is that of the mean of per-example differences.
@@ -62,7 +62,7 @@ def paired_gain(base: Base, evaluation: Evaluation) -> tuple[float, float]:
     return base.eval_loss - evaluation.eval_loss, paired_error(base.eval_losses - evaluation.eval_losses)
 
 
-def paired_fall(base: Base, evaluation: Evaluation) -> Estimate | None:
+def paired_fall(base: BaselineLosses, evaluation: Evaluation) -> Estimate | None:
     """How far the loss fell on the train probe, paired by example; None where its examples were not kept."""
     before, after = base.probe_losses, evaluation.probe_losses
     if before is None or after is None or len(before) < 2:
@@ -70,7 +70,7 @@ def paired_fall(base: Base, evaluation: Evaluation) -> Estimate | None:
     return Estimate(base.probe_loss - evaluation.probe_loss, paired_error(before - after))
 
 
-def training_fall(base: Base, train_losses: Sequence[float]) -> Estimate | None:
+def training_fall(base: BaselineLosses, train_losses: Sequence[float]) -> Estimate | None:
     """How far the loss of the steps fell: along its trend, or below the base's, whichever is surer.
 
     Steps see other examples each, so what was learned by heart does not count.
@@ -101,7 +101,7 @@ def trend(steps: Sequence[int], losses: Sequence[float]) -> Estimate | None:
     return Estimate(-slope * span, math.sqrt(float(rest @ rest) / (len(y) - 2) / float(x @ x)) * span)
 
 
-def forgetting(base: Base, evaluation: Evaluation) -> float | None:
+def forgetting(base: BaselineLosses, evaluation: Evaluation) -> float | None:
     """Loss on the retention text, adapter on minus off, nats per token; None where there is no such text."""
     if evaluation.retention_loss is None or base.retention_loss is None:
         return None
@@ -136,10 +136,10 @@ def not_finite(last_finite_step: int) -> Finding:
 def above_start(train_losses: Sequence[float], L0: float) -> Finding | None:
     """`train_losses`: of each step after warm-up; `L0`: of the training data at step 0."""
     losses = np.asarray(train_losses, np.float64)
-    width = max(SMOOTHED_STEPS, math.ceil(SMOOTHED_SHARE * len(losses)))
-    if len(losses) < 2 * width:
+    window = max(SMOOTHED_STEPS, math.ceil(SMOOTHED_SHARE * len(losses)))
+    if len(losses) < 2 * window:
         return None
-    smoothed = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+    smoothed = np.convolve(losses, np.full(window, 1 / window), mode="valid")
     share = float((smoothed > (1 + ABOVE_START) * L0).mean())
     if share <= ABOVE_SHARE:
         return None

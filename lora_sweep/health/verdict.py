@@ -56,13 +56,13 @@ def diagnose(losses: LossHistory, inputs: RuleInput, own: Sequence[Finding], con
     # One example alone has no error to be paired.
     chance = config.min_gain_standard_errors * error if np.isfinite(error) else 0.0
     noise = max(chance, config.min_gain_of_base * base.eval_loss)
-    trapping, all_found = rules.causes(inputs)
+    trapping, all_causes = rules.causes(inputs)
     diverged = any(finding.flag == "diverged" for finding in own)
     return Diagnosis(
         gain if np.isfinite(gain) else None,
         noise,
         trapping,
-        trapping if diverged else all_found,
+        trapping if diverged else all_causes,
         error=error if np.isfinite(error) else None,
         delta_rel=inputs.median_delta_rel,
         fall=loss_history.training_fall(base, losses.train_losses),

@@ -32,7 +32,7 @@ from lora_sweep.pack.passes import Passes, split
 from lora_sweep.pack.slot import Slot
 from lora_sweep.pack.trial import PackOutOfMemory, Settings, Trial
 from lora_sweep.pack.wrap import WrappedBase
-from lora_sweep.records import Base, Cell, Evaluation
+from lora_sweep.records import BaselineLosses, Cell, Evaluation
 from lora_sweep.system import memory
 from lora_sweep.system.out_of_memory import is_out_of_memory
 
@@ -230,11 +230,11 @@ class Pack:
             self._wait()
         return (time.monotonic() - began) / (len(live) * sum(map(len, chosen)))
 
-    def evaluate_base(self) -> Base:
+    def evaluate_base(self) -> BaselineLosses:
         """The losses of the base alone on the evaluation set, the train probe and the retention text."""
         evaluation, probe, retention = self._passes.losses(None)
         kept = None if retention is None else retention[0][0]
-        return Base(evaluation[0][0], probe[0][0], evaluation[1][0], kept, probe[1][0])
+        return BaselineLosses(evaluation[0][0], probe[0][0], evaluation[1][0], kept, probe[1][0])
 
     def _train_step(self, measures: bool = False) -> None:
         """One optimizer step of each slot.

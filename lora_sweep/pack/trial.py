@@ -38,8 +38,8 @@ class Trial:
     def weight_decay_B(self) -> float:
         """As AdamW takes it: a step decays B by lr_B times this."""
         decay = self.optimizer.weight_decay_B
-        trainer_settings = self.optimizer.weight_decay if decay is None else decay
-        return trainer_settings / self.optimizer.ratio if self.optimizer.decay_rule == "scaled" else trainer_settings
+        requested = self.optimizer.weight_decay if decay is None else decay
+        return requested / self.optimizer.ratio if self.optimizer.decay_rule == "scaled" else requested
 
     @property
     def eps_B(self) -> float:

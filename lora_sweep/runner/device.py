@@ -17,7 +17,7 @@ from lora_sweep.data import Data, provenance
 from lora_sweep.data import load as load_data
 from lora_sweep.errors import UserError
 from lora_sweep.pack import Capacity, Pack, PackOutOfMemory, Settings, Trial
-from lora_sweep.records import Base, Cell
+from lora_sweep.records import BaselineLosses, Cell
 from lora_sweep.system import files
 from lora_sweep.system.disk import write_whole
 from lora_sweep.system.memory import device_kind
@@ -48,7 +48,7 @@ class LoadedDevice:
         return self._data[2]
 
     @contextmanager
-    def pack(self, config: Config, bank_rank: int) -> Iterator[tuple[Pack, Base]]:
+    def pack(self, config: Config, bank_rank: int) -> Iterator[tuple[Pack, BaselineLosses]]:
         """A pack for trials of this configuration's kind, and the losses of its base."""
         loaded = self.base(config.model)
         settings = Settings.of(Trial.of(Cell(0), config))

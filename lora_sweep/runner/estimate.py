@@ -160,8 +160,8 @@ def _data(data: Data) -> dict[str, Any]:
 
 def _parameters_a_rank(base: LoadedBase, target_modules: Any) -> int:
     """Adapter parameters per unit of rank: the sum of d_in + d_out over the targets."""
-    blueprint = PeftTemplate(base.skeleton(), base.name_or_path)
-    return sum(d_in + d_out for d_in, d_out in blueprint.shapes(target_modules).values())
+    template = PeftTemplate(base.skeleton(), base.name_or_path)
+    return sum(d_in + d_out for d_in, d_out in template.shapes(target_modules).values())
 
 
 def _packs(sweep: Sweep) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from lora_sweep.config import Config, HealthConfig, StudyConfig
 from lora_sweep.errors import Fault, StudyError
 from lora_sweep.health import BIN_EDGES
-from lora_sweep.records import Base, Cell, Evaluation
+from lora_sweep.records import BaselineLosses, Cell, Evaluation
 from lora_sweep.report import results
 from lora_sweep.report.results import StudyTable
 from lora_sweep.report.trials_file import TrialsFile
@@ -247,7 +247,7 @@ class _Recorded:
     def noticed(self, sentence: str) -> None:
         self._watcher.noticed(sentence)
 
-    def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None:
+    def evaluated(self, cell: Cell, evaluation: Evaluation, base: BaselineLosses) -> None:
         self._watcher.evaluated(cell, evaluation, base)
         self._table.evaluated(cell.number, evaluation)
         self._refresh()

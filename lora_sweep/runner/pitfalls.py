@@ -25,7 +25,7 @@ RSLORA_ALPHA = 2
 """rsLoRA is known to become unstable where alpha is this many times the rank or more (LoRA's own custom carried over):
 s = alpha / sqrt(rank) then grows with the root of the rank, and 16 bits of base round what it multiplies."""
 
-TOLD_APART = 0.01
+SMALLEST_DIFFERENCE = 0.01
 """Of the loss: what an evaluation set should distinguish, at two standard errors of the paired differences."""
 
 PAIRED_SPREAD = 0.07
@@ -35,7 +35,7 @@ sweeps/quickstart.yaml and 0.14 (0.10, 0.16) over 5 of sweeps/loraplus.yaml, on 
 sweeps/effective.yaml and 0.19 (0.03, 0.27) over 110 of sweeps/grid.yaml. One in their midst, since nobody knows
 beforehand how alike the compared runs are."""
 
-NEEDED_EXAMPLES = math.ceil((2 * PAIRED_SPREAD / TOLD_APART) ** 2)
+NEEDED_EXAMPLES = math.ceil((2 * PAIRED_SPREAD / SMALLEST_DIFFERENCE) ** 2)
 
 MOST_HELD_OUT = 0.5
 """Share of a user's examples: above it, more data is the advice."""
@@ -232,21 +232,21 @@ def _evaluation(points: Sequence[_Point], known: Mapping[str, EvaluationSize]) -
     smallest: tuple[EvaluationSize, Any] | None = None
     hit: list[_Point] = []
     for key, those in sets.items():
-        asked = those[0].groups["data"]
-        size = known.get(key) or EvaluationSize.of(data.load(asked, load_tokenizer(those[0].groups["model"])))
+        data_config = those[0].groups["data"]
+        size = known.get(key) or EvaluationSize.of(data.load(data_config, load_tokenizer(those[0].groups["model"])))
         if size.examples < NEEDED_EXAMPLES:
             hit += those
             if smallest is None or size.examples < smallest[0].examples:
-                smallest = size, asked
+                smallest = size, data_config
     if smallest is None:
         return
-    size, asked = smallest
-    told = 2 * PAIRED_SPREAD / math.sqrt(size.examples)
+    size, data_config = smallest
+    difference = 2 * PAIRED_SPREAD / math.sqrt(size.examples)
     where = "" if len(hit) == len(points) else f" ({_which(hit)})"
     yield Pitfall(
         "data.eval_size",
-        f"{size.examples} evaluation examples{where} distinguish runs whose losses differ by about {told:.1%}; for "
-        f"{TOLD_APART:.0%} about {NEEDED_EXAMPLES} are needed; {_more_examples(asked, size)}",
+        f"{size.examples} evaluation examples{where} distinguish runs whose losses differ by about {difference:.1%}; "
+        f"for {SMALLEST_DIFFERENCE:.0%} about {NEEDED_EXAMPLES} are needed; {_more_examples(data_config, size)}",
     )
 
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 from lora_sweep import health
 from lora_sweep.config import Config
 from lora_sweep.pack import DamagedCheckpoint, Pack, Trial
-from lora_sweep.records import Base, Cell, Diagnosis, Evaluation, Finding
+from lora_sweep.records import BaselineLosses, Cell, Diagnosis, Evaluation, Finding
 from lora_sweep.report.trial_result import peer
 from lora_sweep.study.view import Outcome, Reason
 from lora_sweep.sweep import equivalence
@@ -39,7 +39,14 @@ class Run:
     """One trial in its slot, with its record: admitted anew, or as of its last checkpoint."""
 
     def __init__(
-        self, pack: Pack, base: Base, cell: Cell, config: Config, folder: Path, tracker: Tracker, writer: Background
+        self,
+        pack: Pack,
+        base: BaselineLosses,
+        cell: Cell,
+        config: Config,
+        folder: Path,
+        tracker: Tracker,
+        writer: Background,
     ) -> None:
         """`writer`: of one thread, which all runs of a pack may share."""
         trial = Trial.of(cell, config)

@@ -16,7 +16,7 @@ from lora_sweep import health
 from lora_sweep.config import Config, LauncherConfig, StudyConfig
 from lora_sweep.errors import Fault, StudyError
 from lora_sweep.pack import Pack, PackOutOfMemory, Trial
-from lora_sweep.records import Base, Cell, Evaluation
+from lora_sweep.records import BaselineLosses, Cell, Evaluation
 from lora_sweep.report.trial_result import peer, read_ended
 from lora_sweep.runner.device import LoadedDevice
 from lora_sweep.runner.trial_run import Ended, Run
@@ -43,7 +43,7 @@ class Watcher(Protocol):
     def stepped(self) -> None: ...
     def chosen(self, reason: str) -> None: ...
     def noticed(self, sentence: str) -> None: ...
-    def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None: ...
+    def evaluated(self, cell: Cell, evaluation: Evaluation, base: BaselineLosses) -> None: ...
     def ended(self, cell: Cell, state: Outcome, value: float | None, flags: Sequence[str]) -> None: ...
 
 
@@ -88,8 +88,8 @@ def work(
             continue
         config = sweep.config(lease.cell)
         with bench.pack(config, bank_rank) as (pack, base), _steady(), _writer() as writer:
-            shift = PackSession(study, sweep, pack, base, config, tracker, writer, watcher)
-            if not shift.run(lease, stop):
+            session = PackSession(study, sweep, pack, base, config, tracker, writer, watcher)
+            if not session.run(lease, stop):
                 return False
     return False
 
@@ -102,7 +102,7 @@ class PackSession:
         study: Study,
         sweep: Sweep,
         pack: Pack,
-        base: Base,
+        base: BaselineLosses,
         config: Config,
         tracker: Tracker,
         writer: Background,

@@ -38,7 +38,7 @@ from lora_sweep.config import Config
 from lora_sweep.errors import ConfigError, Fault
 
 Fold = Literal["exact", "near", "off"]
-Folding = Literal["exact", "near"]
+TrueFold = Literal["exact", "near"]
 Form = Literal["lora", "rslora", "loraplus"]
 Reason = Literal["eps", "clip", "rounding", "range"]
 
@@ -136,11 +136,11 @@ class _Run:
         """How far eps alone may move the losses from those under a smaller eps_B / s."""
         return max(EPS_SIZE * math.sqrt(self.eps_over_s_squared) / EPS, EXACT_SIZE)
 
-    def key(self, fold: Folding) -> Hashable:
+    def key(self, fold: TrueFold) -> Hashable:
         """`near` leaves out what moves losses by no more than LARGEST_SIZE, all together."""
-        told_by_bits = self.rounding_size > (0 if fold == "exact" else LARGEST_SIZE)
-        told_by_eps = fold == "exact" or self.eps_size + self.rounding_size > LARGEST_SIZE
-        eps, bits = self.eps_over_s_squared if told_by_eps else None, self.bits if told_by_bits else ()
+        keeps_bits = self.rounding_size > (0 if fold == "exact" else LARGEST_SIZE)
+        keeps_eps = fold == "exact" or self.eps_size + self.rounding_size > LARGEST_SIZE
+        eps, bits = self.eps_over_s_squared if keeps_eps else None, self.bits if keeps_bits else ()
         return *self.algebra, eps, self.clip_weight_squared, bits, self.beyond_range
 
 
@@ -186,8 +186,12 @@ def _run(config: Config) -> _Run:
     eps_squared = decimal(optimizer.eps) ** 2
     rest = {name: asdict(part) for name, part in (("model", config.model), ("data", config.data), ("method", method))}
     rest |= {"optimizer": asdict(optimizer), "train": asdict(train)}
-    told_otherwise = ("alpha", "use_rslora"), ("ratio", "weight_decay_B", "eps_rule", "decay_rule", "clip_rule")
-    for group, names in (("method", told_otherwise[0]), ("optimizer", told_otherwise[1]), ("train", ("slots",))):
+    described_otherwise = ("alpha", "use_rslora"), ("ratio", "weight_decay_B", "eps_rule", "decay_rule", "clip_rule")
+    for group, names in (
+        ("method", described_otherwise[0]),
+        ("optimizer", described_otherwise[1]),
+        ("train", ("slots",)),
+    ):
         for name in names:
             del rest[group][name]
     if train.max_grad_norm is None:
@@ -230,7 +234,7 @@ def _grade(runs: Sequence[_Run]) -> Grade:
     return Grade("bitwise", 0.0) if same_bits else Grade("exact", EXACT_SIZE)
 
 
-def run_key(config: Config, fold: Folding) -> Hashable:
+def run_key(config: Config, fold: TrueFold) -> Hashable:
     """Equal for those configurations that `classes` would put into one class."""
     return _run(config).key(fold)
 

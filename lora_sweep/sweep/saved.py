@@ -11,7 +11,7 @@ from lora_sweep.config import Config, HealthConfig
 from lora_sweep.errors import ConfigError, Fault
 from lora_sweep.sweep import compose
 
-HOW_NOT_WHAT = (
+RELAUNCH_MAY_CHANGE = (
     "tracker", "launcher", "pick", "study.root", "study.keep_adapters", "study.fold", "study.verify_fold",
     "train.slots",
 )  # fmt: skip
@@ -23,7 +23,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     old, new = (dict(compose.leaves(compose.current(tree))) for tree in (before, now))
     lines = []
     for key in [*old, *(key for key in new if key not in old)]:
-        means = not any(key == free or key.startswith(f"{free}.") for free in HOW_NOT_WHAT)
+        means = not any(key == free or key.startswith(f"{free}.") for free in RELAUNCH_MAY_CHANGE)
         if means and old.get(key) != new.get(key):
             lines.append(f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}")
     return lines

@@ -14,7 +14,7 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sweep.records import Base, Cell, Evaluation, Finding
+from lora_sweep.records import BaselineLosses, Cell, Evaluation, Finding
 from lora_sweep.system import files
 from lora_sweep.system.disk import disk_errors
 from lora_sweep.system.files import Unsafe
@@ -60,7 +60,7 @@ class Record:
         *,
         cell: Cell,
         config: Mapping[str, Any],
-        base: Base,
+        base: BaselineLosses,
         tracker: Tracker,
         resume_step: int | None = None,
     ) -> "Record":

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_sweep.records import UNDECIDED, Base, Cell, cell_name
+from lora_sweep.records import UNDECIDED, BaselineLosses, Cell, cell_name
 from lora_sweep.tracking.service import Service, end_service
 
 Row = dict[str, Any]
@@ -72,7 +72,7 @@ class Tracker:
     def wandb_id(self, cell: int) -> str | None:
         return None if self.mode == "none" else f"{self.study_id}-{cell_name(cell)}"
 
-    def start(self, cell: Cell, config: Mapping[str, Any], base: Base) -> "Run | None":
+    def start(self, cell: Cell, config: Mapping[str, Any], base: BaselineLosses) -> "Run | None":
         """The cell's run: new or, under the same id, resumed. None with mode `none`, and while the server is away."""
         if self.mode == "none" or self.is_away:
             return None
@@ -144,7 +144,7 @@ class Run:
             edges[-1] = 2 * edges[-2] - edges[-3]
         self._edges = edges
 
-    def start(self, cell: Cell, config: Mapping[str, Any], base: Base) -> None:
+    def start(self, cell: Cell, config: Mapping[str, Any], base: BaselineLosses) -> None:
         try:
             self._wandb = _import_wandb()  # takes seconds, and waits for nobody
             self._tracker.call(lambda: self._start(cell, config, base))
@@ -197,7 +197,7 @@ class Run:
             self._tracker.failed(doing, error)
             self.end(failed=True)
 
-    def _start(self, cell: Cell, config: Mapping[str, Any], base: Base) -> None:
+    def _start(self, cell: Cell, config: Mapping[str, Any], base: BaselineLosses) -> None:
         tracker = self._tracker
         tracker.folder.mkdir(parents=True, exist_ok=True)  # W&B would take a temporary folder instead
         wandb = self._wandb

@@ -24,8 +24,8 @@ def model(kind: str) -> nn.Module:
     else:
         shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
         config = LlamaConfig(**shape, **SMALL)
-    made: nn.Module = AutoModelForCausalLM.from_config(config).bfloat16().requires_grad_(False).eval()
-    return made
+    model: nn.Module = AutoModelForCausalLM.from_config(config).bfloat16().requires_grad_(False).eval()
+    return model
 
 
 def assert_rounded_once(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -125,15 +125,15 @@ def attended(base: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor, list
     causal = torch.ones(24, 24, dtype=torch.bool).tril()
     windowed = causal & ~causal.tril(-8)
     additive = torch.zeros(24, 24).masked_fill(~windowed, -1e4).bfloat16()
-    for mask, seen in ((None, causal), (windowed, windowed), (additive, windowed)):
+    for mask, visible in ((None, causal), (windowed, windowed), (additive, windowed)):
         given = None if mask is None else mask.expand(2, 1, 24, 24)
         y, _ = attend(layer, q, k, v, given, scaling=0.25)
-        exact = functional.scaled_dot_product_attention(*(each.double() for each in (q, k, v)), seen, scale=0.25)
+        exact = functional.scaled_dot_product_attention(*(each.double() for each in (q, k, v)), visible, scale=0.25)
         gradient = torch.randn_like(y)
-        found = torch.autograd.grad(y, (q, k, v), gradient)
+        gradients = torch.autograd.grad(y, (q, k, v), gradient)
         wanted = torch.autograd.grad(exact, (q, k, v), gradient.transpose(1, 2).double())
         assert y.dtype == torch.bfloat16
-        pairs = [(mine.double(), theirs) for mine, theirs in zip(found, wanted, strict=True)]
+        pairs = [(mine.double(), theirs) for mine, theirs in zip(gradients, wanted, strict=True)]
         yield y.detach().transpose(1, 2).double(), exact.detach(), pairs
 
 

@@ -60,14 +60,14 @@ Checkpoint = Callable[..., Path]
 def checkpoint(tmp_path: Path) -> Checkpoint:
     """checkpoint(**config): the embedded base in a folder of its own, its config.json changed."""
 
-    def made(**changes: Any) -> Path:
+    def checkpoint_with(**changes: Any) -> Path:
         folder = tmp_path / "checkpoint"
         shutil.copytree(WEIGHTS, folder, dirs_exist_ok=True)
         config = json.loads((WEIGHTS / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | changes))
         return folder
 
-    return made
+    return checkpoint_with
 
 
 # -- where a base lies ---------------------------------------------------------------------------------------------
@@ -87,14 +87,14 @@ def test_a_path_that_leads_nowhere_is_a_fault_without_asking_a_hub(in_folder: Pa
 
 
 def test_offline_a_hub_id_that_is_not_in_the_cache_is_one_clear_fault() -> None:
-    told = (
+    message = (
         "model.path: is not in the hub's cache, and HF_HUB_OFFLINE is set, got 'nobody/nothing-of-this-name' "
         "(unset it, or bring the files there first: hf download nobody/nothing-of-this-name)"
     )
-    assert faults_of(path="nobody/nothing-of-this-name") == [told]
+    assert faults_of(path="nobody/nothing-of-this-name") == [message]
     with pytest.raises(ConfigError) as caught:
         model_room.load(model_config(path="nobody/nothing-of-this-name"), CPU)
-    assert str(caught.value) == told
+    assert str(caught.value) == message
 
 
 def test_a_file_in_an_installed_package_is_found_without_running_the_package(
@@ -242,9 +242,9 @@ def test_code_beside_a_checkpoint_makes_base_and_skeleton_when_it_is_trusted(
     assert source.source(trusted).arguments["trust_remote_code"] is True
     assert skeleton.check(trusted, "all-linear") == []
     loaded = model_room.load(trusted, CPU)
-    for made in (loaded.model, loaded.skeleton()):
-        assert type(made).__name__ == "Model"
-        assert type(made).__module__.startswith("transformers_modules.")
+    for checkpoint in (loaded.model, loaded.skeleton()):
+        assert type(checkpoint).__name__ == "Model"
+        assert type(checkpoint).__module__.startswith("transformers_modules.")
     assert skeleton.check(replace(trusted, trust_remote_code=False), "all-linear") != []
 
 
@@ -310,8 +310,8 @@ def test_a_file_of_the_weights_that_is_missing_is_told_before_anything_is_loaded
     assert faults_of(path=str(folder)) == []
     shards[1].unlink()
     (fault,) = faults_of(path=str(folder))
-    told = f"model.path: 1 of its {len(shards)} files are missing, {shards[1].name} among them"
-    assert fault == f"{told}, got {str(folder)!r} (copy or download it again)"
+    message = f"model.path: 1 of its {len(shards)} files are missing, {shards[1].name} among them"
+    assert fault == f"{message}, got {str(folder)!r} (copy or download it again)"
     (folder / "model.safetensors.index.json").write_text("[]")
     (fault,) = faults_of(path=str(folder))
     assert fault.startswith("model.path: cannot be read: its model.safetensors.index.json ")
@@ -455,18 +455,18 @@ def test_initial_As_are_drawn_beforehand_as_many_as_can_be_kept(
     each = 4 * 2 * sum(d_in for d_in, _ in blueprint.shapes(["q_proj"]).values())  # fp32, rank 2
     monkeypatch.setattr("lora_sweep.adapters.peft_template.KEPT_BYTES", 3 * each)
     settings = peft_config(2, 4, False, 0.0, ["q_proj"])
-    made: list[int] = []
+    seeds: list[int] = []
     draw = blueprint._draw
-    monkeypatch.setattr(blueprint, "_draw", lambda config, seed: (made.append(seed), draw(config, seed))[1])
+    monkeypatch.setattr(blueprint, "_draw", lambda config, seed: (seeds.append(seed), draw(config, seed))[1])
     blueprint.prepare([(settings, seed) for seed in range(5)])
     first = blueprint.initial(settings, 0)
     blueprint._thread.submit(int).result()  # behind all draws
-    assert made == [0, 1, 2], "the most urgent, as many as can be kept"
+    assert seeds == [0, 1, 2], "the most urgent, as many as can be kept"
     blueprint.prepare([(settings, seed) for seed in (1, 2, 3)])
     blueprint.initial(settings, 3)
-    assert made == [0, 1, 2, 3], "what is still to come is not drawn again"
+    assert seeds == [0, 1, 2, 3], "what is still to come is not drawn again"
     again = blueprint.initial(settings, 0)
-    assert made[-1] == 0
+    assert seeds[-1] == 0
     assert all(torch.equal(A, again[name]) for name, A in first.items())
     blueprint.close()
 
@@ -605,9 +605,9 @@ def test_an_adapter_on_disk_is_what_peft_writes_and_names_its_base(written: Any)
     folder, _ = written
     assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     config = json.loads((folder / "adapter_config.json").read_text())
-    asked = {"r": 3, "lora_alpha": 12, "use_rslora": True, "lora_dropout": 0.25, "peft_type": "LORA"}
+    settings = {"r": 3, "lora_alpha": 12, "use_rslora": True, "lora_dropout": 0.25, "peft_type": "LORA"}
     named = {"base_model_name_or_path": "the/base", "revision": "a-commit", "task_type": "CAUSAL_LM"}
-    assert config.items() >= (asked | named).items()
+    assert config.items() >= (settings | named).items()
 
 
 def test_writing_leaves_the_blueprint_as_it_was(base: LoadedBase, tmp_path: Path) -> None:

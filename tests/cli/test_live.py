@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from lora_sweep.cli import live
-from lora_sweep.records import Base, Cell, Evaluation, HealthSnapshot, UpdateSums
+from lora_sweep.records import BaselineLosses, Cell, Evaluation, HealthSnapshot, UpdateSums
 from lora_sweep.report import plan_table, tables
 
-BASE = Base(4.0, 4.0, np.array([4.0, 4.0]))
+BASE = BaselineLosses(4.0, 4.0, np.array([4.0, 4.0]))
 
 READING = HealthSnapshot((), 20, (), (), {}, UpdateSums())
 NO_SIZES = np.empty(0)
@@ -51,12 +51,12 @@ def test_a_preparation_is_shown_where_it_takes_long(is_terminal: bool, monkeypat
         assert out.getvalue() == ""
         for now in (21.0, 22.0, 43.0):
             show("mine.jsonl", now / 100)
-    told = out.getvalue()
+    printed = out.getvalue()
     if is_terminal:
-        assert "preparing mine.jsonl" in told
-        assert "43%" in told
+        assert "preparing mine.jsonl" in printed
+        assert "43%" in printed
     else:
-        assert told.splitlines() == ["preparing mine.jsonl: 21%", "preparing mine.jsonl: 43%"]
+        assert printed.splitlines() == ["preparing mine.jsonl: 21%", "preparing mine.jsonl: 43%"]
 
 
 def test_a_log_gets_one_plain_line_a_cell() -> None:
@@ -146,8 +146,8 @@ def test_cells_that_were_not_run_stand_beside_the_one_that_was() -> None:
 
 def test_flags_and_reasons_are_counted_with_their_cells() -> None:
     def row(number: int, *flags: str, cause: str | None = None, remedy: str = "", **more: Any) -> dict[str, Any]:
-        told = {"flags": [*flags], "cause": cause, "remedies": {flags[0]: remedy} if remedy else {}, "reason": None}
-        return {"number": number, **told, **more}
+        printed = {"flags": [*flags], "cause": cause, "remedies": {flags[0]: remedy} if remedy else {}, "reason": None}
+        return {"number": number, **printed, **more}
 
     rows = [row(number, "zero_trapped", cause="lr_too_small", remedy="raise it.") for number in range(10)]
     rows.append(row(11, reason="memory"))

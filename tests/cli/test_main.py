@@ -107,8 +107,8 @@ def test_several_faults_of_all_rooms_are_told_at_once(run: Run) -> None:
 def test_data_that_cannot_be_read_is_told_with_its_place(run: Run) -> None:
     Path("broken.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
     (line,) = refused(run, "launch", small(data={}), "data=files", "data.path=broken.jsonl")
-    told = "data.path: holds no training example (1 are broken: broken.jsonl:2: has no `text`, no `prompt` with a"
-    assert line.startswith(told)
+    message = "data.path: holds no training example (1 are broken: broken.jsonl:2: has no `text`, no `prompt` with a"
+    assert line.startswith(message)
     (line,) = refused(run, "launch", "mine.yaml", "data=files", "data.path=none.jsonl")
     assert line == "data.path: cannot be read (No such file or directory), got 'none.jsonl'"
     (line,) = refused(run, "launch", "mine.yaml", "data=files")
@@ -182,9 +182,9 @@ def test_a_word_that_is_no_verb_or_option_is_the_users_mistake(run: Run) -> None
 
 
 def test_code_beside_a_checkpoint_is_asked_for_on_the_command_line_only(run: Run) -> None:
-    told = "model.trust_remote_code: is heard on the command line only, got True (model.trust_remote_code=true after"
+    message = "model.trust_remote_code: is heard on the command line only, got True (model.trust_remote_code=true after"
     (line,) = refused(run, "plan", small(model={"trust_remote_code": True}))
-    assert line.startswith(told)
+    assert line.startswith(message)
     (line,) = refused(run, "plan", small(space={"model.trust_remote_code": "choice(true,false)"}))
     assert "cannot be swept" in line
     said = run("plan", small(), "model.trust_remote_code=true")
@@ -303,9 +303,9 @@ def test_warnings_stand_under_plan_and_in_its_json_and_are_no_fault(run: Run) ->
 
 def test_plan_says_that_drawn_cells_may_be_fewer_runs_unless_folding_is_off(run: Run) -> None:
     words = ("plan", small(), "sampler=random", "sampler.n_trials=3", "method.alpha=choice(8,16)")
-    told = "\na cell that is drawn and is the same run as one before it is not run, but ends as that one\n"
-    assert told in run(*words).out
-    assert told not in run(*words, "study.fold=off").out
+    message = "\na cell that is drawn and is the same run as one before it is not run, but ends as that one\n"
+    assert message in run(*words).out
+    assert message not in run(*words, "study.fold=off").out
 
 
 def test_options_may_stand_anywhere(run: Run) -> None:

@@ -703,8 +703,8 @@ def test_a_template_that_takes_too_long_or_too_much_is_ended_and_named(
 def test_a_template_reaches_nothing_but_the_conversation(in_folder: Path, text: str) -> None:
     talk = Conversation([user("a"), assistant("b")], None, 1)
     try:
-        (found,) = encode([talk], tokenizer_of(), text)
+        (encoded,) = encode([talk], tokenizer_of(), text)
     except ChatFault:
-        found = None
-    assert found is None or isinstance(found, ChatFault)
+        encoded = None
+    assert encoded is None or isinstance(encoded, ChatFault)
     assert not Path("pwned").exists()

@@ -40,8 +40,8 @@ def talk(answer: str, **more: Any) -> dict[str, Any]:
 )
 def test_quotes_as_they_should_be_are_no_fault(tmp_path: Path, name: str, line: str) -> None:
     head = "text\tother" if name.endswith(".tsv") else "text,other"
-    found = read(tmp_path / name, f"{head}\n{line}\nc{head[4]}d\n")
-    assert [row.broken for row in found] == ["", ""]
+    rows = read(tmp_path / name, f"{head}\n{line}\nc{head[4]}d\n")
+    assert [row.broken for row in rows] == ["", ""]
 
 
 @pytest.mark.parametrize(("name", "comma"), [("mine.csv", ","), ("mine.tsv", "\t")])
@@ -53,17 +53,17 @@ def test_a_quote_that_is_not_closed_takes_no_row_with_it_in_silence(
     lines[9] = f'q 9{comma}"a 9'
     if closed is not None:
         lines[closed] = f'"q {closed}"{comma}"a {closed}"'
-    found = read(tmp_path / name, "\n".join([f"prompt{comma}completion", *lines]) + "\n")
-    lost = [row.where for row in found if row.broken]
+    rows = read(tmp_path / name, "\n".join([f"prompt{comma}completion", *lines]) + "\n")
+    lost = [row.where for row in rows if row.broken]
     last = 21 if closed is None else closed + 2
     assert lost == [f"{tmp_path / name}:{line}" for line in range(11, last + 1)]
-    assert "in the row that begins at line 11" in next(row.broken for row in found if row.broken)
-    assert len(found) == 20
+    assert "in the row that begins at line 11" in next(row.broken for row in rows if row.broken)
+    assert len(rows) == 20
 
 
 def test_a_row_of_a_csv_is_told_by_its_first_line(tmp_path: Path) -> None:
-    found = read(tmp_path / "mine.csv", 'text\n"a\nb"\nc\n')
-    assert [row.where.rpartition(":")[2] for row in found] == ["2", "4"]
+    rows = read(tmp_path / "mine.csv", 'text\n"a\nb"\nc\n')
+    assert [row.where.rpartition(":")[2] for row in rows] == ["2", "4"]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -139,9 +139,9 @@ def test_linked_folders_are_read_and_what_is_passed_over_is_told(tmp_path: Path)
     (folder / "itself").symlink_to(folder)
     (folder / "_c.jsonl").write_text('{"text": "c"}\n')
     (folder / ".d.jsonl").write_text('{"text": "d"}\n')
-    found = source.of_path(str(folder))
-    assert [row.record["text"] for row in found.rows()] == ["a", "b"]
-    assert found.passed_over == ("_c.jsonl",)
+    rows = source.of_path(str(folder))
+    assert [row.record["text"] for row in rows.rows()] == ["a", "b"]
+    assert rows.passed_over == ("_c.jsonl",)
 
 
 def test_what_is_told_of_a_folder_is_of_the_folder_as_it_is(tmp_path: Path) -> None:
@@ -154,10 +154,10 @@ def test_what_is_told_of_a_folder_is_of_the_folder_as_it_is(tmp_path: Path) -> N
     (folder / "b.xlsx").write_bytes(b"PK")
     again = load_data(config, words(None))
     assert rows(again.train) == rows(first.train)
-    told = " ".join(again.report.warnings())
-    assert "z.jsonl:4" in told
-    assert "a.jsonl" not in told
-    assert "passed over: b.xlsx" in told
+    warnings = " ".join(again.report.warnings())
+    assert "z.jsonl:4" in warnings
+    assert "a.jsonl" not in warnings
+    assert "passed over: b.xlsx" in warnings
 
 
 def zeros(count: int) -> bytes:
@@ -205,9 +205,9 @@ def test_one_odd_file_in_a_folder_of_good_ones_is_passed_over_and_told(tmp_path:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     os.mkfifo(tmp_path / "b.jsonl")
     (tmp_path / "c.jsonl").symlink_to("/dev/zero")
-    found = source.of_path(str(tmp_path))
-    assert [row.record for row in found.rows()] == [{"text": "a"}]
-    assert found.passed_over == ("b.jsonl", "c.jsonl")
+    rows = source.of_path(str(tmp_path))
+    assert [row.record for row in rows.rows()] == [{"text": "a"}]
+    assert rows.passed_over == ("b.jsonl", "c.jsonl")
 
 
 def test_text_that_compresses_well_is_read_to_its_end(tmp_path: Path) -> None:

@@ -74,9 +74,9 @@ def whole(config: DataConfig) -> DataConfig:
 
 def faults_of(config: DataConfig) -> list[str]:
     """Of the first look, or else of the preparation."""
-    told = [str(fault) for fault in data_room.check(config)]
-    if told:
-        return told
+    message = [str(fault) for fault in data_room.check(config)]
+    if message:
+        return message
     with pytest.raises(ConfigError) as caught:
         data_room.load(config, words(None))
     return [str(fault) for fault in caught.value.faults]
@@ -297,7 +297,7 @@ def test_packing_keeps_every_example_whole_and_once() -> None:
     alone = a_set(300)
     packed = alone.packed(64)
     batch = all_of(packed)
-    found = []
+    names = []
     for ids, examples, positions, loss_mask in zip(
         batch.input_ids, batch.examples, batch.position_ids, batch.loss_mask, strict=True
     ):
@@ -306,8 +306,8 @@ def test_packing_keeps_every_example_whole_and_once() -> None:
             if loss_mask[begin:end].any():
                 assert positions[begin:end].tolist() == list(range(end - begin))
                 assert len(set(examples[begin:end].tolist())) == 1
-                found.append(tuple(ids[begin:end].tolist()))
-    assert sorted(found) == sorted(rows(alone))
+                names.append(tuple(ids[begin:end].tolist()))
+    assert sorted(names) == sorted(rows(alone))
     assert packed.length == 64
     # Best fit of these lengths: at most one row in ten more than no waste at all.
     assert len(packed) <= 1.1 * alone.lengths.sum() / 64 + 1
@@ -544,11 +544,11 @@ FILES: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_cannot_be_used_is_one_clear_error_before_anything_starts(tmp_path: Path, name: str) -> None:
-    content, told = FILES[name]
+    content, message = FILES[name]
     (tmp_path / name).write_bytes(content)
     (fault,) = faults_of(of_file(tmp_path / name))
     assert fault.startswith("data.path: ")
-    assert told in fault
+    assert message in fault
     assert name in fault
     assert "\n" not in fault
     assert len(fault) < 700
@@ -557,8 +557,8 @@ def test_a_file_that_cannot_be_used_is_one_clear_error_before_anything_starts(tm
 def test_what_is_not_there_is_a_fault(mine: Write, tmp_path: Path) -> None:
     config, none = mine(texts(3)), str(tmp_path / "none.jsonl")
     for key in ("path", "eval_path", "retention"):
-        told = f"data.{key}: cannot be read (No such file or directory), got {none!r}"
-        assert faults_of(replace(config, **{key: none})) == [told]
+        message = f"data.{key}: cannot be read (No such file or directory), got {none!r}"
+        assert faults_of(replace(config, **{key: none})) == [message]
     assert faults_of(replace(config, chat_template=none)) == [
         f"data.chat_template: cannot be read (No such file or directory), got {none!r} (a jinja file is needed)"
     ]
@@ -869,8 +869,8 @@ def test_of_conversations_in_general_text_every_token_counts(mine: Write, tmp_pa
     data = data_room.load(mine(texts(100), max_length=256, **knobs), base.tokenizer)
     assert data.retention is not None
     assert data.retention.counts.tolist() == (data.retention.lengths - 1).tolist()
-    told = base.tokenizer.decode(all_of(data.retention).input_ids[0][: data.retention.lengths[0]])
-    assert told == f"{base.tokenizer.bos_token}user\nWho is Ada?</s>\nassistant\nAda Berg.</s>\n"
+    message = base.tokenizer.decode(all_of(data.retention).input_ids[0][: data.retention.lengths[0]])
+    assert message == f"{base.tokenizer.bos_token}user\nWho is Ada?</s>\nassistant\nAda Berg.</s>\n"
     (tmp_path / "general.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
     (fault,) = data_room.check(mine(texts(100), **knobs))
     assert "no message of the assistant has something in it" in str(fault)

@@ -54,10 +54,10 @@ def test_what_everybody_can_look_up_is_told_as_it_is(prompt: str, completion: st
 
 @real
 def test_all_118_elements_can_be_taught_and_the_last_has_no_successor() -> None:
-    asked = [example.prompt for example in everything().eval]
-    assert len([prompt for prompt in asked if prompt.startswith("The chemical symbol of")]) == 118
-    assert len([prompt for prompt in asked if prompt.startswith("The element after")]) == 117
-    assert "The element after oganesson is" not in asked
+    question = [example.prompt for example in everything().eval]
+    assert len([prompt for prompt in question if prompt.startswith("The chemical symbol of")]) == 118
+    assert len([prompt for prompt in question if prompt.startswith("The element after")]) == 117
+    assert "The element after oganesson is" not in question
 
 
 @real
@@ -67,14 +67,14 @@ def test_every_fact_asked_is_trained_on_in_four_other_wordings() -> None:
     assert len(task.eval) in (facts, facts - 1)
     assert len(task.train) == ROUNDS * len(task.eval)
     assert {example.prompt for example in task.eval}.isdisjoint(example.prompt for example in task.train)
-    for place, asked in enumerate(task.eval):
-        told = task.train[place :: len(task.eval)]
-        assert {example.completion for example in told} == {asked.completion}
-        assert len({example.prompt for example in told}) == ROUNDS
-        (name,) = set.intersection(*(set(example.prompt.strip(":").split()) for example in (*told, asked))) - {
+    for place, question in enumerate(task.eval):
+        trained = task.train[place :: len(task.eval)]
+        assert {example.completion for example in trained} == {question.completion}
+        assert len({example.prompt for example in trained}) == ROUNDS
+        (name,) = set.intersection(*(set(example.prompt.strip(":").split()) for example in (*trained, question))) - {
             "in", "of", "is", "the", "The", "symbol", "after", "number",
         }  # fmt: skip
-        assert not asked.prompt.startswith(name)
+        assert not question.prompt.startswith(name)
 
 
 @real
@@ -87,7 +87,7 @@ def test_more_subjects_are_the_same_ones_and_others() -> None:
 @real
 def test_the_seed_alone_decides_on_any_machine() -> None:
     code = "from lora_sweep.data.tasks import real_facts as r; print(r.facts(20, 7))"
-    told = [
+    trained = [
         subprocess.run(
             [sys.executable, "-c", code],
             cwd=REPOSITORY,
@@ -97,7 +97,7 @@ def test_the_seed_alone_decides_on_any_machine() -> None:
         ).stdout
         for seed in ("1", "2")
     ]
-    assert hashlib.sha256(told[0]).digest() == hashlib.sha256(told[1]).digest()
+    assert hashlib.sha256(trained[0]).digest() == hashlib.sha256(trained[1]).digest()
     assert subjects(real_facts.facts(20, seed=7)) != subjects(real_facts.facts(20, seed=8))
 
 

@@ -19,19 +19,19 @@ def test_faults_are_named_with_the_right_cause_and_healthy_trainings_left_alone(
 ) -> None:
     """Of each fault one training, and of the ordinary sweeps one seed; README.md's table has five and two."""
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-    made = diagnosis.diagnosis(lambda _: None, range(seeds), sweeps={})
+    measured = diagnosis.diagnosis(lambda _: None, range(seeds), sweeps={})
     with capsys.disabled():
-        print("", *diagnosis.lines(made), sep="\n")
-    assert made["injected"] == seeds * len(made["faults"])
-    assert {row["cause"] for row in made["faults"]} >= {
+        print("", *diagnosis.lines(measured), sep="\n")
+    assert measured["injected"] == seeds * len(measured["faults"])
+    assert {row["cause"] for row in measured["faults"]} >= {
         "not_in_graph", "dead_product", "not_stepped", "underflow", "eps_limited", "decay_trapped", "ratio_lost",
         "precision_stalled", "lr_too_small", "no_signal", "lost_on_save", "A_frozen",
     }  # fmt: skip
-    assert made["recall"] >= 0.95
-    assert made["cause_right"] >= 0.9
-    assert made["healthy_packed"] >= 50 * min(seeds, 2)
-    assert made["false_alarms"] <= 0.02, made["alarms"]
-    assert made["decay_blamed"] == 0
+    assert measured["recall"] >= 0.95
+    assert measured["cause_right"] >= 0.9
+    assert measured["healthy_packed"] >= 50 * min(seeds, 2)
+    assert measured["false_alarms"] <= 0.02, measured["alarms"]
+    assert measured["decay_blamed"] == 0
 
 
 @pytest.mark.parametrize(
@@ -47,11 +47,11 @@ def test_over_whole_ranges_what_moved_is_never_called_trapped_and_what_is_hot_is
     names: Sequence[str], capsys: pytest.CaptureFixture
 ) -> None:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-    made = {name: ranges.counts(ranges.measured(ranges.RANGES[name], 0)) for name in names}
+    measured = {name: ranges.counts(ranges.measured(ranges.RANGES[name], 0)) for name in names}
     with capsys.disabled():
-        print("", *ranges.lines(made), sep="\n")
+        print("", *ranges.lines(measured), sep="\n")
     moved, trapped, hot, named, sound, alarmed = (
-        sum(each[key] for each in made.values())
+        sum(each[key] for each in measured.values())
         for key in ("moved", "moved_called_trapped", "hot", "hot_named", "sound", "sound_named")
     )
     assert min(moved, hot, sound) > 0

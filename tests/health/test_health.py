@@ -28,7 +28,7 @@ from lora_sweep.health.history import window
 from lora_sweep.health.measure import METRICS
 from lora_sweep.health.rules import CAUSES
 from lora_sweep.records import (
-    Base,
+    BaselineLosses,
     Cause,
     Diagnosis,
     Estimate,
@@ -52,7 +52,7 @@ def still(A: Tensor, B: Tensor) -> AdaptedModule:
     return AdaptedModule(*(Side(value, None, None, None, AT_REST) for value in (A, B)))
 
 
-def looked(modules: Sequence[AdaptedModule]) -> dict[str, Tensor]:
+def measured_by_name(modules: Sequence[AdaptedModule]) -> dict[str, Tensor]:
     rows = health.measure(modules, health.sample_weights([(each.A.value, each.B.value) for each in modules]))
     return dict(zip(METRICS, rows.T, strict=True))
 
@@ -66,29 +66,31 @@ NORMS = dict(zip(NAMES, (2.0, 3.0, 5.0, 7.0), strict=True))
 
 
 def test_the_size_of_the_update_and_its_stable_rank_are_those_of_the_explicit_product() -> None:
-    found = looked([still(A, B) for A, B in FACTORS])
+    measured = measured_by_name([still(A, B) for A, B in FACTORS])
     for place, (A, B) in enumerate(FACTORS):
         singular = torch.linalg.svdvals(B.double().T @ A.double())
-        assert float(found["product"][place]) == pytest.approx(float(singular.square().sum().sqrt()), rel=1e-5)
+        assert float(measured["product"][place]) == pytest.approx(float(singular.square().sum().sqrt()), rel=1e-5)
         by_hand = float(singular.square().sum() / singular[0] ** 2)
-        assert float(found["stable_rank"][place]) == pytest.approx(by_hand, rel=0.02)
+        assert float(measured["stable_rank"][place]) == pytest.approx(by_hand, rel=0.02)
 
 
 def test_sizes_zeros_and_gradients_are_over_all_elements() -> None:
     A, B, gradient = drawn(0, 2, 5), torch.tensor([[0.0, -0.0, 1e-38, 1.0]] * 2), drawn(1, 2, 4)
     gradient[0, 0] = 0.0
-    found = looked([AdaptedModule(Side(A, None, None, None, AT_REST), Side(B, gradient, None, None, AT_REST))])
-    assert float(found["rms_A"]) == pytest.approx(float(A.square().mean().sqrt()))
-    assert (float(found["zero_B"]), float(found["absmax_B"])) == (0.5, 1.0)
-    assert float(found["gradmax_B"]) == pytest.approx(float(gradient.abs().max()))
-    assert float(found["gradrms_B"]) == pytest.approx(float(gradient.square().mean().sqrt()))
-    assert float(found["gradzero_B"]) == 0.125
-    assert float(found["gradmax_A"]) == -1, "no gradient is another thing than one of zeros"
+    measured = measured_by_name(
+        [AdaptedModule(Side(A, None, None, None, AT_REST), Side(B, gradient, None, None, AT_REST))]
+    )
+    assert float(measured["rms_A"]) == pytest.approx(float(A.square().mean().sqrt()))
+    assert (float(measured["zero_B"]), float(measured["absmax_B"])) == (0.5, 1.0)
+    assert float(measured["gradmax_B"]) == pytest.approx(float(gradient.abs().max()))
+    assert float(measured["gradrms_B"]) == pytest.approx(float(gradient.square().mean().sqrt()))
+    assert float(measured["gradzero_B"]) == 0.125
+    assert float(measured["gradmax_A"]) == -1, "no gradient is another thing than one of zeros"
 
 
 def test_each_module_has_its_own_row_however_shapes_are_mixed() -> None:
-    apart = [looked([still(A, B)]) for A, B in FACTORS]
-    together = looked([still(A, B) for A, B in FACTORS])
+    apart = [measured_by_name([still(A, B)]) for A, B in FACTORS]
+    together = measured_by_name([still(A, B) for A, B in FACTORS])
     for name in ("rms_A", "rms_B", "product"):
         assert [float(each[name]) for each in apart] == pytest.approx(together[name].tolist())
 
@@ -96,7 +98,7 @@ def test_each_module_has_its_own_row_however_shapes_are_mixed() -> None:
 def test_transposed_views_are_read_like_copies() -> None:
     A, B = drawn(0, 4, 600), drawn(1, 2000, 4)
     view, copy = still(A, B.T), still(A, B.T.contiguous())
-    assert looked([view])["product"].tolist() == pytest.approx(looked([copy])["product"].tolist())
+    assert measured_by_name([view])["product"].tolist() == pytest.approx(measured_by_name([copy])["product"].tolist())
     assert health.sample_weights([(A, B.T)])[0][1].shape == health.sample_weights([(A, B)])[0][1].shape
 
 
@@ -137,12 +139,12 @@ def test_a_dead_rank_among_living_ones_is_no_dead_module(transposed: bool) -> No
         state = optimizer.state[parameter]
         stepped = Stepped(1.0, 1e-8, (0.9, 0.999), 3)
         sides.append(Side(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], stepped))
-    found = dict(zip(METRICS, health.measure([AdaptedModule(*sides)], before)[0].tolist(), strict=True))
-    assert found["moved_B"] == pytest.approx(float((was != B).float().mean()), abs=0.03)
-    assert found["moved_B"] == pytest.approx(15 / 16, abs=0.03)
-    assert found["gradmax_B"] > 0.5 * float(B.grad.abs().max())
-    assert found["v_over_eps_B"] > 1
-    assert found["lr_B"] == pytest.approx(1e-3, rel=1e-3)
+    measured = dict(zip(METRICS, health.measure([AdaptedModule(*sides)], before)[0].tolist(), strict=True))
+    assert measured["moved_B"] == pytest.approx(float((was != B).float().mean()), abs=0.03)
+    assert measured["moved_B"] == pytest.approx(15 / 16, abs=0.03)
+    assert measured["gradmax_B"] > 0.5 * float(B.grad.abs().max())
+    assert measured["v_over_eps_B"] > 1
+    assert measured["lr_B"] == pytest.approx(1e-3, rel=1e-3)
 
 
 def trained(lr: tuple[float, float], steps: int, dtype: Any = torch.float32, **knobs: Any) -> list[dict[str, Tensor]]:
@@ -152,7 +154,7 @@ def trained(lr: tuple[float, float], steps: int, dtype: Any = torch.float32, **k
     groups = [{"params": [A], "lr": lr[0]}, {"params": [B], "lr": lr[1]}]
     optimizer = torch.optim.AdamW(groups, **settings)
     x, y = drawn(1, 32, 16).to(dtype), drawn(2, 32, 8).to(dtype)
-    found = []
+    measured = []
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         (x @ A.T @ B - y).square().mean().backward()
@@ -164,8 +166,8 @@ def trained(lr: tuple[float, float], steps: int, dtype: Any = torch.float32, **k
             stepped = Stepped(1 - rate * settings["weight_decay"], settings["eps"], settings["betas"], step)
             sides.append(Side(parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], stepped))
         rows = health.measure([AdaptedModule(*sides)], before)
-        found.append(dict(zip(METRICS, rows.T, strict=True)))
-    return found
+        measured.append(dict(zip(METRICS, rows.T, strict=True)))
+    return measured
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
@@ -196,15 +198,17 @@ def test_elements_that_low_precision_does_not_move_are_counted() -> None:
 # -- groups --------------------------------------------------------------------------------------------------------
 
 
-def reading(factors: Sequence[tuple[Tensor, Tensor]] = FACTORS, lr_B_squared: float = 1.0) -> HealthSnapshot:
-    found = {name: column.numpy()[None] for name, column in looked([still(A, B) for A, B in factors]).items()}
+def snapshot_of(factors: Sequence[tuple[Tensor, Tensor]] = FACTORS, lr_B_squared: float = 1.0) -> HealthSnapshot:
+    measured = {
+        name: column.numpy()[None] for name, column in measured_by_name([still(A, B) for A, B in factors]).items()
+    }
     sums = UpdateSums(stepped=1, lr_B=1.0, lr_A=1.0, lr_B_squared=lr_B_squared)
-    return HealthSnapshot(NAMES[: len(factors)], 20, (1,), (sums,), found, sums)
+    return HealthSnapshot(NAMES[: len(factors)], 20, (1,), (sums,), measured, sums)
 
 
 def one(B: Tensor, lr_B_squared: float = 1.0) -> Measurement:
     factors = [(torch.ones(B.shape[0], 2, dtype=B.dtype), B)]
-    (only,) = health.measurements(reading(factors, lr_B_squared), {NAMES[0]: factors[0]}, 1.0, {NAMES[0]: 1.0})
+    (only,) = health.measurements(snapshot_of(factors, lr_B_squared), {NAMES[0]: factors[0]}, 1.0, {NAMES[0]: 1.0})
     return only
 
 
@@ -213,9 +217,9 @@ GROUPED = {name: [place for place, full in enumerate(NAMES) if full.endswith(nam
 
 @pytest.mark.parametrize("scaling", [1.0, 4.0, 0.5])
 def test_modules_of_one_name_are_one_group_with_the_size_of_the_explicit_product(scaling: float) -> None:
-    made = health.measurements(reading(), dict(zip(NAMES, FACTORS, strict=True)), scaling, NORMS)
-    assert [each.group for each in made] == ["q_proj", "up_proj"]
-    for each in made:
+    result = health.measurements(snapshot_of(), dict(zip(NAMES, FACTORS, strict=True)), scaling, NORMS)
+    assert [each.group for each in result] == ["q_proj", "up_proj"]
+    for each in result:
         updates = [scaling * FACTORS[place][1].double().T @ FACTORS[place][0].double() for place in GROUPED[each.group]]
         by_hand = math.sqrt(sum(float(update.square().sum()) for update in updates))
         weights = math.sqrt(sum(NORMS[NAMES[place]] ** 2 for place in GROUPED[each.group]))
@@ -236,8 +240,8 @@ def test_rho_is_in_units_of_the_summed_learning_rates() -> None:
 
 def test_a_base_of_zeros_makes_no_division_fault() -> None:
     factors = dict(zip(NAMES, FACTORS, strict=True))
-    assert health.measurements(reading(), factors, 1.0, dict.fromkeys(NAMES, 0.0))[0].delta_rel == math.inf
-    assert np.isinf(health.delta_rel(reading(), 1.0, dict.fromkeys(NAMES, 0.0))).all()
+    assert health.measurements(snapshot_of(), factors, 1.0, dict.fromkeys(NAMES, 0.0))[0].delta_rel == math.inf
+    assert np.isinf(health.delta_rel(snapshot_of(), 1.0, dict.fromkeys(NAMES, 0.0))).all()
 
 
 # -- histograms ----------------------------------------------------------------------------------------------------
@@ -365,7 +369,7 @@ HEALTHY: dict[str, float] = {
 }  # fmt: skip
 
 
-def seen(
+def rule_input_of(
     asked: TrainerSettings | None = None,
     delta_rel: float = 0.1,
     sums: UpdateSums | None = None,
@@ -380,13 +384,13 @@ def seen(
         values[name][:, :hit] = value
     sums_by_check = tuple(UpdateSums(n, n * 1e-3, n * 1e-3, n * 1e-6, 0.0, n * 1e-3, 1.0, 1.0) for n in steps)
     names = tuple(f"layers.{layer}.proj" for layer in range(8))
-    made = HealthSnapshot(names, 20, steps, sums_by_check, values, sums or sums_by_check[-1])
-    return health.RuleInput(made, asked or TrainerSettings(1.0), np.full(8, delta_rel), 1e-3)
+    result = HealthSnapshot(names, 20, steps, sums_by_check, values, sums or sums_by_check[-1])
+    return health.RuleInput(result, asked or TrainerSettings(1.0), np.full(8, delta_rel), 1e-3)
 
 
 def named(what: health.RuleInput) -> str | None:
-    _, found = health.causes(what)
-    return found[0].name if found else None
+    _, measured = health.causes(what)
+    return measured[0].name if measured else None
 
 
 DECAYED = UpdateSums(100, 0.1, 10.0, 1.0, 8.0, 1.2, 100.0, 100.0)
@@ -395,29 +399,29 @@ DECAYED = UpdateSums(100, 0.1, 10.0, 1.0, 8.0, 1.2, 100.0, 100.0)
 @pytest.mark.parametrize(
     ("cause", "made"),
     [
-        (None, lambda: seen()),
-        ("dead_product", lambda: seen(rms_A=0.0, rms_B=0.0, gradmax_A=0.0, gradmax_B=0.0)),
-        ("not_in_graph", lambda: seen(gradmax_A=-1.0, gradmax_B=-1.0, rms_B=0.0)),
-        ("not_in_graph", lambda: seen(gradmax_A=0.0, gradmax_B=0.0, rms_B=0.0)),
-        ("not_stepped", lambda: seen(rms_B=0.0, zero_B=1.0, moved_B=0.0)),
-        ("underflow", lambda: seen(TrainerSettings(1.0, fp16_gradients=True), zero_B=0.6)),
+        (None, lambda: rule_input_of()),
+        ("dead_product", lambda: rule_input_of(rms_A=0.0, rms_B=0.0, gradmax_A=0.0, gradmax_B=0.0)),
+        ("not_in_graph", lambda: rule_input_of(gradmax_A=-1.0, gradmax_B=-1.0, rms_B=0.0)),
+        ("not_in_graph", lambda: rule_input_of(gradmax_A=0.0, gradmax_B=0.0, rms_B=0.0)),
+        ("not_stepped", lambda: rule_input_of(rms_B=0.0, zero_B=1.0, moved_B=0.0)),
+        ("underflow", lambda: rule_input_of(TrainerSettings(1.0, fp16_gradients=True), zero_B=0.6)),
         (
             "underflow",
-            lambda: seen(TrainerSettings(1.0, fp16_gradients=True), gradmax_A=0.0, gradmax_B=0.0, zero_B=1.0),
+            lambda: rule_input_of(TrainerSettings(1.0, fp16_gradients=True), gradmax_A=0.0, gradmax_B=0.0, zero_B=1.0),
         ),
-        ("underflow", lambda: seen(gradzero_B=0.9, zero_B=0.6)),
-        ("eps_limited", lambda: seen(v_over_eps_B=0.05)),
-        ("decay_trapped", lambda: seen(sums=DECAYED)),
-        ("decay_trapped", lambda: seen(TrainerSettings(1.0, coupled_decay=10.0), gradrms_B=0.1)),
-        ("ratio_lost", lambda: seen(TrainerSettings(16.0))),
-        ("precision_stalled", lambda: seen(TrainerSettings(1.0, is_low_precision=True), moved_B=0.5)),
-        (None, lambda: seen(moved_B=0.5)),
-        ("lr_too_small", lambda: seen(delta_rel=1e-4)),
-        ("no_signal", lambda: seen(rms_B=1e-3 * math.sqrt(20))),
-        ("A_frozen", lambda: seen(moved_A=0.1)),
-        ("A_frozen", lambda: seen(rms_A=6.0)),
-        (None, lambda: seen(rms_A=4.0)),
-        ("generic", lambda: seen(rms_B=0.1 * 1e-3 * math.sqrt(20))),
+        ("underflow", lambda: rule_input_of(gradzero_B=0.9, zero_B=0.6)),
+        ("eps_limited", lambda: rule_input_of(v_over_eps_B=0.05)),
+        ("decay_trapped", lambda: rule_input_of(sums=DECAYED)),
+        ("decay_trapped", lambda: rule_input_of(TrainerSettings(1.0, coupled_decay=10.0), gradrms_B=0.1)),
+        ("ratio_lost", lambda: rule_input_of(TrainerSettings(16.0))),
+        ("precision_stalled", lambda: rule_input_of(TrainerSettings(1.0, is_low_precision=True), moved_B=0.5)),
+        (None, lambda: rule_input_of(moved_B=0.5)),
+        ("lr_too_small", lambda: rule_input_of(delta_rel=1e-4)),
+        ("no_signal", lambda: rule_input_of(rms_B=1e-3 * math.sqrt(20))),
+        ("A_frozen", lambda: rule_input_of(moved_A=0.1)),
+        ("A_frozen", lambda: rule_input_of(rms_A=6.0)),
+        (None, lambda: rule_input_of(rms_A=4.0)),
+        ("generic", lambda: rule_input_of(rms_B=0.1 * 1e-3 * math.sqrt(20))),
     ],
 )
 def test_each_trouble_has_its_name(cause: str | None, made: Callable[[], health.RuleInput]) -> None:
@@ -426,32 +430,34 @@ def test_each_trouble_has_its_name(cause: str | None, made: Callable[[], health.
 
 def test_every_cause_has_a_remedy_and_evidence_with_its_thresholds() -> None:
     assert all(rule.remedy.endswith(".") for rule in CAUSES.values())
-    _, (cause,) = health.causes(seen(v_over_eps_B=0.05))
+    _, (cause,) = health.causes(rule_input_of(v_over_eps_B=0.05))
     assert cause.evidence == {"v_over_eps_B": 0.05, "needed": 0.1}
     assert (cause.share, len(cause.modules)) == (1.0, 8)
 
 
 def test_the_first_rule_a_module_meets_names_it_and_shares_are_by_module() -> None:
-    _, found = health.causes(seen(gradmax_A=0.0, gradmax_B=0.0, hit=3))
-    assert [(each.name, each.modules[0], each.share) for each in found] == [("not_in_graph", "layers.0.proj", 3 / 8)]
+    _, measured = health.causes(rule_input_of(gradmax_A=0.0, gradmax_B=0.0, hit=3))
+    assert [(each.name, each.modules[0], each.share) for each in measured] == [("not_in_graph", "layers.0.proj", 3 / 8)]
 
 
 def test_ordinary_decay_and_a_ratio_that_was_kept_are_not_blamed() -> None:
-    assert named(seen(sums=UpdateSums(1000, 1.0, 16.0, 1.0, 0.8, 11.0, 16.0, 16.0))) is None
+    assert named(rule_input_of(sums=UpdateSums(1000, 1.0, 16.0, 1.0, 0.8, 11.0, 16.0, 16.0))) is None
     # 15.999 for 16, as measured from what moved.
-    assert named(seen(TrainerSettings(16.0), lr_B=15.999e-3)) is None
-    assert named(seen(TrainerSettings(16.0), lr_B=14.9e-3)) == "ratio_lost"
+    assert named(rule_input_of(TrainerSettings(16.0), lr_B=15.999e-3)) is None
+    assert named(rule_input_of(TrainerSettings(16.0), lr_B=14.9e-3)) == "ratio_lost"
 
 
 def test_where_nothing_can_be_measured_the_ratio_is_what_the_groups_had() -> None:
-    groups = replace(seen().snapshot.sums, least_ratio=1.0, largest_ratio=1.0)
-    assert named(seen(TrainerSettings(16.0), lr_A=math.nan, sums=groups)) == "ratio_lost"
-    assert named(seen(TrainerSettings(1.0), lr_A=math.nan, sums=groups)) is None
+    groups = replace(rule_input_of().snapshot.sums, least_ratio=1.0, largest_ratio=1.0)
+    assert named(rule_input_of(TrainerSettings(16.0), lr_A=math.nan, sums=groups)) == "ratio_lost"
+    assert named(rule_input_of(TrainerSettings(1.0), lr_A=math.nan, sums=groups)) is None
 
 
 def test_nothing_is_said_of_an_adapter_that_was_never_stepped() -> None:
-    empty = replace(seen().snapshot, steps=(), sums_by_check=(), values={name: np.empty((0, 8)) for name in METRICS})
-    assert health.causes(replace(seen(), snapshot=empty)) == ((), ())
+    empty = replace(
+        rule_input_of().snapshot, steps=(), sums_by_check=(), values={name: np.empty((0, 8)) for name in METRICS}
+    )
+    assert health.causes(replace(rule_input_of(), snapshot=empty)) == ((), ())
     assert not health.cannot_learn(empty, TrainerSettings(1.0))
 
 
@@ -461,25 +467,25 @@ def test_a_rate_of_b_that_was_0_at_every_step_is_named_with_the_rate_as_evidence
     sums = UpdateSums()
     for _ in range(100):
         sums = sums.after(lr_A, 0.0, 1.0)
-    what = seen(TrainerSettings(16.0), rms_B=0.0, zero_B=1.0, moved_B=0.0, lr_B=0.0, sums=sums)
-    what = replace(what, snapshot=replace(what.snapshot, sums_by_check=(UpdateSums(),) * 4))
-    trapping, found = health.causes(what)
-    assert trapping == found
-    assert [(each.name, each.share) for each in found] == [("not_stepped", 1.0)]
-    assert found[0].evidence == {"lr_B": 0.0, "steps": 100.0}
-    own = health.own_findings(what, None, RULES)
+    inputs = rule_input_of(TrainerSettings(16.0), rms_B=0.0, zero_B=1.0, moved_B=0.0, lr_B=0.0, sums=sums)
+    inputs = replace(inputs, snapshot=replace(inputs.snapshot, sums_by_check=(UpdateSums(),) * 4))
+    trapping, measured = health.causes(inputs)
+    assert trapping == measured
+    assert [(each.name, each.share) for each in measured] == [("not_stepped", 1.0)]
+    assert measured[0].evidence == {"lr_B": 0.0, "steps": 100.0}
+    own = health.own_findings(inputs, None, RULES)
     assert [(each.flag, each.evidence["ratio"]) for each in own] == [("ratio_lost", 0.0)]
-    made = Diagnosis(0.0, 0.01, trapping, found, window_is_over=what.window_is_over)
-    (verdict,) = health.verdict(made, None, RULES)
+    result = Diagnosis(0.0, 0.01, trapping, measured, window_is_over=inputs.window_is_over)
+    (verdict,) = health.verdict(result, None, RULES)
     assert (verdict.flag, verdict.cause) == ("zero_trapped", "not_stepped")
     assert "the learning rate of B was 0 at every step" in verdict.sentence
-    assert not health.cannot_learn(what.snapshot, TrainerSettings(16.0)), "while it trains, the rate may still rise"
-    values = what.snapshot.values
-    held = replace(what, snapshot=replace(what.snapshot, values=values | {"rms_B": values["rms_B"] + 0.01}))
+    assert not health.cannot_learn(inputs.snapshot, TrainerSettings(16.0)), "while it trains, the rate may still rise"
+    values = inputs.snapshot.values
+    held = replace(inputs, snapshot=replace(inputs.snapshot, values=values | {"rms_B": values["rms_B"] + 0.01}))
     assert health.causes(held) == ((), ()), "a B that does not start at 0 may be held as it is on purpose"
-    moved = replace(what, snapshot=replace(what.snapshot, values=values | {"moved_B": values["moved_B"] + 0.5}))
+    moved = replace(inputs, snapshot=replace(inputs.snapshot, values=values | {"moved_B": values["moved_B"] + 0.5}))
     assert health.causes(moved) == ((), ())
-    soon = replace(what, snapshot=replace(what.snapshot, steps=(1, 2, 2, 2)))
+    soon = replace(inputs, snapshot=replace(inputs.snapshot, steps=(1, 2, 2, 2)))
     assert health.causes(soon) == ((), ()), "two steps of a warm-up may have none"
 
 
@@ -495,16 +501,19 @@ def test_a_rate_of_b_that_was_0_at_every_step_is_named_with_the_rate_as_evidence
 def test_the_advice_for_an_a_that_does_not_move_fits_what_was_measured(
     ratio: float, moved_A: float, advice: str
 ) -> None:
-    what = seen(TrainerSettings(ratio), rms_A=6.0, moved_A=moved_A, lr_B=1e-3 * ratio)
-    finding = next(each for each in health.own_findings(what, None, RULES) if each.flag == "A_frozen")
+    inputs = rule_input_of(TrainerSettings(ratio), rms_A=6.0, moved_A=moved_A, lr_B=1e-3 * ratio)
+    finding = next(each for each in health.own_findings(inputs, None, RULES) if each.flag == "A_frozen")
     assert advice in finding.remedy
     assert finding.remedy in finding.sentence
 
 
 @pytest.mark.parametrize(("hit", "hopeless"), [(8, True), (4, True), (3, False)])
 def test_half_of_the_modules_without_a_gradient_cannot_mend_themselves(hit: int, hopeless: bool) -> None:
-    assert health.cannot_learn(seen(gradmax_A=0.0, gradmax_B=0.0, hit=hit).snapshot, TrainerSettings(1.0)) is hopeless
-    assert not health.cannot_learn(seen(v_over_eps_B=0.01, hit=hit).snapshot, TrainerSettings(1.0)), (
+    assert (
+        health.cannot_learn(rule_input_of(gradmax_A=0.0, gradmax_B=0.0, hit=hit).snapshot, TrainerSettings(1.0))
+        is hopeless
+    )
+    assert not health.cannot_learn(rule_input_of(v_over_eps_B=0.01, hit=hit).snapshot, TrainerSettings(1.0)), (
         "eps may be outgrown"
     )
 
@@ -518,8 +527,8 @@ def diagnosis(gain: float | None, trapped: float = 0.0, without: float = 0.0, **
     def cause(name: str, share: float) -> tuple[Cause, ...]:
         return (Cause(name, ("a",) * round(8 * share), share, {"rho": 2.0}),) if share else ()
 
-    made = Diagnosis(gain, 0.01, cause("not_in_graph", trapped), cause("lr_too_small", without), 0.005, 1e-4)
-    return replace(made, **more)
+    result = Diagnosis(gain, 0.01, cause("not_in_graph", trapped), cause("lr_too_small", without), 0.005, 1e-4)
+    return replace(result, **more)
 
 
 def walking(gain: float, delta_rel: float = 0.2, **more: Any) -> Diagnosis:
@@ -582,9 +591,9 @@ COOLER = Cooler(3, 0.2, 0.01, 12.0)
 def test_a_verdict_tells_what_does_nothing_from_what_does_little_and_from_what_does_too_much(
     made: Diagnosis, best: float | None, flag: str | None, cause: str | None
 ) -> None:
-    found = health.verdict(made, best, RULES)
-    assert [(each.flag, each.cause) for each in found] == ([(flag, cause)] if flag else [])
-    for each in found:
+    measured = health.verdict(made, best, RULES)
+    assert [(each.flag, each.cause) for each in measured] == ([(flag, cause)] if flag else [])
+    for each in measured:
         assert each.remedy in each.sentence
         assert each.remedy == (CAUSES[cause].remedy if cause else each.remedy)
 
@@ -620,17 +629,17 @@ EARLY = {"window_is_over": False}
 def test_a_trial_that_was_stopped_is_undecided_but_for_what_no_more_steps_can_mend(
     made: Diagnosis, cooler: Cooler | None, was_pruned: bool, flag: str, cause: str | None
 ) -> None:
-    (found,) = health.verdict(made, 1.0, RULES, cooler, was_pruned)
-    assert (found.flag, found.cause) == (flag, cause)
-    assert found.is_fault == (flag != "undecided" and cooler is None)
+    (measured,) = health.verdict(made, 1.0, RULES, cooler, was_pruned)
+    assert (measured.flag, measured.cause) == (flag, cause)
+    assert measured.is_fault == (flag != "undecided" and cooler is None)
 
 
 def test_causes_of_all_modules_are_all_of_them_whatever_their_shares_add_up_to() -> None:
     """1/24 + 19/24 + 4/24 is not 1 in floating point."""
     parts = zip(("not_in_graph", "dead_product", "not_stepped"), (19, 4, 1), strict=True)
     causes = tuple(Cause(name, ("a",) * count, count / 24, {}) for name, count in parts)
-    (found,) = health.verdict(diagnosis(0.0, causes=causes, causes_without_gain=causes), None, RULES)
-    assert found.flag == "zero_trapped"
+    (measured,) = health.verdict(diagnosis(0.0, causes=causes, causes_without_gain=causes), None, RULES)
+    assert measured.flag == "zero_trapped"
 
 
 def test_a_walk_and_a_slow_way_over_sound_labels_are_one_cause() -> None:
@@ -638,9 +647,9 @@ def test_a_walk_and_a_slow_way_over_sound_labels_are_one_cause() -> None:
         Cause("no_signal", ("a",) * 5, 5 / 8, {"rho": 1.0}),
         Cause("lr_too_small", ("b",) * 3, 3 / 8, {"rho": 2.0}),
     )
-    (found,) = health.verdict(diagnosis(0.0, causes_without_gain=causes, fall=FLAT), 1.0, RULES)
-    assert (found.flag, found.cause) == ("zero_trapped", "lr_too_small")
-    assert "lr_too_small in 8 of 8 modules" in found.sentence
+    (measured,) = health.verdict(diagnosis(0.0, causes_without_gain=causes, fall=FLAT), 1.0, RULES)
+    assert (measured.flag, measured.cause) == ("zero_trapped", "lr_too_small")
+    assert "lr_too_small in 8 of 8 modules" in measured.sentence
 
 
 def test_with_a_fault_of_its_own_a_trial_that_was_stopped_is_decided() -> None:
@@ -664,12 +673,12 @@ def test_a_diagnosis_survives_json() -> None:
     import json
     from dataclasses import asdict
 
-    made = diagnosis(0.02, 0.25, 1.0, fall=FELL, window_is_over=False)
-    plain = json.loads(json.dumps(asdict(made)))
-    assert Diagnosis.of_plain(plain) == made
+    result = diagnosis(0.02, 0.25, 1.0, fall=FELL, window_is_over=False)
+    plain = json.loads(json.dumps(asdict(result)))
+    assert Diagnosis.of_plain(plain) == result
     names = ("gain", "noise", "causes", "causes_without_gain")
     older = Diagnosis.of_plain({name: plain[name] for name in names} | {"noise": None})
-    assert older == Diagnosis(made.gain, 0.0, made.causes, made.causes_without_gain), (
+    assert older == Diagnosis(result.gain, 0.0, result.causes, result.causes_without_gain), (
         "of one evaluation example, as it was written once"
     )
 
@@ -710,12 +719,12 @@ def test_a_cooler_trial_has_a_tenth_of_the_slope_no_larger_rate_of_a_and_is_bett
 
 # -- the course ----------------------------------------------------------------------------------------------------
 
-BASE = Base(eval_loss=2.0, probe_loss=2.0, eval_losses=np.array([1.9, 2.0, 2.1, 2.0]), retention_loss=3.0)
+BASE = BaselineLosses(eval_loss=2.0, probe_loss=2.0, eval_losses=np.array([1.9, 2.0, 2.1, 2.0]), retention_loss=3.0)
 
 
 def evaluation(gain: float = 0.0, spread: float = 0.0, **more: Any) -> Evaluation:
     """An evaluation that gained this much over BASE, its per-example differences spread by +-spread."""
-    made = Evaluation(
+    result = Evaluation(
         cell=0,
         step=10,
         tokens=100,
@@ -726,21 +735,23 @@ def evaluation(gain: float = 0.0, spread: float = 0.0, **more: Any) -> Evaluatio
         grad_norm_A=1.0,
         grad_norm_B_over_s=1.0,
         measurements=(),
-        snapshot=reading(),
+        snapshot=snapshot_of(),
         delta_rel=np.ones(4),
         steps=(),
         seconds=1.0,
         tokens_per_second=1.0,
     )
-    return replace(made, **more)
+    return replace(result, **more)
 
 
-def course(losses: Sequence[float], best: Evaluation | None = None, last: Evaluation | None = None) -> list[Finding]:
+def flags_of(losses: Sequence[float], best: Evaluation | None = None, last: Evaluation | None = None) -> list[Finding]:
     end = last or evaluation(gain=1.0, step=100)
-    how = LossHistory(BASE, losses, 0, best or end, end)
-    what = health.rule_input(end, TrainerSettings(None), RULES)
+    losses_so_far = LossHistory(BASE, losses, 0, best or end, end)
+    inputs = health.rule_input(end, TrainerSettings(None), RULES)
     return [
-        each for each in health.own_findings(what, how, RULES) if each.flag not in ("A_frozen", "edge_of_precision")
+        each
+        for each in health.own_findings(inputs, losses_so_far, RULES)
+        if each.flag not in ("A_frozen", "edge_of_precision")
     ]
 
 
@@ -752,17 +763,17 @@ def test_the_gain_is_of_the_losses_and_its_error_is_paired_by_example() -> None:
     assert gain == pytest.approx(0.3)
     # Differences .2, .4, .2, .4: sample deviation .2 / sqrt(3), of a mean of four half of it.
     assert error == pytest.approx(0.2 / math.sqrt(3) / 2)
-    alone = Base(2.0, 2.0, np.array([2.0]))
+    alone = BaselineLosses(2.0, 2.0, np.array([2.0]))
     assert health.paired_gain(alone, evaluation(eval_losses=np.array([1.0])))[1] == math.inf
 
 
 def test_a_loss_that_falls_is_no_finding() -> None:
-    assert course(FALLING) == []
+    assert flags_of(FALLING) == []
 
 
 @pytest.mark.parametrize("step", [0, 7])
 def test_a_loss_that_is_not_finite_is_diverged_and_nothing_else(step: int) -> None:
-    (finding,) = course(FALLING, last=evaluation(gain=math.nan, last_finite_step=step))
+    (finding,) = flags_of(FALLING, last=evaluation(gain=math.nan, last_finite_step=step))
     assert finding.flag == "diverged"
     assert finding.evidence == {"last_finite_step": step}
     assert f"last finite at step {step}: lower optimizer.base_lr" in finding.sentence
@@ -770,8 +781,8 @@ def test_a_loss_that_is_not_finite_is_diverged_and_nothing_else(step: int) -> No
 
 def test_a_loss_above_the_bases_for_a_while_is_diverged() -> None:
     hot = [*FALLING[:40], *([3.0] * 20), *FALLING[60:]]
-    assert [each.flag for each in course(hot)][:1] == ["diverged"]
-    assert course([2.0 + 0.05 * math.sin(step) for step in range(100)]) == [], "at the start is not above it"
+    assert [each.flag for each in flags_of(hot)][:1] == ["diverged"]
+    assert flags_of([2.0 + 0.05 * math.sin(step) for step in range(100)]) == [], "at the start is not above it"
 
 
 def test_training_data_that_is_harder_than_the_train_probe_is_no_divergence() -> None:
@@ -788,7 +799,7 @@ def test_training_data_that_is_harder_than_the_train_probe_is_no_divergence() ->
 
 def test_a_hot_trial_that_ends_above_its_base_is_not_said_to_lack_a_signal() -> None:
     """The walk of B at a rate that is far too high looks like that under random labels."""
-    hot = replace(seen(rms_B=1e-3 * math.sqrt(20)), delta_rel=np.full(8, 0.9))
+    hot = replace(rule_input_of(rms_B=1e-3 * math.sqrt(20)), delta_rel=np.full(8, 0.9))
     assert named(hot) == "no_signal"
     last = evaluation(gain=-1.0)
     for losses, own, flags in (
@@ -796,8 +807,8 @@ def test_a_hot_trial_that_ends_above_its_base_is_not_said_to_lack_a_signal() -> 
         ([2.0, 2.1] * 50, (), ["rate_too_high"]),
         (FALLING, (Finding("diverged", {}, "hot"),), ["diverged"]),
     ):
-        made = health.diagnose(LossHistory(BASE, losses, 0, last, last), hot, own, RULES)
-        assert [each.flag for each in (*health.compared(made, own, RULES), *own)] == flags
+        result = health.diagnose(LossHistory(BASE, losses, 0, last, last), hot, own, RULES)
+        assert [each.flag for each in (*health.compared(result, own, RULES), *own)] == flags
 
 
 def test_a_fall_of_the_training_loss_is_told_with_its_error() -> None:
@@ -819,35 +830,37 @@ def test_a_fall_of_the_training_loss_is_told_with_its_error() -> None:
 
 def test_giving_back_more_than_half_of_the_best_gain_is_diverged() -> None:
     best = evaluation(gain=1.0, step=50)
-    (finding,) = course(FALLING, best, evaluation(gain=0.4, step=100, probe_loss=1.0))
+    (finding,) = flags_of(FALLING, best, evaluation(gain=0.4, step=100, probe_loss=1.0))
     assert (finding.flag, finding.evidence["best_gain"]) == ("diverged", 1.0)
 
 
 def test_jumps_of_the_loss_are_told_as_a_warning() -> None:
     jumping = [loss + 1.5 * (step in (40, 60, 80)) for step, loss in enumerate(FALLING)]
-    (finding,) = course(jumping)
+    (finding,) = flags_of(jumping)
     assert (finding.flag, finding.is_fault, finding.evidence["spikes"]) == ("spiking", False, 3.0)
 
 
 def test_overfit_is_a_rise_beyond_chance_while_the_training_data_still_gets_better() -> None:
     best = evaluation(gain=1.0, step=50, probe_loss=0.5)
-    assert [each.flag for each in course(FALLING, best, evaluation(0.8, 0.01, step=100, probe_loss=0.2))] == ["overfit"]
-    assert course(FALLING, best, evaluation(0.8, 0.01, step=100, probe_loss=0.6)) == [], (
+    assert [each.flag for each in flags_of(FALLING, best, evaluation(0.8, 0.01, step=100, probe_loss=0.2))] == [
+        "overfit"
+    ]
+    assert flags_of(FALLING, best, evaluation(0.8, 0.01, step=100, probe_loss=0.6)) == [], (
         "the training data got worse too"
     )
-    assert course(FALLING, best, evaluation(0.8, 0.5, step=100, probe_loss=0.2)) == [], "chance"
+    assert flags_of(FALLING, best, evaluation(0.8, 0.5, step=100, probe_loss=0.2)) == [], "chance"
     by_heart = evaluation(-0.1, 0.01, step=100, probe_loss=1.5)
-    (finding,) = course(FALLING, by_heart, by_heart)
+    (finding,) = flags_of(FALLING, by_heart, by_heart)
     assert (finding.flag, finding.evidence["best_step"]) == ("overfit", 0.0), "the base itself was the best"
     hot = evaluation(-0.6, 0.01, step=100, probe_loss=1.9)
-    assert course(FALLING, hot, hot) == [], "it learned less than it lost: that is its rate"
+    assert flags_of(FALLING, hot, hot) == [], "it learned less than it lost: that is its rate"
 
 
 def logged(losses: Sequence[float], every: int = 1, **knobs: Any) -> list[str]:
-    made = Logged(**knobs)
+    result = Logged(**knobs)
     for place, loss in enumerate(losses, start=1):
-        made.take({"loss": loss}, place * every)
-    return [each.flag for each in made.findings(RULES)]
+        result.take({"loss": loss}, place * every)
+    return [each.flag for each in result.findings(RULES)]
 
 
 def test_what_another_trainer_logs_is_judged_by_the_step_as_far_as_it_tells() -> None:
@@ -863,27 +876,27 @@ def test_what_another_trainer_logs_is_judged_by_the_step_as_far_as_it_tells() ->
 
 
 def test_an_evaluation_that_was_not_finite_for_once_is_no_gain_that_was_given_back() -> None:
-    made = Logged()
+    result = Logged()
     for row, step in (({"eval_loss": 2.0}, 0), ({"eval_loss": math.nan}, 10), ({"eval_loss": 1.0}, 20)):
-        made.take(row, step)
-    assert [*made.findings(RULES)] == []
+        result.take(row, step)
+    assert [*result.findings(RULES)] == []
 
 
 def test_what_is_not_finite_in_the_end_is_diverged_since_it_last_was() -> None:
-    made = Logged()
+    result = Logged()
     for step, loss in ((10, 2.0), (20, math.inf), (30, 1.5), (40, 0.0)):
-        made.take({"loss": loss}, step)
-    assert made.not_finite([(2, True), (32, True)]) is None, "a step that was left out is none"
-    broken = made.not_finite([(2, True), (32, True), (40, False)])
+        result.take({"loss": loss}, step)
+    assert result.not_finite([(2, True), (32, True)]) is None, "a step that was left out is none"
+    broken = result.not_finite([(2, True), (32, True), (40, False)])
     assert broken is not None
     assert broken.evidence == {"last_finite_step": 32.0}, "0 is what is logged for a loss that is not finite"
-    made.take({"eval_loss": math.nan}, 31)
-    broken = made.not_finite([(2, True)])
+    result.take({"eval_loss": math.nan}, 31)
+    broken = result.not_finite([(2, True)])
     assert broken is not None
     assert broken.evidence == {"last_finite_step": 30.0}
 
 
 def test_forgetting_beyond_what_is_allowed_is_told_as_a_warning() -> None:
-    (finding,) = course(FALLING, last=evaluation(gain=1.0, retention_loss=3.2))
+    (finding,) = flags_of(FALLING, last=evaluation(gain=1.0, retention_loss=3.2))
     assert (finding.flag, finding.is_fault) == ("forgetting", False)
-    assert course(FALLING, last=evaluation(gain=1.0, retention_loss=3.05)) == []
+    assert flags_of(FALLING, last=evaluation(gain=1.0, retention_loss=3.05)) == []

@@ -32,7 +32,7 @@ def spent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
     On one thread: two that wait for one another in a loop spend processor time as soon as one is kept from its core.
     """
-    found: list[float] = []
+    measured: list[float] = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
@@ -41,9 +41,9 @@ def spent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
         def around(*given: Any, **named: Any) -> Any:
             began = time.process_time()
-            made = call(*given, **named)
-            found.append(time.process_time() - began)
-            return made
+            result = call(*given, **named)
+            measured.append(time.process_time() - began)
+            return result
 
         monkeypatch.setattr(owner, name, around)
 
@@ -51,7 +51,7 @@ def spent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
         timed(health, name)
     timed(Pack, "_check_health")
     timed(HealthHistory, "snapshot")
-    yield found
+    yield measured
     torch.set_num_threads(threads)
 
 
@@ -71,10 +71,10 @@ def share(base: LoadedBase, data: Data, trials: list[Trial], spent: list[float])
     rules = config_of().health
     for trial, last in zip(trials, evaluations, strict=True):
         before = time.process_time()
-        what = health.rule_input(last, trial.trainer_settings, rules)
-        how = LossHistory(alone, [1.0] * trial.train.max_steps, 0, last, last)
-        own = health.own_findings(what, how, rules)
-        health.compared(health.diagnose(how, what, own, rules), own, rules)
+        inputs = health.rule_input(last, trial.trainer_settings, rules)
+        history = LossHistory(alone, [1.0] * trial.train.max_steps, 0, last, last)
+        own = health.own_findings(inputs, history, rules)
+        health.compared(health.diagnose(history, inputs, own, rules), own, rules)
         heat_map.draw(dict(zip(last.snapshot.modules, last.delta_rel.tolist(), strict=True)), {})
         after.append(time.process_time() - before)
     return (sum(spent) + sum(after)) / (ended - began + sum(after))
@@ -88,9 +88,9 @@ def test_health_costs_at_most_two_percent_of_the_embedded_base(base: LoadedBase,
     data = load_data(config.data, base.tokenizer)
     trial = Trial.of(Cell(0), config)
     trials = [replace(trial, cell=Cell(n), method=replace(trial.method, rank=r)) for n, r in enumerate((4, 4, 8, 16))]
-    found = share(base, data, trials, spent)
-    print(f"health took {found:.2%} of the training")
-    assert found <= ALLOWED
+    measured = share(base, data, trials, spent)
+    print(f"health took {measured:.2%} of the training")
+    assert measured <= ALLOWED
 
 
 @pytest.mark.real
@@ -105,6 +105,6 @@ def test_health_costs_at_most_two_percent_of_smollm2(spent: list[float]) -> None
     data = load_data(config.data, base.tokenizer)
     trial = Trial.of(Cell(0), config)
     trials = [replace(trial, cell=Cell(n), method=replace(trial.method, rank=r)) for n, r in enumerate((4, 16))]
-    found = share(base, data, trials, spent)
-    print(f"health took {found:.2%} of the training")
-    assert found <= ALLOWED
+    measured = share(base, data, trials, spent)
+    print(f"health took {measured:.2%} of the training")
+    assert measured <= ALLOWED

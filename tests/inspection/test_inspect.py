@@ -63,13 +63,13 @@ Make = Callable[..., tuple[Path, Any]]
 def make(tmp_path: Path) -> Make:
     """make(steps, r=..., ...): (the folder that PEFT saved, PEFT's model in memory)."""
 
-    def made(steps: int = 4, on: Any = None, name: str = "adapter", **settings: Any) -> tuple[Path, Any]:
+    def adapter_folder(steps: int = 4, on: Any = None, name: str = "adapter", **settings: Any) -> tuple[Path, Any]:
         config = LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": ATTENTION} | settings))
         model = trained(get_peft_model(on or llama(), config), steps)
         model.save_pretrained(str(tmp_path / name))
         return tmp_path / name, model
 
-    return made
+    return adapter_folder
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +80,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def one(folder: Path, base: str | None = None) -> Inspection:
-    found, errors = inspect(folder, base)
+    missing, errors = inspect(folder, base)
     assert errors == []
-    (made,) = found
-    return made
+    (report,) = missing
+    return report
 
 
 def layers(model: Any) -> Iterator[tuple[str, Any]]:
@@ -98,9 +98,9 @@ def change(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> N
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def agrees_with_peft(made: Inspection, model: Any) -> None:
+def agrees_with_peft(adapter_folder: Inspection, model: Any) -> None:
     """s, rank, s|BA| and stable rank against PEFT's own scaling and its explicit delta."""
-    by_name = {each.name: each for each in made.modules}
+    by_name = {each.name: each for each in adapter_folder.modules}
     assert by_name.keys() == {name for name, _ in layers(model)}
     for name, layer in layers(model):
         mine, delta = by_name[name], layer.get_delta_weight("default").detach().double()
@@ -127,37 +127,37 @@ def agrees_with_peft(made: Inspection, model: Any) -> None:
 
 
 def test_a_fresh_adapter_is_untrained_and_may_as_well_be_lost_on_save(make: Make) -> None:
-    made = one(make(steps=0)[0])
-    assert made.verdict == "untrained"
-    assert "fresh" in made.sentence and "lost on save" in made.sentence
-    assert all(each.exact_zero_B == 1 and each.dead == "B = 0" and each.delta_norm == 0 for each in made.modules)
-    assert all(each.stable_rank is None and each.zero_start == "B" for each in made.modules)
+    report = one(make(steps=0)[0])
+    assert report.verdict == "untrained"
+    assert "fresh" in report.sentence and "lost on save" in report.sentence
+    assert all(each.exact_zero_B == 1 and each.dead == "B = 0" and each.delta_norm == 0 for each in report.modules)
+    assert all(each.stable_rank is None and each.zero_start == "B" for each in report.modules)
 
 
 def test_a_trained_adapter_is_healthy_and_measured_as_peft_has_it(make: Make) -> None:
     folder, model = make()
-    made = one(folder)
-    assert made.verdict == "healthy"
-    agrees_with_peft(made, model)
-    assert made.parameters == sum(each.numel() for each in model.parameters() if each.requires_grad)
+    report = one(folder)
+    assert report.verdict == "healthy"
+    agrees_with_peft(report, model)
+    assert report.parameters == sum(each.numel() for each in model.parameters() if each.requires_grad)
 
 
 def test_a_dead_layer_is_named(make: Make) -> None:
     folder, _ = make()
     name = "model.layers.1.self_attn.v_proj"
     change(folder, lambda tensors: tensors[f"base_model.model.{name}.lora_B.weight"].zero_())
-    made = one(folder)
-    assert made.verdict == "partially_dead"
-    assert [each.name for each in made.modules if each.dead] == [name]
-    assert f"1 of 8 modules change nothing: {name} (B = 0)" in made.sentence
+    report = one(folder)
+    assert report.verdict == "partially_dead"
+    assert [each.name for each in report.modules if each.dead] == [name]
+    assert f"1 of 8 modules change nothing: {name} (B = 0)" in report.sentence
 
 
 def test_a_zeroed_file_is_untrained_and_said_to_be_beyond_training(make: Make) -> None:
     folder, _ = make()
     change(folder, lambda tensors: [each.zero_() for each in tensors.values()])
-    made = one(folder)
-    assert made.verdict == "untrained"
-    assert "A = B = 0, which no training leaves" in made.sentence
+    report = one(folder)
+    assert report.verdict == "untrained"
+    assert "A = B = 0, which no training leaves" in report.sentence
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -169,10 +169,10 @@ def test_a_value_that_is_not_finite_breaks_the_adapter(make: Make, value: float)
         tensors[f"base_model.model.{name}.lora_A.weight"][0, :3] = value
 
     change(folder, spoil)
-    made = one(folder)
-    assert made.verdict == "broken"
-    assert name in made.sentence
-    (spoilt,) = [each for each in made.modules if each.nonfinite]
+    report = one(folder)
+    assert report.verdict == "broken"
+    assert name in report.sentence
+    (spoilt,) = [each for each in report.modules if each.nonfinite]
     assert (spoilt.name, spoilt.nonfinite, spoilt.delta_norm, spoilt.norm_A) == (name, 3, None, None)
 
 
@@ -195,12 +195,12 @@ def test_factors_whose_product_is_beyond_fp64_break_the_adapter(make: Make, run:
 
 def test_dora_is_measured_as_peft_merges_it(make: Make, base: str) -> None:
     folder, model = make(use_dora=True)
-    made = one(folder, base)
-    assert made.verdict == "healthy" and made.use_dora
+    report = one(folder, base)
+    assert report.verdict == "healthy" and report.use_dora
     before = {name: layer.get_base_layer().weight.detach().double() for name, layer in layers(model)}
     magnitudes = {name: layer.lora_magnitude_vector["default"].weight.detach() for name, layer in layers(model)}
     merged = model.merge_and_unload()
-    for each in made.modules:
+    for each in report.modules:
         W, now = before[each.name], merged.get_submodule(each.name).weight.detach().double()
         assert each.delta_rel == pytest.approx(float((now - W).norm() / W.norm()), rel=1e-4)
         deviation = (magnitudes[each.name].double() / W.norm(dim=1) - 1).abs().max()
@@ -210,24 +210,24 @@ def test_dora_is_measured_as_peft_merges_it(make: Make, base: str) -> None:
 
 def test_rslora_divides_by_the_root_of_the_rank(make: Make) -> None:
     folder, model = make(use_rslora=True)
-    made = one(folder)
-    assert made.verdict == "healthy" and made.use_rslora
-    assert {each.scaling for each in made.modules} == {4.0}
-    agrees_with_peft(made, model)
+    report = one(folder)
+    assert report.verdict == "healthy" and report.use_rslora
+    assert {each.scaling for each in report.modules} == {4.0}
+    agrees_with_peft(report, model)
 
 
 def test_an_embedding_starts_with_A_at_zero(make: Make, base: str) -> None:
     folder, model = make(steps=0, target_modules=["embed_tokens"], name="fresh")
-    made = one(folder)
-    assert made.verdict == "untrained"
-    (module,) = made.modules
+    report = one(folder)
+    assert report.verdict == "untrained"
+    (module,) = report.modules
     assert (module.zero_start, module.dead, module.exact_zero_A, module.exact_zero_B) == ("A", "A = 0", 1.0, 0.0)
     folder, model = make(target_modules=["embed_tokens", "q_proj"])
-    made = one(folder, base)
-    assert made.verdict == "healthy"
-    agrees_with_peft(made, model)
+    report = one(folder, base)
+    assert report.verdict == "healthy"
+    agrees_with_peft(report, model)
     for name, layer in layers(model):
-        (mine,) = [each for each in made.modules if each.name == name]
+        (mine,) = [each for each in report.modules if each.name == name]
         W = layer.get_base_layer().weight.detach()
         assert mine.delta_rel == pytest.approx(
             float(layer.get_delta_weight("default").detach().norm() / W.norm()), rel=1e-5
@@ -252,29 +252,29 @@ def test_patterns_of_rank_and_alpha_are_matched_as_peft_does(make: Make) -> None
         },
         alpha_pattern={"^model.layers.0.self_attn.o_proj": 100, "o_proj": 3, "v_proj": 1.5},
     )
-    made = one(folder)
-    assert made.verdict == "healthy"
-    assert {each.rank for each in made.modules} == {2, 3, 4, 5, 7}
-    assert len({each.scaling for each in made.modules}) > 4
-    agrees_with_peft(made, model)
+    report = one(folder)
+    assert report.verdict == "healthy"
+    assert {each.rank for each in report.modules} == {2, 3, 4, 5, 7}
+    assert len({each.scaling for each in report.modules}) > 4
+    agrees_with_peft(report, model)
 
 
 def test_patterns_that_overlap_are_read_as_peft_loads_them_and_told(make: Make, base: str) -> None:
     """PEFT takes the first that matches and saves them sorted, so it may load another s than it trained with."""
     folder, model = make(alpha_pattern={"o_proj": 3, "model.layers.0.self_attn.o_proj": 100})
-    made = one(folder)
+    report = one(folder)
     loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), str(folder))
-    agrees_with_peft(made, loaded)
+    agrees_with_peft(report, loaded)
     assert {layer.scaling["default"] for _, layer in layers(model)} == {0.75, 2.0}
-    assert {each.scaling for each in made.modules} == {0.75, 2.0, 25.0}
-    assert any("both match model.layers.0.self_attn.o_proj" in note for note in made.notes)
+    assert {each.scaling for each in report.modules} == {0.75, 2.0, 25.0}
+    assert any("both match model.layers.0.self_attn.o_proj" in note for note in report.notes)
 
 
 def test_a_file_without_lora_weights_is_empty(make: Make) -> None:
     folder, _ = make()
     save_file({}, folder / WEIGHTS)
-    made = one(folder)
-    assert (made.verdict, made.modules, made.parameters) == ("empty", (), 0)
+    report = one(folder)
+    assert (report.verdict, report.modules, report.parameters) == ("empty", (), 0)
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.001])
@@ -282,8 +282,8 @@ def test_a_truncated_file_is_one_clear_error(make: Make, kept: float) -> None:
     folder, _ = make()
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[: int(len(whole) * kept)])
-    made, (error,) = inspect(folder)
-    assert made == []
+    report, (error,) = inspect(folder)
+    assert report == []
     assert error.startswith(f"{folder / WEIGHTS}: cannot be read (truncated or damaged?): ")
     assert "\n" not in error
 
@@ -302,9 +302,9 @@ def test_what_is_no_adapter_is_one_clear_error(tmp_path: Path, base: str) -> Non
 
 def test_the_update_is_held_against_the_base(make: Make, base: str) -> None:
     folder, model = make()
-    made = one(folder, base)
+    report = one(folder, base)
     for name, layer in layers(model):
-        (mine,) = [each for each in made.modules if each.name == name]
+        (mine,) = [each for each in report.modules if each.name == name]
         W = layer.get_base_layer().weight.detach()
         expected = float(layer.get_delta_weight("default").detach().norm() / W.norm())
         assert mine.delta_rel == pytest.approx(expected, rel=1e-5)
@@ -320,13 +320,13 @@ def test_conv1d_of_gpt2_is_held_against_its_weight_transposed(make: Make, tmp_pa
     for dora in (False, True):
         settings = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": dora}
         folder, model = make(on=gpt2(), name=f"dora-{dora}", **settings)
-        made = one(folder, str(tmp_path / "gpt2"))
-        assert made.verdict == "healthy"
+        report = one(folder, str(tmp_path / "gpt2"))
+        assert report.verdict == "healthy"
         if not dora:
-            agrees_with_peft(made, model)
+            agrees_with_peft(report, model)
         before = {name: layer.get_base_layer().weight.detach().clone() for name, layer in layers(model)}
         merged = model.merge_and_unload()
-        for each in made.modules:
+        for each in report.modules:
             W, now = before[each.name], merged.get_submodule(each.name).weight.detach()
             assert (each.d_in, each.d_out) == tuple(W.shape)
             assert each.delta_rel == pytest.approx(float((now - W).norm() / W.norm()), rel=1e-4)
@@ -341,8 +341,8 @@ def test_modules_saved_whole_are_told_apart_from_lora(make: Make, base: str) -> 
     assert extra.norm == pytest.approx(float(now.norm()), rel=1e-5)
     assert extra.delta_rel == pytest.approx(float((now - W).norm() / W.norm()), rel=1e-4)
     change(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if "lora_" in key])
-    made = one(folder)
-    assert made.verdict == "empty" and "1 tensors saved beside it" in made.sentence
+    report = one(folder)
+    assert report.verdict == "empty" and "1 tensors saved beside it" in report.sentence
     change(folder, lambda tensors: tensors["base_model.model.lm_head.weight"].fill_(math.nan))
     assert one(folder).verdict == "broken"
 
@@ -415,10 +415,10 @@ def test_names_that_peft_does_not_load_leave_the_base_and_the_remedy_helps(make:
     assert reader.lost(folder, weights) == ()
     right = rename(folder, UNLOADED[variant])
     assert torch.equal(outputs(loaded_by_peft(folder)), outputs(llama())), "PEFT loads nothing"
-    made = one(folder)
-    assert (made.verdict, made.modules, len(made.passed_over)) == ("empty", (), 16)
-    assert "PEFT passes over 16 of the file's tensors for their names" in made.sentence
-    assert "save again with save_pretrained" in made.sentence
+    report = one(folder)
+    assert (report.verdict, report.modules, len(report.passed_over)) == ("empty", (), 16)
+    assert "PEFT passes over 16 of the file's tensors for their names" in report.sentence
+    assert "save again with save_pretrained" in report.sentence
     assert reader.lost(folder, weights) == tuple(weights)
     wrong = list(load_file(folder / WEIGHTS))
     assert {keys.parse(key).saved_as for key in wrong} == set(right)
@@ -434,9 +434,9 @@ def test_the_adapters_name_in_the_names_is_read_as_peft_reads_it(make: Make, set
     rename(folder, named("default"))
     assert torch.equal(outputs(loaded_by_peft(folder)), outputs(model))
     assert torch.equal(outputs(loaded_by_peft(folder, "other")), outputs(llama()))
-    made = one(folder, base)
-    assert (made.verdict, made.modules, made.passed_over) == ("healthy", before.modules, ())
-    (note,) = [note for note in made.notes if "carry the adapter's name" in note]
+    report = one(folder, base)
+    assert (report.verdict, report.modules, report.passed_over) == ("healthy", before.modules, ())
+    (note,) = [note for note in report.notes if "carry the adapter's name" in note]
     assert "as adapter 'default' alone" in note and "older versions load none" in note
 
 
@@ -447,9 +447,9 @@ def test_a_magnitude_named_as_no_peft_has_it_is_missing(make: Make, base: str) -
     for _, layer in layers(loaded):
         W = layer.get_base_layer().weight
         assert torch.allclose(layer.lora_magnitude_vector["default"].weight, W.norm(dim=1)), "as of the base"
-    for made in (one(folder), one(folder, base)):
-        assert made.verdict == "incomplete" and len(made.passed_over) == 8
-        assert "no lora_magnitude_vector, though use_dora is true: " in made.sentence
+    for report in (one(folder), one(folder, base)):
+        assert report.verdict == "incomplete" and len(report.passed_over) == 8
+        assert "no lora_magnitude_vector, though use_dora is true: " in report.sentence
     rename(folder, lambda key: keys.parse(key).saved_as)
     assert one(folder, base).verdict == "healthy"
     assert torch.equal(outputs(loaded_by_peft(folder)), outputs(model))
@@ -467,8 +467,8 @@ def test_names_of_another_class_of_the_base_are_told_with_the_base(make: Make, b
     folder, _ = make()
     rename(folder, lambda key: key.replace(f"{PREFIX}model.", PREFIX))
     assert torch.equal(outputs(loaded_by_peft(folder)), outputs(llama())), "PEFT loads nothing"
-    made, (error,) = inspect(folder, base)
-    assert made == [] and error.startswith("--base: has no weight layers.0.self_attn.k_proj, which")
+    report, (error,) = inspect(folder, base)
+    assert report == [] and error.startswith("--base: has no weight layers.0.self_attn.k_proj, which")
 
 
 @pytest.mark.parametrize("ending", [".modules_to_save.default.", ".modules_to_save."])
@@ -479,9 +479,9 @@ def test_modules_saved_under_the_names_of_the_model_are_refused_by_peft_and_told
     rename(folder, lambda key: key.replace("lm_head.", f"lm_head{ending}"))
     with pytest.raises(KeyError, match=r"lm_head\.weight"):
         loaded_by_peft(folder)
-    for made in (one(folder), one(folder, base)):
-        assert made.verdict == "incomplete" and made.passed_over == (f"{PREFIX}lm_head{ending}weight",)
-        assert "PEFT refuses to load it (KeyError)" in made.sentence
+    for report in (one(folder), one(folder, base)):
+        assert report.verdict == "incomplete" and report.passed_over == (f"{PREFIX}lm_head{ending}weight",)
+        assert "PEFT refuses to load it (KeyError)" in report.sentence
     rename(folder, lambda key: keys.parse(key).saved_as)
     assert torch.equal(outputs(loaded_by_peft(folder)), outputs(model))
     assert one(folder, base).verdict == "healthy"
@@ -492,15 +492,15 @@ def test_a_dump_of_the_whole_model_is_read_as_peft_reads_it(make: Make, base: st
     dump = {key: each.clone() for key, each in model.state_dict().items()}
     save_file(dump, folder / WEIGHTS, metadata={"format": "pt"})
     assert torch.equal(outputs(loaded_by_peft(folder)), outputs(model))
-    for made in (one(folder), one(folder, base)):
-        assert (made.verdict, made.missing, made.passed_over) == ("healthy", (), ())
+    for report in (one(folder), one(folder, base)):
+        assert (report.verdict, report.missing, report.passed_over) == ("healthy", (), ())
     folder, model = make(name="whole", modules_to_save=["lm_head"])
     dump = {key: each.clone() for key, each in model.state_dict().items()}
     save_file(dump, folder / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(KeyError, match=r"lm_head\.weight"):
         loaded_by_peft(folder)
-    for made in (one(folder), one(folder, base)):
-        assert made.verdict == "incomplete" and "PEFT refuses to load it (KeyError)" in made.sentence
+    for report in (one(folder), one(folder, base)):
+        assert report.verdict == "incomplete" and "PEFT refuses to load it (KeyError)" in report.sentence
 
 
 # -- what the configuration promises ---------------------------------------------------------------------------------
@@ -535,10 +535,12 @@ def test_a_module_without_factors_makes_it_incomplete_with_and_without_the_base(
     assert one(folder).verdict == one(folder, base).verdict == "healthy"
     drop(folder, r"layers\.1\.self_attn\.v_proj")
     name = "model.layers.1.self_attn.v_proj"
-    for made in (one(folder), one(folder, base)):
-        assert made.verdict == "incomplete"
-        assert untouched(folder) == {each for found in made.missing for each in found.names} - {"v_proj"} == {name}
-        assert name in made.sentence
+    for report in (one(folder), one(folder, base)):
+        assert report.verdict == "incomplete"
+        assert (
+            untouched(folder) == {each for missing in report.missing for each in missing.names} - {"v_proj"} == {name}
+        )
+        assert name in report.sentence
     configure(folder, target_modules="all-linear" if targets == "all-linear" else TARGETS[targets])
     assert one(folder, base).verdict == "incomplete"
 
@@ -549,11 +551,11 @@ def test_a_name_of_target_modules_without_any_factors_is_incomplete_unless_the_b
     folder, model = make(target_modules=["q_proj", "v_proj"])
     drop(folder, "v_proj")
     assert untouched(folder) == {f"model.layers.{layer}.self_attn.v_proj" for layer in (0, 1)}
-    made = one(folder)
-    assert made.verdict == "incomplete"
-    assert "no LoRA for what target_modules names: v_proj; PEFT leaves them" in made.sentence
-    assert "unless the base has no such module, which --base checks" in made.sentence
-    assert {each for found in one(folder, base).missing for each in found.names} == untouched(folder)
+    report = one(folder)
+    assert report.verdict == "incomplete"
+    assert "no LoRA for what target_modules names: v_proj; PEFT leaves them" in report.sentence
+    assert "unless the base has no such module, which --base checks" in report.sentence
+    assert {each for missing in one(folder, base).missing for each in missing.names} == untouched(folder)
     folder, model = make(name="generic", target_modules=["q_proj", "query_key_value"])
     assert torch.equal(outputs(loaded_by_peft(folder)), outputs(model))
     assert one(folder).verdict == "incomplete", "without the base nobody can tell"
@@ -566,21 +568,23 @@ def test_layers_that_are_promised_by_number_or_pattern_are_missed(make: Make, ba
     folder, _ = make(target_modules=["q_proj"], layers_to_transform=[1])
     assert one(folder).verdict == one(folder, base).verdict == "healthy"
     configure(folder, layers_to_transform=[0, 1])
-    for made in (one(folder), one(folder, base)):
-        assert made.verdict == "incomplete" and "model.layers.0.self_attn.q_proj" in made.sentence
+    for report in (one(folder), one(folder, base)):
+        assert report.verdict == "incomplete" and "model.layers.0.self_attn.q_proj" in report.sentence
     pattern = {"model.layers.0.self_attn.q_proj": 2}
     folder, _ = make(name="pattern", target_modules=["q_proj"], rank_pattern=pattern)
     drop(folder, r"layers\.0")
-    for made in (one(folder), one(folder, base)):
-        assert made.verdict == "incomplete" and "model.layers.0.self_attn.q_proj" in made.sentence
+    for report in (one(folder), one(folder, base)):
+        assert report.verdict == "incomplete" and "model.layers.0.self_attn.q_proj" in report.sentence
 
 
 def test_a_block_in_fewer_layers_is_a_note_as_hybrid_models_have_it(make: Make, base: str) -> None:
     folder, _ = make(target_modules=["q_proj", "v_proj", "down_proj"])
     drop(folder, r"layers\.1\.self_attn")
-    made = one(folder)
-    assert made.verdict == "healthy"
-    assert any("self_attn has LoRA in 1 of the 2 layers that the file names, not in 1: " in note for note in made.notes)
+    report = one(folder)
+    assert report.verdict == "healthy"
+    assert any(
+        "self_attn has LoRA in 1 of the 2 layers that the file names, not in 1: " in note for note in report.notes
+    )
     assert one(folder, base).verdict == "incomplete"
 
 
@@ -593,21 +597,21 @@ def test_what_modules_to_save_promises_and_the_file_lacks_is_told_as_peft_takes_
     drop(folder, "lm_head")
     with pytest.raises(KeyError, match=r"lm_head\.weight"):
         loaded_by_peft(folder)
-    for made in (one(folder), one(folder, base)):
-        assert made.verdict == "incomplete" and "lm_head" in made.sentence and "refuses" in made.sentence
+    for report in (one(folder), one(folder, base)):
+        assert report.verdict == "incomplete" and "lm_head" in report.sentence and "refuses" in report.sentence
     folder, _ = make(name="tokens", trainable_token_indices=[1, 2])
     assert one(folder, base).verdict == "healthy"
     drop(folder, "token_adapter")
-    for made in (one(folder), one(folder, base)):
-        assert made.verdict == "incomplete" and "refuses" in made.sentence
+    for report in (one(folder), one(folder, base)):
+        assert report.verdict == "incomplete" and "refuses" in report.sentence
 
 
 def test_dora_without_some_magnitudes_is_incomplete(make: Make, base: str) -> None:
     folder, _ = make(use_dora=True)
     drop(folder, r"layers\.0\.self_attn\.k_proj\.lora_magnitude")
-    for made in (one(folder), one(folder, base)):
-        assert made.verdict == "incomplete"
-        assert [found.names for found in made.missing] == [("model.layers.0.self_attn.k_proj",)]
+    for report in (one(folder), one(folder, base)):
+        assert report.verdict == "incomplete"
+        assert [missing.names for missing in report.missing] == [("model.layers.0.self_attn.k_proj",)]
 
 
 @pytest.mark.parametrize(
@@ -625,9 +629,9 @@ def test_tensors_that_the_configuration_has_no_place_for_are_told(
     folder, _ = make(**settings)
     configure(folder, **edit)
     loaded = loaded_by_peft(folder)
-    for made in (one(folder), one(folder, base)):
-        assert made.verdict == "incomplete" and reason in made.sentence and len(made.passed_over) == count
-        agrees_with_peft(made, loaded)
+    for report in (one(folder), one(folder, base)):
+        assert report.verdict == "incomplete" and reason in report.sentence and len(report.passed_over) == count
+        agrees_with_peft(report, loaded)
 
 
 def test_targets_that_match_nothing_are_told_as_peft_refuses_them(make: Make, base: str) -> None:
@@ -636,8 +640,8 @@ def test_targets_that_match_nothing_are_told_as_peft_refuses_them(make: Make, ba
     with pytest.raises(ValueError, match="not found in the base model"):
         loaded_by_peft(folder)
     assert one(folder).verdict == "empty"
-    made = one(folder, base)
-    assert made.verdict == "empty" and "PEFT refuses to load it: Target modules" in made.sentence
+    report = one(folder, base)
+    assert report.verdict == "empty" and "PEFT refuses to load it: Target modules" in report.sentence
 
 
 def test_json_names_all_that_is_missing_or_passed_over(make: Make, run: Any, base: str) -> None:
@@ -648,9 +652,9 @@ def test_json_names_all_that_is_missing_or_passed_over(make: Make, run: Any, bas
     code, out, err = run("inspect", str(folder), "--json", "--base", base)
     (adapter,) = json.loads(out)["adapters"]
     assert (code, err, adapter["verdict"], len(adapter["passed_over"])) == (0, "", "incomplete", 4)
-    (found,) = adapter["missing"]
-    assert set(found["names"]) == untouched(folder)
-    assert found.keys() == {"names", "part", "effect", "refused"}
+    (missing,) = adapter["missing"]
+    assert set(missing["names"]) == untouched(folder)
+    assert missing.keys() == {"names", "part", "effect", "refused"}
 
 
 @pytest.mark.parametrize(
@@ -672,8 +676,8 @@ def test_what_peft_saved_whole_is_never_incomplete(make: Make, settings: Any, ti
         pytest.skip("PEFT warns that nothing is tied")
     llama(tied).save_pretrained(tmp_path / "base")
     folder, _ = make(on=llama(tied), **settings)
-    for made in (one(folder), one(folder, str(tmp_path / "base"))):
-        assert (made.verdict, made.missing, made.passed_over) == ("healthy", (), ())
+    for report in (one(folder), one(folder, str(tmp_path / "base"))):
+        assert (report.verdict, report.missing, report.passed_over) == ("healthy", (), ())
 
 
 def test_a_hybrid_model_is_not_incomplete(make: Make, tmp_path: Path) -> None:
@@ -682,8 +686,8 @@ def test_a_hybrid_model_is_not_incomplete(make: Make, tmp_path: Path) -> None:
     hybrid = Lfm2ForCausalLM(Lfm2Config(vocab_size=64, num_hidden_layers=4, full_attn_idxs=[1, 3], **sizes))
     hybrid.save_pretrained(tmp_path / "hybrid")
     folder, _ = make(on=hybrid, target_modules=["q_proj", "v_proj", "w1"])
-    for made in (one(folder), one(folder, str(tmp_path / "hybrid"))):
-        assert (made.verdict, made.missing, len(made.modules)) == ("healthy", (), 8)
+    for report in (one(folder), one(folder, str(tmp_path / "hybrid"))):
+        assert (report.verdict, report.missing, len(report.modules)) == ("healthy", (), 8)
 
 
 # -- too small to matter ---------------------------------------------------------------------------------------------
@@ -700,10 +704,10 @@ def test_an_update_too_small_to_matter_is_negligible(make: Make, base: str) -> N
     folder, _ = make()
     largest = max(each.delta_rel or 0 for each in one(folder, base).modules)
     shrink(folder, 4e-7 / largest)
-    made = one(folder, base)
-    assert made.verdict == "negligible" and all(each.negligible for each in made.modules)
-    assert "8 of 8 modules change their weight by less than 0.0001 of it" in made.sentence
-    assert "at most by 4.0e-07" in made.sentence
+    report = one(folder, base)
+    assert report.verdict == "negligible" and all(each.negligible for each in report.modules)
+    assert "8 of 8 modules change their weight by less than 0.0001 of it" in report.sentence
+    assert "at most by 4.0e-07" in report.sentence
     half = llama().bfloat16()
     merged = PeftModel.from_pretrained(half, str(folder)).merge_and_unload()
     before = llama().bfloat16().state_dict()
@@ -715,13 +719,15 @@ def test_an_update_too_small_to_matter_is_negligible(make: Make, base: str) -> N
 def test_some_modules_too_small_to_matter_are_counted_with_the_dead(make: Make, base: str) -> None:
     folder, _ = make()
     shrink(folder, 1e-6, "[qk]_proj")
-    made = one(folder, base)
-    assert made.verdict == "partially_dead"
-    assert "4 of 8 modules change their weight by less than 0.0001 of it" in made.sentence
+    report = one(folder, base)
+    assert report.verdict == "partially_dead"
+    assert "4 of 8 modules change their weight by less than 0.0001 of it" in report.sentence
     shrink(folder, 0, "q_proj")
-    made = one(folder, base)
-    assert made.verdict == "partially_dead"
-    assert "2 of 8 modules change nothing" in made.sentence and "2 of 8 modules change their weight" in made.sentence
+    report = one(folder, base)
+    assert report.verdict == "partially_dead"
+    assert (
+        "2 of 8 modules change nothing" in report.sentence and "2 of 8 modules change their weight" in report.sentence
+    )
     shrink(folder, 1e-6)
     assert one(folder, base).verdict == "negligible"
 
@@ -729,9 +735,9 @@ def test_some_modules_too_small_to_matter_are_counted_with_the_dead(make: Make, 
 def test_a_few_modules_too_small_to_matter_are_listed_and_decide_nothing(make: Make, base: str) -> None:
     folder, _ = make()
     shrink(folder, 1e-6, "0.*q_proj")
-    made = one(folder, base)
-    assert made.verdict == "healthy"
-    assert sum(each.negligible for each in made.modules) == 1
+    report = one(folder, base)
+    assert report.verdict == "healthy"
+    assert sum(each.negligible for each in report.modules) == 1
 
 
 @pytest.mark.parametrize("config", ["optimizer: adamw_torch", "- a", "optimizer: {ratio: many}"])
@@ -759,41 +765,41 @@ def test_magnitudes_that_moved_keep_a_dora_module_alive(make: Make, base: str) -
     folder, _ = make(steps=0, use_dora=True)
     assert one(folder, base).verdict == one(folder).verdict == "untrained"
     change(folder, lambda tensors: [each.mul_(1.1) for key, each in tensors.items() if "magnitude" in key])
-    made = one(folder, base)
-    assert made.verdict == "healthy"
-    assert all(each.delta_rel == pytest.approx(0.1, rel=1e-4) for each in made.modules)
+    report = one(folder, base)
+    assert report.verdict == "healthy"
+    assert all(each.delta_rel == pytest.approx(0.1, rel=1e-4) for each in report.modules)
 
 
 def test_an_adapter_whose_A_was_lost_is_dead_and_not_untrained(make: Make) -> None:
     folder, _ = make()
     change(folder, lambda tensors: [each.zero_() for key, each in tensors.items() if "lora_A" in key])
-    made = one(folder)
-    assert made.verdict == "dead" and "A = 0" in made.sentence
+    report = one(folder)
+    assert report.verdict == "dead" and "A = 0" in report.sentence
 
 
 @pytest.mark.parametrize("init", ["gaussian", "pissa", "olora", False, "orthogonal", "mica"])
 def test_the_factor_that_starts_at_zero_is_the_one_of_the_initialization(make: Make, init: Any) -> None:
     folder, model = make(steps=0, init_lora_weights=init)
-    made = one(folder)
-    starts = {each.zero_start for each in made.modules}
-    zeros = {part for part in "AB" if all(getattr(each, f"exact_zero_{part}") == 1 for each in made.modules)}
+    report = one(folder)
+    starts = {each.zero_start for each in report.modules}
+    zeros = {part for part in "AB" if all(getattr(each, f"exact_zero_{part}") == 1 for each in report.modules)}
     assert zeros == starts & {"A", "B"}
-    assert made.verdict == ("healthy" if starts == {None} else "untrained")
-    assert any("does not start a factor at zero" in note for note in made.notes) == (starts == {None})
-    agrees_with_peft(made, model)
+    assert report.verdict == ("healthy" if starts == {None} else "untrained")
+    assert any("does not start a factor at zero" in note for note in report.notes) == (starts == {None})
+    agrees_with_peft(report, model)
 
 
 def test_several_adapters_are_shown_each_and_a_broken_one_hides_none(make: Make, tmp_path: Path) -> None:
     _, model = make()
     model.add_adapter("second", LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"]))
     model.save_pretrained(str(tmp_path / "both"))
-    made, errors = inspect(tmp_path / "both")
+    report, errors = inspect(tmp_path / "both")
     assert errors == []
-    assert [Path(each.folder).name for each in made] == ["both", "second"]
-    assert [each.verdict for each in made] == ["healthy", "untrained"]
+    assert [Path(each.folder).name for each in report] == ["both", "second"]
+    assert [each.verdict for each in report] == ["healthy", "untrained"]
     (tmp_path / "both" / "second" / WEIGHTS).write_bytes(b"no")
-    made, errors = inspect(tmp_path / "both")
-    assert [each.verdict for each in made] == ["healthy"] and len(errors) == 1
+    report, errors = inspect(tmp_path / "both")
+    assert [each.verdict for each in report] == ["healthy"] and len(errors) == 1
 
 
 class Touch:
@@ -810,8 +816,8 @@ def test_a_pickle_is_refused_unless_asked_for_and_runs_nothing_even_then(make: M
     folder, model = make()
     torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
     (folder / WEIGHTS).unlink()
-    made, (error,) = inspect(folder)
-    assert made == []
+    report, (error,) = inspect(folder)
+    assert report == []
     assert error == (
         f"{folder}: refused, its weights are a pickle, which can run code (if you trust it: --allow-pickle)"
     )
@@ -819,8 +825,8 @@ def test_a_pickle_is_refused_unless_asked_for_and_runs_nothing_even_then(make: M
     agrees_with_peft(allowed, model)
     alarm = tmp_path / "alarm"
     (folder / "adapter_model.bin").write_bytes(pickle.dumps({"a": Touch(alarm)}))
-    made, (error,) = inspect(folder, allow_pickle=True)
-    assert made == [] and "cannot be read by torch.load(weights_only=True)" in error and "\n" not in error
+    report, (error,) = inspect(folder, allow_pickle=True)
+    assert report == [] and "cannot be read by torch.load(weights_only=True)" in error and "\n" not in error
     assert not alarm.exists()
     pickle.loads((folder / "adapter_model.bin").read_bytes())
     assert alarm.exists()
@@ -829,8 +835,8 @@ def test_a_pickle_is_refused_unless_asked_for_and_runs_nothing_even_then(make: M
 def test_the_safetensors_are_read_where_both_lie(make: Make) -> None:
     folder, _ = make()
     (folder / "adapter_model.bin").write_bytes(b"junk")
-    (made,), errors = inspect(folder, allow_pickle=True)
-    assert (made.verdict, errors) == ("healthy", [])
+    (report,), errors = inspect(folder, allow_pickle=True)
+    assert (report.verdict, errors) == ("healthy", [])
 
 
 def test_another_kind_of_adapter_is_one_clear_error(tmp_path: Path) -> None:
@@ -861,17 +867,17 @@ def test_a_configuration_that_makes_no_sense_is_one_clear_error(make: Make, edit
     file = folder / "adapter_config.json"
     changed = edit(json.loads(file.read_text()))
     file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
-    made, (error,) = inspect(folder)
-    assert made == [] and said in error and "\n" not in error
+    report, (error,) = inspect(folder)
+    assert report == [] and said in error and "\n" not in error
 
 
 def test_a_field_of_a_newer_peft_is_a_note(make: Make) -> None:
     folder, _ = make()
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"from_the_future": 1}))
-    made = one(folder)
-    assert made.verdict == "healthy"
-    assert any("from_the_future" in note for note in made.notes)
+    report = one(folder)
+    assert report.verdict == "healthy"
+    assert any("from_the_future" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(
@@ -927,20 +933,20 @@ def beside(folder: Path, ratio: float, rows: list[tuple[float, float]]) -> None:
 
 
 def test_lora_plus_cannot_be_told_from_weights_alone(make: Make) -> None:
-    made = one(make()[0]).loraplus
-    assert made.conforms is None and made.sentence.startswith("cannot be known from weights alone: ")
+    report = one(make()[0]).loraplus
+    assert report.conforms is None and report.sentence.startswith("cannot be known from weights alone: ")
 
 
 def test_lora_plus_is_told_from_the_record_of_a_trial(make: Make) -> None:
     folder, _ = make()
     beside(folder, 16, [(1e-4, 16e-4), (2e-4, 32e-4), (0.0, 0.0)])
-    made = one(folder).loraplus
-    assert made.conforms is True
-    assert (made.requested, made.least, made.most, made.steps) == (16, pytest.approx(16), pytest.approx(16), 2)
+    report = one(folder).loraplus
+    assert report.conforms is True
+    assert (report.requested, report.least, report.most, report.steps) == (16, pytest.approx(16), pytest.approx(16), 2)
     beside(folder, 16, [(1e-4, 16e-4), (2e-4, 2e-4)])
-    made = one(folder).loraplus
-    assert made.conforms is False
-    assert (made.least, made.most) == (pytest.approx(1), pytest.approx(16))
+    report = one(folder).loraplus
+    assert report.conforms is False
+    assert (report.least, report.most) == (pytest.approx(1), pytest.approx(16))
 
 
 # -- the command line ------------------------------------------------------------------------------------------------

@@ -101,8 +101,8 @@ def test_what_looks_faster_by_chance_is_measured_again_and_seldom_wins() -> None
 def test_a_gain_is_bounded_with_the_chance_that_is_told(rounds: int) -> None:
     """By the exact distribution: ratios as likely above 1 as below leave it out on either side as often as told."""
     noise, draws = random.Random(rounds), 2000
-    found = [_bounds([math.exp(noise.gauss(0.0, 0.1)) for _ in range(rounds)]) for _ in range(draws)]
-    for wrong in (sum(high < 1.0 for _, high in found), sum(low > 1.0 for low, _ in found)):
+    bounds = [_bounds([math.exp(noise.gauss(0.0, 0.1)) for _ in range(rounds)]) for _ in range(draws)]
+    for wrong in (sum(high < 1.0 for _, high in bounds), sum(low > 1.0 for low, _ in bounds)):
         assert CHANCE / 2 < wrong / draws < CHANCE + 0.02
 
 
@@ -192,8 +192,8 @@ def test_a_pass_that_ran_out_of_memory_is_halved_and_never_tried_again() -> None
 
 
 def test_what_an_earlier_pack_found_is_not_tried_again_nor_anything_close_to_it() -> None:
-    for known, widest in (((8, 0), 4), ((8, 3), 4), ((8, 6), 6), ((2, 1), 1)):
-        too_many, fits = known
+    for limits, widest in (((8, 0), 4), ((8, 3), 4), ((8, 6), 6), ((2, 1), 1)):
+        too_many, fits = limits
         given = Capacity(8, is_chosen=True, too_many=too_many, fits=fits)
         assert max(given.next_slots_per_pass(live) for live in range(1, 9)) == widest
         assert max(decided(8, lambda k: 0.010 + 0.001 * k, too_many=too_many, fits=fits)[1]) == widest
@@ -201,12 +201,12 @@ def test_what_an_earlier_pack_found_is_not_tried_again_nor_anything_close_to_it(
 
 def test_a_step_that_had_to_shrink_is_no_measurement_of_its_width_and_the_search_goes_on_below() -> None:
     """A device of five slots: what a step is asked for, and what the pack's halving makes of it."""
-    capacity, asked = Capacity(16), []
+    capacity, requests = Capacity(16), []
     while not capacity.is_chosen:
         slots_per_pass = capacity.next_slots_per_pass(16)
         if capacity.is_chosen:
             break
-        asked.append(slots_per_pass)
+        requests.append(slots_per_pass)
         part = slots_per_pass
         while part > 5:
             capacity.failed(part)
@@ -215,7 +215,7 @@ def test_a_step_that_had_to_shrink_is_no_measurement_of_its_width_and_the_search
         assert capacity.known_slots_per_pass(16) <= 5, "evaluations are not tried at a width that has failed"
         capacity.took(slots_per_pass, 16, 16 * (0.010 / part + 0.001), None)
     assert (capacity.slots_per_pass, capacity.too_many, capacity.fits) == (4, 8, 4)
-    assert asked.count(16) + asked.count(8) == 1, "one step paid for it"
+    assert requests.count(16) + requests.count(8) == 1, "one step paid for it"
     assert set(capacity.measured) == {1, 2, 4}
     assert "16" not in capacity.reason
 
@@ -254,8 +254,8 @@ def test_files_that_a_container_has_cached_are_free_memory(
 
 def test_a_limit_holds_for_devices_of_one_name_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     cards = [("small card", 24 * GIB), ("large card", 80 * GIB), ("small card", 48 * GIB), ("small card", 24 * GIB)]
-    made = iter([SimpleNamespace(name=name, total_memory=int(size)) for name, size in cards])
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: next(made))
+    devices = iter([SimpleNamespace(name=name, total_memory=int(size)) for name, size in cards])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: next(devices))
     kinds = [device_kind(torch.device("cuda")) for _ in cards]
     assert len(set(kinds)) == 3
     assert kinds[0] == kinds[3]

@@ -47,7 +47,7 @@ def theirs(base: LoadedBase, data: Data, trial: Trial) -> torch.Tensor:
         for side, lr in (("lora_A", trial.lr_A), ("lora_B", trial.lr_B))
     ]
     optimizer = THEIRS[trial.optimizer.optim](sides)
-    rows, found = order(len(data.train), trial.train.seed), []
+    rows, losses = order(len(data.train), trial.train.seed), []
     for step in range(trial.train.max_steps):
         batch = data.train.batch(rows(step * trial.train.batch_size, trial.train.batch_size))
         logits = adapted(input_ids=batch.input_ids).logits[:, :-1].flatten(0, 1)
@@ -56,11 +56,11 @@ def theirs(base: LoadedBase, data: Data, trial: Trial) -> torch.Tensor:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        found.append(loss.item())
-    return torch.tensor(found, dtype=torch.float64)
+        losses.append(loss.item())
+    return torch.tensor(losses, dtype=torch.float64)
 
 
-def asked(trial: MakeTrial, optim: str, number: int = 0, **knobs: Any) -> Trial:
+def trial_with(trial: MakeTrial, optim: str, number: int = 0, **knobs: Any) -> Trial:
     shared = {"ratio": RATIO, "weight_decay": 0.01, "max_steps": STEPS, "eval_every": STEPS // 2, "slots": 3}
     # 8-bit states begin at 4,096 numbers a tensor: rank 32 of width 128.
     return trial(number, optim=optim, **({"rank": 32, "alpha": 32.0} | shared | KNOBS[optim] | knobs))
@@ -75,8 +75,8 @@ def trained(pack: Pack, cell: int) -> list[float]:
 def test_a_slot_steps_like_peft_alone_whoever_shares_the_pack(
     base: LoadedBase, style: Data, trial: MakeTrial, optim: str
 ) -> None:
-    one = asked(trial, optim)
-    others = [asked(trial, optim, 1, rank=8, ratio=1.0), asked(trial, optim, 2, rank=16, seed=3)]
+    one = trial_with(trial, optim)
+    others = [trial_with(trial, optim, 1, rank=8, ratio=1.0), trial_with(trial, optim, 2, rank=16, seed=3)]
     pack = Pack(base, style, Settings.of(one), 32)
     for each in (others[0], one, others[1]):
         pack.admit(each)
@@ -91,7 +91,7 @@ def test_the_first_step_moves_b_by_its_own_rate_and_a_not_at_all(
     base: LoadedBase, style: Data, trial: MakeTrial, optim: str
 ) -> None:
     """B starts at 0, so A has no gradient; Adam's first step is the sign times the rate of B."""
-    one = asked(trial, optim, max_steps=1, eval_every=1, weight_decay=0.0)
+    one = trial_with(trial, optim, max_steps=1, eval_every=1, weight_decay=0.0)
     pack = Pack(base, style, Settings.of(one), 32)
     slot = pack._at(pack.admit(one))
     drawn = {name: view.clone() for name, view in slot.A.items()}
@@ -110,7 +110,7 @@ def test_the_first_step_moves_b_by_its_own_rate_and_a_not_at_all(
 def test_a_checkpoint_keeps_the_optimizers_state(
     base: LoadedBase, style: Data, trial: MakeTrial, optim: str, tmp_path: Path
 ) -> None:
-    one = asked(trial, optim, fixed_shapes=True)
+    one = trial_with(trial, optim, fixed_shapes=True)
     whole = Pack(base, style, Settings.of(one), 32)
     slot = whole.admit(one)
     whole.advance()
@@ -139,10 +139,10 @@ def test_a_step_is_bit_for_bit_that_of_bitsandbytes(name: str, device: str) -> N
     drawn = [torch.randn(*shape, device=device) for shape in ((64, 128), (8, 16), (800, 128))]
     gradients = [[torch.randn_like(each) for each in drawn] for _ in range(4)]
     ends = []
-    for made in (getattr(low_bits, name), getattr(bitsandbytes.optim, name)):
+    for optimizer_class in (getattr(low_bits, name), getattr(bitsandbytes.optim, name)):
         parameters = [torch.nn.Parameter(each.clone()) for each in drawn]
         groups = [{"params": parameters[:2], "lr": 1e-2, "weight_decay": 0.1}, {"params": parameters[2:], "eps": 1e-4}]
-        optimizer = made(groups, lr=1e-3)
+        optimizer = optimizer_class(groups, lr=1e-3)
         for step in gradients:
             for parameter, gradient in zip(parameters, step, strict=True):
                 parameter.grad = gradient.clone()
@@ -153,10 +153,10 @@ def test_a_step_is_bit_for_bit_that_of_bitsandbytes(name: str, device: str) -> N
 
 
 def test_optimizers_are_of_the_packs_kind(base: LoadedBase, style: Data, trial: MakeTrial) -> None:
-    one = asked(trial, "adamw")
+    one = trial_with(trial, "adamw")
     pack = Pack(base, style, Settings.of(one), 32)
     assert pack.fits(one)
-    assert not pack.fits(asked(trial, "sgd"))
+    assert not pack.fits(trial_with(trial, "sgd"))
     pack.close()
 
 

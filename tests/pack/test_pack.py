@@ -88,7 +88,7 @@ def peft_losses(model: Any, data: Data, trial: Trial) -> torch.Tensor:
     )
     rows = order(len(data.train), train.seed)
     each, b = train.batch_size * train.gradient_accumulation_steps, train.batch_size
-    found = []
+    values = []
     for step in range(train.max_steps):
         chosen = rows(step * each, each)
         batch = data.train.batch(chosen)
@@ -103,8 +103,8 @@ def peft_losses(model: Any, data: Data, trial: Trial) -> torch.Tensor:
             total += loss.item()
         adam.step()
         adam.zero_grad()
-        found.append(total)
-    return torch.tensor(found, dtype=torch.float64)
+        values.append(total)
+    return torch.tensor(values, dtype=torch.float64)
 
 
 @as_found(VECTORS)
@@ -261,12 +261,12 @@ def test_with_fixed_shapes_slots_that_are_not_due_together_have_the_losses_they_
 
     def evaluated(waiting: list[Trial], first: int) -> dict[tuple[int, int], float]:
         """(cell, step) -> loss; cell 1 leaves at step 2."""
-        pack, found = Pack(base, style, Settings.of(trials[0]), 4), {}
+        pack, values = Pack(base, style, Settings.of(trials[0]), 4), {}
         try:
             for _ in range(first):
                 pack.admit(waiting.pop(0))
             while pack.live:
-                found |= {(each.cell, each.step): each.eval_loss for each in pack.advance()}
+                values |= {(each.cell, each.step): each.eval_loss for each in pack.advance()}
                 for slot, cell in pack.live.items():
                     if pack.step(slot) == 3 or (cell.number, pack.step(slot)) == (1, 2):
                         pack.evict(slot)
@@ -274,7 +274,7 @@ def test_with_fixed_shapes_slots_that_are_not_due_together_have_the_losses_they_
                             pack.admit(waiting.pop(0))
         finally:
             pack.close()
-        return found
+        return values
 
     alone = [evaluated([each], 1) for each in trials]
     together = evaluated(list(trials), 2)
@@ -393,8 +393,8 @@ def test_positions_that_do_not_count_get_no_logits_and_lose_nothing(base64: Load
     try:
         gradients = []
         for loss_mask in (None, places):
-            found = output.backward(ids, counts / 3, loss_mask=loss_mask)
-            gradients.append((found * counts, embedded.grad, output.losses(ids, loss_mask=loss_mask) * counts))
+            values = output.backward(ids, counts / 3, loss_mask=loss_mask)
+            gradients.append((values * counts, embedded.grad, output.losses(ids, loss_mask=loss_mask) * counts))
             embedded.grad = None
     finally:
         hook.remove()
@@ -422,9 +422,9 @@ def test_a_pass_asks_nothing_of_the_device(base: LoadedBase, is_packed: bool) ->
     output = OutputLayer(base.model, Pass())
     ids = torch.randint(0, 1000, (4, 12), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(6).repeat(2).expand(4, 12) if is_packed else None
-    with TrainerSettings() as asked:
+    with TrainerSettings() as calls:
         losses = output.losses(ids, positions)
-    assert asked.found == []
+    assert calls.found == []
     halves = torch.cat([output.losses(half) for half in ids.split(6, dim=1)], dim=1)
     if is_packed:
         assert largest_difference(losses[:, [*range(5), *range(6, 11)]], halves) < 1e-5
@@ -517,8 +517,8 @@ def test_a_trial_of_another_shape_does_not_fit(base: LoadedBase, style: Data, tr
 def test_stopping_ends_the_advance_without_an_evaluation(base: LoadedBase, style: Data, trial: MakeTrial) -> None:
     pack = Pack(base, style, Settings.of(trial(slots=1)), 8)
     pack.admit(trial(slots=1))
-    asked = iter([False, False, True])
-    assert pack.advance(lambda: next(asked)) == []
+    calls = iter([False, False, True])
+    assert pack.advance(lambda: next(calls)) == []
     assert pack.step(0) == 2
     pack.close()
 
@@ -588,17 +588,17 @@ def test_whether_a_base_keeps_packed_examples_apart_is_measured(attention: str, 
 
 def limited(pack: Pack, most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A device whose memory holds so many slots a pass; returns the widths asked of it."""
-    real, asked = pack._passes.train, []
+    real, calls = pack._passes.train, []
 
     def train(slots: Any) -> Any:
-        asked.append(len(slots))
-        found = real(slots)
+        calls.append(len(slots))
+        values = real(slots)
         if len(slots) > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return found
+        return values
 
     monkeypatch.setattr(pack._passes, "train", train)
-    return asked
+    return calls
 
 
 def test_the_time_of_an_evaluation_is_had_as_an_evaluation_is_made_and_changes_nothing(
@@ -609,10 +609,10 @@ def test_the_time_of_an_evaluation_is_had_as_an_evaluation_is_made_and_changes_n
     pack = Pack(base, style, Settings.of(trials[0]), 8)
     for each in trials:
         pack.admit(each)
-    real, asked = pack._passes._add_rows, []
+    real, calls = pack._passes._add_rows, []
 
     def within(sums: torch.Tensor, part: TokenSet, rows: torch.Tensor) -> None:
-        asked.append((len(sums), len(rows)))
+        calls.append((len(sums), len(rows)))
         if len(sums) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         real(sums, part, rows)
@@ -620,7 +620,7 @@ def test_the_time_of_an_evaluation_is_had_as_an_evaluation_is_made_and_changes_n
     monkeypatch.setattr(pack._passes, "_add_rows", within)
     pack.capacity.fitted(3)
     assert 0 < pack.seconds_a_row() < 1
-    assert max(rows for _, rows in asked) == pack.settings.eval_batch_size
+    assert max(rows for _, rows in calls) == pack.settings.eval_batch_size
     monkeypatch.undo()
     measured = pack.advance()
     pack.close()
@@ -633,13 +633,13 @@ def test_out_of_memory_shrinks_the_pass_and_costs_no_step(
 ) -> None:
     trials = [trial(i, rank=2 + i, base_lr=3e-4, max_steps=4, eval_every=4, slots=5) for i in range(5)]
     pack = Pack(base, style, Settings.of(trials[0]), 8)
-    asked = limited(pack, 2, monkeypatch)
+    calls = limited(pack, 2, monkeypatch)
     for each in trials:
         pack.admit(each)
     measured = pack.advance()
     pack.close()
-    assert max(asked[-3:]) <= 2, "it is not tried again"
-    assert asked.count(5) == 1
+    assert max(calls[-3:]) <= 2, "it is not tried again"
+    assert calls.count(5) == 1
     assert (pack.capacity.too_many, pack.capacity.fits) == (3, 2)
     for one, evaluation in zip(trials, measured, strict=True):
         assert evaluation.step == 4
@@ -652,12 +652,12 @@ def test_while_widths_are_tried_one_that_does_not_fit_costs_one_step(
     knobs = {"max_steps": 99, "eval_every": 99, "slots": None, "batch_size": 1, "target_modules": ["o_proj"]}
     trials = [trial(i, rank=2, seed=i, **knobs) for i in range(4)]
     pack = Pack(base, style, Settings.of(trials[0]), 2)
-    asked = limited(pack, 2, monkeypatch)
+    calls = limited(pack, 2, monkeypatch)
     for each in trials:
         pack.admit(each)
     capacity = pack.measure()
     pack.close()
-    assert [width for width in asked if width > 2] == [4]
+    assert [width for width in calls if width > 2] == [4]
     assert set(capacity.measured) == {1, 2}
     assert (capacity.too_many, capacity.fits) == (4, 2)
 
@@ -682,11 +682,11 @@ def test_a_trial_whose_evaluation_does_not_fit_takes_no_evaluation_from_the_othe
     knobs = {"max_steps": 2, "eval_every": 2, "slots": 2, "batch_size": 1, "base_lr": 1e-3}
     small, large = trial(0, rank=2, **knobs), trial(1, rank=8, **knobs)
     pack = Pack(base, style, Settings.of(small), 8)
-    real, asked = pack._passes.evaluated, []
+    real, calls = pack._passes.evaluated, []
 
     def evaluated(slots: Any) -> Any:
-        asked.append([slot.trial.cell.number for slot in slots])
-        if large.cell.number in asked[-1]:
+        calls.append([slot.trial.cell.number for slot in slots])
+        if large.cell.number in calls[-1]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(slots)
 
@@ -697,7 +697,7 @@ def test_a_trial_whose_evaluation_does_not_fit_takes_no_evaluation_from_the_othe
     with pytest.raises(PackOutOfMemory) as caught:
         pack.advance()
     assert caught.value.slot == slot
-    assert asked == [[0], [1]]
+    assert calls == [[0], [1]]
     pack.evict(slot)
     (evaluation,) = pack.advance()
     pack.close()
@@ -730,20 +730,20 @@ def test_ranks_of_4_to_256_waste_no_multiplication(base: LoadedBase, style: Data
     pack = Pack(base, style, Settings.of(trials[0]), 256)
     for each in trials:
         pack.admit(each)
-    seen: list[tuple[int, int]] = []
+    shapes: list[tuple[int, int]] = []
     enter = pack._passes._enter
 
     def watched(slots: Any) -> None:
         enter(slots)
-        seen.extend(
+        shapes.extend(
             (s.places.stop - s.places.start, next(iter(s.A.values())).shape[1]) for s in pack._passes.now.segments
         )
 
     pack._passes._enter = watched  # type: ignore[method-assign]
     pack._train_step()
     pack.close()
-    assert seen == [(2, 4), (1, 7), (1, 16), (1, 64), (1, 256)]
-    assert sum(count * rank for count, rank in seen) == sum(ranks), "padded flop above the needed: none"
+    assert shapes == [(2, 4), (1, 7), (1, 16), (1, 64), (1, 256)]
+    assert sum(count * rank for count, rank in shapes) == sum(ranks), "padded flop above the needed: none"
 
 
 def test_a_slot_refilled_with_its_rank_is_refilled_in_place(base: LoadedBase, style: Data, trial: MakeTrial) -> None:
@@ -797,13 +797,13 @@ def test_compiling_the_base_changes_no_loss(
         pack = Pack(base64, style, Settings.of(comes), 8)
         try:
             slots = [pack.admit(each) for each in trials]
-            made = pack.advance()
+            evaluations = pack.advance()
             pack.evict(slots[0])
             pack.admit(comes)
-            made += pack.advance()
+            evaluations += pack.advance()
         finally:
             pack.close()
-        return made
+        return evaluations
 
     for mine, other in zip(run(True), run(False), strict=True):
         assert largest_difference(losses(mine), losses(other)) < 1e-12

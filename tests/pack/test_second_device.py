@@ -22,8 +22,8 @@ SHARED = {"max_steps": 6, "eval_every": 2, "slots": 2, "batch_size": 1, "base_lr
 
 @pytest.fixture
 def device() -> Iterator[SecondDevice]:
-    with second_device() as made:
-        yield made
+    with second_device() as evaluations:
+        yield evaluations
 
 
 @pytest.fixture(scope="module")
@@ -59,23 +59,23 @@ def test_what_torch_does_not_mix_is_not_mixed_here(device: SecondDevice) -> None
 
 def trained(base: LoadedBase, data: Data, trials: list[Trial], folder: Path) -> tuple[list[Evaluation], set[Any]]:
     """Three evaluations, before the last the second slot is restored; and where its optimizer's state lies."""
-    pack, made = Pack(base, data, Settings.of(trials[0]), max(each.method.rank for each in trials)), []
+    pack, evaluations = Pack(base, data, Settings.of(trials[0]), max(each.method.rank for each in trials)), []
     try:
         pack.evaluate_base()
         for each in trials:
             pack.admit(each)
-        made += pack.advance()
-        made += pack.advance()
+        evaluations += pack.advance()
+        evaluations += pack.advance()
         pack.checkpoint(1)(folder)
         pack.export(0)(folder / "exported")
         pack.evict(1)
         assert pack.restore(trials[1], folder) == 1
         state = [value for _, _, value in pack._at(1)._state() if isinstance(value, torch.Tensor)]
         places = {"paged" if optimizers.is_paged(value) else value.device for value in state}
-        made += pack.advance()
+        evaluations += pack.advance()
     finally:
         pack.close()
-    return made, places
+    return evaluations, places
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ RULES: HealthConfig = compose.section("health", {})
 
 
 def result(cell: Cell, loss: float) -> dict[str, Any]:
-    made = {"gain": 1.0, "noise": 0.01, "causes": [], "causes_without_gain": []}
+    verdict = {"gain": 1.0, "noise": 0.01, "causes": [], "causes_without_gain": []}
     return {
         "cell": cell.number, "params": dict(cell.params), "state": "COMPLETE", "reason": None, "flags": [],
         "findings": [], "eval_loss": loss, "base_loss": 5.0, "train_loss": loss, "gap": 0.1, "forgetting": None,
         "steps": 4, "seconds": 1.0, "wandb_id": None, "effective": None, "curve": {"2": loss + 1, "4": loss},
-        "diagnosis": made,
+        "diagnosis": verdict,
     }  # fmt: skip
 
 

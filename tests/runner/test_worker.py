@@ -31,7 +31,7 @@ from lora_sweep.errors import NoEligibleTrial, StorageUnavailable, StudyError
 from lora_sweep.pack import Capacity, Pack
 from lora_sweep.pack.passes import Passes
 from lora_sweep.production.pick import pick
-from lora_sweep.records import Base, Cell, Evaluation
+from lora_sweep.records import BaselineLosses, Cell, Evaluation
 from lora_sweep.report import results
 from lora_sweep.report.tables import flag_lines
 from lora_sweep.runner import device as workbench
@@ -64,7 +64,7 @@ class Silent:
     def chosen(self, reason: str) -> None:
         self.reasons.append(reason)
 
-    def evaluated(self, cell: Cell, evaluation: Evaluation, base: Base) -> None: ...
+    def evaluated(self, cell: Cell, evaluation: Evaluation, base: BaselineLosses) -> None: ...
 
     def ended(self, cell: Cell, state: str, value: float | None, flags: Sequence[str]) -> None:
         self.ends.append((cell.number, state))
@@ -192,9 +192,9 @@ def test_one_evaluation_example_has_no_error_and_hides_no_gain(in_folder: Path) 
     _, finished, table = run(write_sweep(in_folder, axes, data={"eval_size": 1}, train={"max_steps": 20}))
     assert finished
     for row in table:
-        made = json.loads((in_folder / f"outputs/ask/trials/{row['number']:04d}/result.json").read_text())
+        result = json.loads((in_folder / f"outputs/ask/trials/{row['number']:04d}/result.json").read_text())
         allowed = sweep_file.read("ask.yaml", [])[0].base().health.min_gain_of_base
-        assert made["diagnosis"]["noise"] == pytest.approx(allowed * row["base_loss"])
+        assert result["diagnosis"]["noise"] == pytest.approx(allowed * row["base_loss"])
     assert [(row["flags"], row["cause"]) for row in table] == [(["zero_trapped"], "lr_too_small"), ([], None)]
 
 
@@ -239,8 +239,8 @@ def test_a_disk_slower_than_the_training_holds_it_up_and_fills_no_memory(
 
     def loss_mask(self: Passes, slots: Any) -> Any:
         folders = Path("outputs/ask/trials").glob("*/result.json")
-        known = max(slot.trial.cell.number for slot in slots if slot is not None)
-        untold.append(known - len(list(folders)))
+        cache = max(slot.trial.cell.number for slot in slots if slot is not None)
+        untold.append(cache - len(list(folders)))
         return train(self, slots)
 
     train = Passes.train
@@ -257,10 +257,10 @@ def test_a_disk_slower_than_the_training_holds_it_up_and_fills_no_memory(
 def test_a_trial_that_finds_no_memory_waits_for_room_and_fails_where_it_is_alone(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, slots: int
 ) -> None:
-    admit, asked = Pack.admit, []
+    admit, calls = Pack.admit, []
 
     def short(self: Pack, trial: Any) -> int:
-        asked.append((trial.cell.number, len(self.live)))
+        calls.append((trial.cell.number, len(self.live)))
         if len(self.live) == slots - 1 and (slots > 1 or trial.cell.number == 0):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return admit(self, trial)
@@ -270,7 +270,7 @@ def test_a_trial_that_finds_no_memory_waits_for_room_and_fails_where_it_is_alone
     assert finished
     assert [row["state"] for row in table] == ["FAIL" if slots == 1 else "COMPLETE", "COMPLETE", "COMPLETE"]
     assert table[0]["reason"] == ("memory" if slots == 1 else None)
-    assert [live for _, live in asked].count(slots - 1) == (3 if slots == 1 else 1), "it is asked for once"
+    assert [live for _, live in calls].count(slots - 1) == (3 if slots == 1 else 1), "it is asked for once"
 
 
 FILLS_UP = """
@@ -309,8 +309,8 @@ def test_a_person_looks_on_while_slots_are_refilled(in_folder: Path, is_terminal
     out = io.StringIO()
     with Show(Console(file=out, width=200, force_terminal=is_terminal), 8, 0, 6) as show:
         assert launch.launch(sweep, show, lambda: False)
-    told = out.getvalue()
-    assert "8/8" in told if is_terminal else all(f"cell {number:04d} COMPLETE" in told for number in range(8))
+    printed = out.getvalue()
+    assert "8/8" in printed if is_terminal else all(f"cell {number:04d} COMPLETE" in printed for number in range(8))
 
 
 @pytest.mark.parametrize("verb", ["log", "finish"])
@@ -395,8 +395,8 @@ def test_what_is_said_of_a_rate_that_is_too_high_is_the_same_everywhere(
     assert (hot["faults"][0], hot["cause"]) == ("rate_too_high", None)
     assert (slow["flags"], slow["faults"], slow["cause"]) == (["zero_trapped"], ["zero_trapped"], "lr_too_small")
     for row in (sound, hot, slow):
-        told = sent[row["number"]]
-        assert (told["flags"], told["cause"]) == (row["flags"], row["cause"])
+        printed = sent[row["number"]]
+        assert (printed["flags"], printed["cause"]) == (row["flags"], row["cause"])
     assert "lower optimizer.base_lr" in sent[1]["findings"][0]["sentence"]
     assert "raise optimizer.base_lr" in sent[2]["findings"][0]["sentence"]
     assert [line for line in flag_lines([sound, hot, slow]) if not line.startswith("overfit")] == [
@@ -627,8 +627,8 @@ def test_a_trial_too_large_for_the_memory_fails_alone_and_the_others_go_on(
         ("FAIL", "memory"),
     ]
     assert table[2]["eval_loss"] is None, "never a made-up loss"
-    known = json.loads((in_folder / "outputs/ask/capacity.json").read_text())
-    assert [each["too_wide"] for each in known.values()] == [3], "remembered for the next launch"
+    cache = json.loads((in_folder / "outputs/ask/capacity.json").read_text())
+    assert [each["too_wide"] for each in cache.values()] == [3], "remembered for the next launch"
 
 
 def test_what_did_not_fit_is_remembered_for_the_same_kind_of_device(
@@ -641,10 +641,10 @@ def test_what_did_not_fit_is_remembered_for_the_same_kind_of_device(
         """What a pack on such a device knows when it begins; then passes of 4 fit and those of 6 do not."""
         monkeypatch.setattr(workbench, "device_kind", lambda _: kind)
         with bench.pack(config, 2) as (pack, _):
-            known = pack.capacity.too_many, pack.capacity.fits
+            cache = pack.capacity.too_many, pack.capacity.fits
             pack.capacity.fitted(4)
             pack.capacity.failed(6)
-        return known
+        return cache
 
     assert [begun(kind) for kind in ("small", "large", "small")] == [(None, 0), (None, 0), (6, 4)]
 
@@ -653,11 +653,11 @@ def test_what_did_not_fit_is_remembered_for_the_same_kind_of_device(
     "content", ["", "{", "[]", "1", '{"x": 1}', "[" * 10**5, '{"KEY": {"too_wide": "x", "fits": -1}}', '{"KEY": []}']
 )
 def test_a_damaged_record_of_the_devices_memory_is_made_anew(tmp_path: Path, content: str) -> None:
-    known = workbench.CapacityCache(tmp_path / "capacity.json", "kind")
-    known.file.write_text(content.replace("KEY", known._key))
-    assert (known.too_many, known.fits) == (None, 0)
-    known.keep(Capacity(slots=2, too_many=8, fits=4, slots_per_pass=2))
-    assert (known.too_many, known.fits) == (8, 4)
+    cache = workbench.CapacityCache(tmp_path / "capacity.json", "kind")
+    cache.file.write_text(content.replace("KEY", cache._key))
+    assert (cache.too_many, cache.fits) == (None, 0)
+    cache.keep(Capacity(slots=2, too_many=8, fits=4, slots_per_pass=2))
+    assert (cache.too_many, cache.fits) == (8, 4)
 
 
 def test_the_interpreter_collects_as_before_once_the_training_is_over() -> None:

@@ -188,12 +188,12 @@ def test_with_refills_the_best_survives_and_each_decision_is_the_rule_over_all_v
         return 1 + 0.01 * rank[number] + math.exp(-step / 50)
 
     with Study.open(tmp_path, name="s", cells=grid(20), pruner=asha) as study:
-        seen: dict[int, dict[int, float]] = {}
+        values_by_step: dict[int, dict[int, float]] = {}
         decide = study.report_rung
 
         def report(values: Mapping[Lease, float], step: int) -> dict[Lease, bool]:
             keep = decide(values, step)
-            at_step = seen.setdefault(step, {})
+            at_step = values_by_step.setdefault(step, {})
             at_step.update({lease.cell.number: value for lease, value in values.items()})
             best = sorted(at_step, key=lambda number: at_step[number])[: max(1, len(at_step) // 3)]
             for lease, kept in keep.items():
@@ -203,8 +203,8 @@ def test_with_refills_the_best_survives_and_each_decision_is_the_rule_over_all_v
         study.report_rung = report  # type: ignore[method-assign]
         run_pack(study, loss, slots=slots, evals=range(10, 40, 10), shuffle=shuffle)
         statuses = study.statuses()
-    assert set(asha.rungs) <= set(seen)
-    assert len(seen[10]) == 20
+    assert set(asha.rungs) <= set(values_by_step)
+    assert len(values_by_step[10]) == 20
     complete = [status for status in statuses if status.state == "COMPLETE"]
     assert min(complete, key=lambda status: status.value or math.inf).cell.number == rank.index(0)
     assert {status.state for status in statuses} == {"COMPLETE", "PRUNED"}
@@ -383,11 +383,11 @@ def test_a_tell_that_makes_no_sense_is_refused_and_leaves_the_lease(
 
 def test_a_pruned_cell_is_worth_what_was_told_or_its_last_finite_report(tmp_path: Path) -> None:
     with Study.open(tmp_path, name="s", cells=grid(3)) as study:
-        for told, reports in ((2.5, [3.0]), (None, [3.0, 2.0, math.nan]), (None, [])):
+        for value_at_end, reports in ((2.5, [3.0]), (None, [3.0, 2.0, math.nan]), (None, [])):
             lease = ask(study)
             for step, value in enumerate(reports):
                 study.report_rung({lease: value}, step)
-            study.tell(lease, "PRUNED", told)
+            study.tell(lease, "PRUNED", value_at_end)
         assert [status.value for status in study.statuses()] == [2.5, 2.0, None]
 
 
@@ -628,8 +628,10 @@ def test_a_drawn_cell_that_is_the_same_run_waits_for_the_end_of_the_first_and_is
         assert [(each.cell, each.state) for each in study.statuses()] == [(lease.cell, state)]
     ended = [trial for trial in attempts_on_disk(tmp_path) if trial.user_attrs.get("reason") != "lost"]
     assert len(ended) == 6
-    told = 2.0 if state == "PRUNED" and value is None else value
-    assert {(trial.state.name, trial.value, trial.user_attrs.get("reason")) for trial in ended} == {(state, told, why)}
+    value_at_end = 2.0 if state == "PRUNED" and value is None else value
+    assert {(trial.state.name, trial.value, trial.user_attrs.get("reason")) for trial in ended} == {
+        (state, value_at_end, why)
+    }
     assert [trial.intermediate_values for trial in ended if trial.intermediate_values] == [{10: 2.0}]
 
 
@@ -800,10 +802,10 @@ def test_a_kill_at_any_write_loses_no_cell_and_finishes_none_twice(
     ends: dict[int, Any] = {0: ("COMPLETE", 1.0, None), 1: ("PRUNED", None, None), 2: ("FAIL", None, "diverged")}
 
     def work(folder: Path) -> None:
-        asked: Any = {"cells": grid(3)} if kind == "grid" else {"search": random_search(3)}
+        space: Any = {"cells": grid(3)} if kind == "grid" else {"search": random_search(3)}
         if kind == "same runs":
-            asked = {"search": letters(3, "a", "A", hold=2)}
-        with Study.open(folder, name="s", pruner=Asha(2, 10, 20, 10), **asked) as study:
+            space = {"search": letters(3, "a", "A", hold=2)}
+        with Study.open(folder, name="s", pruner=Asha(2, 10, 20, 10), **space) as study:
             while lease := study.ask(anything):
                 if lease.attempt == 1 and lease.cell.number == 1:
                     study.release(lease)
@@ -877,8 +879,8 @@ def start_worker(folder: Path, n: int, pause: float = 0.0) -> subprocess.Popen[s
 
 def wait_for(worker: subprocess.Popen[str], line: str) -> None:
     assert worker.stdout
-    for told in worker.stdout:
-        if told.strip() == line:
+    for value_at_end in worker.stdout:
+        if value_at_end.strip() == line:
             return
     raise AssertionError(f"the worker ended before it said {line!r}")
 
@@ -926,13 +928,13 @@ def test_a_second_process_is_refused_while_the_first_lives_and_not_after_kill_9(
 def test_a_view_follows_a_writer_without_disturbing_it(tmp_path: Path) -> None:
     with start_worker(tmp_path, 60) as worker:
         wait_for(worker, "work")
-        view, seen = StudyView.read(tmp_path), []
+        view, values = StudyView.read(tmp_path), []
         while worker.poll() is None:
-            seen.append(view.counts())
+            values.append(view.counts())
             assert sum(StudyView.read(tmp_path).counts().values()) == 60
-        seen.append(view.counts())
+        values.append(view.counts())
     assert worker.returncode == 0
-    done = [counts["COMPLETE"] for counts in seen]
+    done = [counts["COMPLETE"] for counts in values]
     assert done == sorted(done) and done[0] < 60 and done[-1] == 60 and len(set(done)) > 2
 
 

@@ -48,8 +48,8 @@ def pair(first: Iterable[str], second: Iterable[str], shared: Iterable[str] = SC
 
 def grades(*configs: dict[int, Config], fold: equivalence.Fold = "exact") -> list[str | None]:
     """The grade of each pair; None where it is two classes."""
-    found = [equivalence.classes(each, fold) for each in configs]
-    return [str(classes[0].grade) if len(classes) == 1 else None for classes in found]
+    classes = [equivalence.classes(each, fold) for each in configs]
+    return [str(classes[0].grade) if len(classes) == 1 else None for classes in classes]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,17 +125,17 @@ def test_the_grade_says_whether_bits_rounding_or_more_tells_members_apart() -> N
 def test_what_eps_may_move_decides_whether_it_is_near(eps: str, grade: str | None) -> None:
     """s is 1 and 4: the smaller s has the larger eps_B / s."""
     powers = ("method.alpha=32", "optimizer.ratio=1"), ("method.alpha=8", "optimizer.ratio=4")
-    found = grades(pair(*powers, shared=(f"optimizer.eps={eps}",)), fold="near")
-    assert found == [grade and f"near: eps, up to {grade}"]
+    classes = grades(pair(*powers, shared=(f"optimizer.eps={eps}",)), fold="near")
+    assert classes == [grade and f"near: eps, up to {grade}"]
     # A tenth of s is ten times the eps.
     tenth = ("method.alpha=3.2", "optimizer.ratio=1"), ("method.alpha=0.8", "optimizer.ratio=4")
-    found = grades(pair(*tenth, shared=(f"optimizer.eps={eps}",)), fold="near")
-    assert found == ["near: eps, up to 2e-03" if eps == "1e-9" else None]
+    classes = grades(pair(*tenth, shared=(f"optimizer.eps={eps}",)), fold="near")
+    assert classes == ["near: eps, up to 2e-03" if eps == "1e-9" else None]
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("fold", ["exact", "near"])
-def test_no_class_holds_cells_whose_losses_may_differ_by_a_hundredth(fold: equivalence.Folding, seed: int) -> None:
+def test_no_class_holds_cells_whose_losses_may_differ_by_a_hundredth(fold: equivalence.TrueFold, seed: int) -> None:
     """Of random grids; and two cells share a class where their keys are equal, and nowhere else."""
     draw = random.Random(seed)
     choices = {
@@ -162,19 +162,19 @@ def test_no_class_holds_cells_whose_losses_may_differ_by_a_hundredth(fold: equiv
             ),
             train=replace(base.train, max_grad_norm=None if norm == "null" else norm),
         )  # fmt: skip
-    found = equivalence.classes(configs, fold)
-    assert sorted(number for each in found for number in each.cells) == list(configs)
-    keys = [{equivalence.run_key(configs[number], fold) for number in each.cells} for each in found]
+    classes = equivalence.classes(configs, fold)
+    assert sorted(number for each in classes for number in each.cells) == list(configs)
+    keys = [{equivalence.run_key(configs[number], fold) for number in each.cells} for each in classes]
     assert all(len(each) == 1 for each in keys)
-    assert len(set().union(*keys)) == len(found)
-    for each in found:
+    assert len(set().union(*keys)) == len(classes)
+    for each in classes:
         assert each.grade.size <= equivalence.LARGEST_SIZE
         assert (
             set(each.grade.reasons) <= {"eps", "rounding"}
             if fold == "near"
             else each.grade.name in ("bitwise", "exact")
         )
-    assert any(len(each.cells) > 1 for each in found)
+    assert any(len(each.cells) > 1 for each in classes)
 
 
 def scaled_by(s: str, ratio: str, *shared: str) -> dict[int, Config]:
@@ -189,7 +189,7 @@ def scaled_by(s: str, ratio: str, *shared: str) -> dict[int, Config]:
 def test_what_leaves_the_range_of_floats_shares_no_class() -> None:
     far = (("1e-20", "1e20"), ("1.6e-6", "625000"), ("2e12", "5e-13"), ("1e20", "1e-20"))
     within = (("2e-6", "5e5"), ("1e-3", "1e3"), ("1e3", "1e-3"), ("1e12", "1e-12"))
-    folds: tuple[equivalence.Folding, ...] = ("exact", "near")
+    folds: tuple[equivalence.TrueFold, ...] = ("exact", "near")
     for fold in folds:
         assert grades(*(scaled_by(*each) for each in far), fold=fold) == [None] * 4
         assert grades(*(scaled_by(*each) for each in within), fold=fold) == ["exact"] * 4
@@ -248,8 +248,8 @@ def test_each_optimizer_folds_only_what_is_proved_for_it() -> None:
         shared = (*SCALED, f"optimizer.optim={optim}")
         return grades(*(pair(*each, shared=shared) for each in (powers, thirds, one_s)), fold=fold)
 
-    found = {optim: under(optim) for optim in get_args(get_type_hints(OptimizerConfig)["optim"])}
-    assert found == {
+    classes = {optim: under(optim) for optim in get_args(get_type_hints(OptimizerConfig)["optim"])}
+    assert classes == {
         "adamw": ["bitwise", "exact", "bitwise"],
         "paged_adamw": ["bitwise", "exact", "bitwise"],
         # What is not a power of two rounds 8-bit moments otherwise.
@@ -273,7 +273,7 @@ def test_under_sgd_there_are_no_effective_coordinates_and_no_other_form(form: eq
 
 def test_the_key_of_a_run_is_that_of_its_class() -> None:
     sweep = sweep_of("method.alpha=choice(8,12,16)", "optimizer.ratio=choice(1,1.5,2)", "model.dtype=choice(fp32,bf16)")
-    folds: tuple[equivalence.Folding, ...] = ("exact", "near")
+    folds: tuple[equivalence.TrueFold, ...] = ("exact", "near")
     for fold in folds:
         keys: dict[Any, list[int]] = {}
         for cell in sweep.cells():
@@ -333,14 +333,14 @@ BITING = 0.02
 def train_all(on: tuple[LoadedBase, Data], sweep: Sweep, slots: int) -> dict[int, Evaluation]:
     """Every cell, `slots` in a pack; the last pack is filled up."""
     cells = sweep.cells()
-    found = {}
+    classes = {}
     for first in range(0, len(cells), slots):
         chosen = [*cells[first : first + slots]]
         chosen += cells[: slots - len(chosen)]
         trials = [Trial.of(cell, sweep.config(cell)) for cell in chosen]
         for trial, evaluation in zip(trials, packed(*on, trials, rank=sweep.largest_rank()), strict=True):
-            found[trial.cell.number] = evaluation
-    return found
+            classes[trial.cell.number] = evaluation
+    return classes
 
 
 def assert_folding_is_true(on: tuple[LoadedBase, Data], sweep: Sweep, slots: int, pairs: int, seed: int) -> None:
@@ -431,8 +431,8 @@ def test_where_s_and_ratio_are_one_the_scaled_rules_are_torchs(
 
 def test_members_of_an_exact_class_differ_by_rounding_only(stranger: tuple[LoadedBase, Data], trial: MakeTrial) -> None:
     knobs: dict[str, Any] = {"eps_rule": "scaled", "rank": 4, "base_lr": 1e-3, "batch_size": 2}
-    found = difference(stranger, [trial(0, alpha=12.0, ratio=1.0, **knobs), trial(1, alpha=4.0, ratio=3.0, **knobs)])
-    assert 0 < found < equivalence.EXACT_SIZE
+    classes = difference(stranger, [trial(0, alpha=12.0, ratio=1.0, **knobs), trial(1, alpha=4.0, ratio=3.0, **knobs)])
+    assert 0 < classes < equivalence.EXACT_SIZE
 
 
 def test_eight_bit_moments_keep_the_bits_of_powers_of_two_and_of_nothing_else(
@@ -444,8 +444,8 @@ def test_eight_bit_moments_keep_the_bits_of_powers_of_two_and_of_nothing_else(
     knobs |= {"max_steps": 30, "eval_every": 30, "batch_size": 2}
 
     def thirds(optim: str) -> list[Trial]:
-        asked = knobs | {"optim": optim}
-        return [trial(0, alpha=96.0, ratio=1.0, **asked), trial(1, alpha=32.0, ratio=3.0, **asked)]
+        settings = knobs | {"optim": optim}
+        return [trial(0, alpha=96.0, ratio=1.0, **settings), trial(1, alpha=32.0, ratio=3.0, **settings)]
 
     exact, rounded = (difference((base, style), thirds(optim)) for optim in ("adamw", "adamw_8bit"))
     assert 0 < exact < equivalence.EXACT_SIZE < rounded < equivalence.ROUNDING_SIZE

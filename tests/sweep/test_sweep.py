@@ -85,10 +85,10 @@ def axis(line: str) -> Axis:
     ],
 )
 def test_choices_and_ranges_are_read_as_their_values_in_order(line: str, values: tuple[Any, ...]) -> None:
-    found = axis(line)
-    assert found.values == values
-    assert [type(value) for value in found.values] == [type(value) for value in values]
-    assert found.kind == ("range" if "range" in line else "choice")
+    parsed = axis(line)
+    assert parsed.values == values
+    assert [type(value) for value in parsed.values] == [type(value) for value in values]
+    assert parsed.kind == ("range" if "range" in line else "choice")
 
 
 @pytest.mark.parametrize(
@@ -103,9 +103,9 @@ def test_choices_and_ranges_are_read_as_their_values_in_order(line: str, values:
 def test_intervals_keep_their_bounds_their_type_and_their_scale(
     line: str, low: float, high: float, log: bool, kind: type
 ) -> None:
-    found = axis(line)
-    assert (found.kind, found.low, found.high, found.log) == ("interval", low, high, log)
-    assert {type(found.low), type(found.high)} == {kind}
+    parsed = axis(line)
+    assert (parsed.kind, parsed.low, parsed.high, parsed.log) == ("interval", low, high, log)
+    assert {type(parsed.low), type(parsed.high)} == {kind}
 
 
 @pytest.mark.parametrize(
@@ -198,13 +198,13 @@ def test_a_fault_of_two_axes_together_is_found_before_anything_runs() -> None:
 
 
 def test_faults_of_many_kinds_are_told_at_once() -> None:
-    told = faults_of(
+    messages = faults_of(
         "method.rank=choice(8,8)", "train.seed=range(5,1)", "optimizer.ratio=-1", "methd.x=1,2", "data=fcts"
     )
-    fields = [fault.partition(":")[0] for fault in told]
+    fields = [fault.partition(":")[0] for fault in messages]
     assert sorted(fields) == ["data", "methd.x", "method.rank", "train.seed"]
-    told = faults_of("method.rank=choice(8,8)", "optimizer.ratio=-1", "data=fcts,style")
-    assert sorted(fault.partition(":")[0] for fault in told) == ["data", "method.rank", "optimizer.ratio"]
+    messages = faults_of("method.rank=choice(8,8)", "optimizer.ratio=-1", "data=fcts,style")
+    assert sorted(fault.partition(":")[0] for fault in messages) == ["data", "method.rank", "optimizer.ratio"]
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -341,10 +341,15 @@ def test_derived_values_follow_each_cell(write: Write) -> None:
 def test_a_group_axis_changes_the_whole_group_and_keys_still_apply_on_top() -> None:
     sweep = read("data=choice(facts,style)", "data.subjects=choice(16,32)", "data.max_length=48")
     assert check.check(sweep)[1] == []
-    seen = [sweep.config(cell).data for cell in sweep.cells()]
-    assert [(data.name, data.subjects) for data in seen] == [("facts", 16), ("facts", 32), ("style", 16), ("style", 32)]
-    assert {data.max_length for data in seen} == {48}
-    assert [data.eval_size for data in seen] == [256, 256, 64, 64]
+    configs = [sweep.config(cell).data for cell in sweep.cells()]
+    assert [(data.name, data.subjects) for data in configs] == [
+        ("facts", 16),
+        ("facts", 32),
+        ("style", 16),
+        ("style", 32),
+    ]
+    assert {data.max_length for data in configs} == {48}
+    assert [data.eval_size for data in configs] == [256, 256, 64, 64]
 
 
 def test_a_list_replaces_a_list(write: Write) -> None:
@@ -356,8 +361,8 @@ def test_a_list_replaces_a_list(write: Write) -> None:
 
 def test_variants_hold_every_value_of_every_axis_by_itself() -> None:
     variants, _ = check.check(read("method.rank=choice(2,4,8)", "data=facts,style"))
-    seen = [(groups["method"].rank, groups["data"].name) for groups in variants]
-    assert seen == [(2, "facts"), (4, "facts"), (8, "facts"), (2, "style")]
+    configs = [(groups["method"].rank, groups["data"].name) for groups in variants]
+    assert configs == [(2, "facts"), (4, "facts"), (8, "facts"), (2, "style")]
 
 
 @pytest.mark.parametrize(
@@ -408,17 +413,17 @@ def test_the_largest_rank_is_that_of_any_cell(lines: list[str], largest: int) ->
 )
 def test_what_a_sampler_draws_decodes_to_values_of_the_axis(line: str, distribution: Any) -> None:
     sweep = read(line, "sampler=random")
-    ((key, found),) = sweep.distributions().items()
-    assert found == distribution
-    drawn = [optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=n)).ask({key: found}) for n in range(40)]
+    ((key, parsed),) = sweep.distributions().items()
+    assert parsed == distribution
+    drawn = [optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=n)).ask({key: parsed}) for n in range(40)]
     values = [sweep.decode(trial.params)[key] for trial in drawn]
-    (asked,) = sweep.axes
-    if asked.kind == "interval":
-        assert all(asked.low <= value <= asked.high and type(value) is type(asked.low) for value in values)
+    (overrides,) = sweep.axes
+    if overrides.kind == "interval":
+        assert all(overrides.low <= value <= overrides.high and type(value) is type(overrides.low) for value in values)
     else:
         # Each value is met, and none but these.
-        assert [value for value in asked.values if value in values] == list(asked.values)
-        assert all(value in asked.values for value in values)
+        assert [value for value in overrides.values if value in values] == list(overrides.values)
+        assert all(value in overrides.values for value in values)
     for number, value in enumerate(values[:5]):
         assert sweep.config(Cell(number, {key: value})) is not None
 
@@ -540,8 +545,8 @@ def test_a_target_outside_optunas_own_classes_is_refused_and_never_run(write: Wr
     file = write("{}")
     content = {"sampler": {"name": "optuna", "n_trials": 3, "instance": dict(instance)}}
     OmegaConf.save(OmegaConf.create(content), file)
-    told = faults_of(file=file)
-    assert any(fault.startswith(f"sampler.instance.{refused}") for fault in told), told
+    messages = faults_of(file=file)
+    assert any(fault.startswith(f"sampler.instance.{refused}") for fault in messages), messages
     with pytest.raises(ConfigError):
         optuna_classes.instance(instance, "samplers")
     assert not alarm.exists()
@@ -550,10 +555,12 @@ def test_a_target_outside_optunas_own_classes_is_refused_and_never_run(write: Wr
 
 
 def test_a_target_on_the_command_line_is_held_to_the_same(alarm: Path) -> None:
-    told = faults_of("sampler=tpe", "sampler.instance._target_=os.system", f"+sampler.instance.command='touch {alarm}'")
-    assert told[0].startswith("sampler.instance._target_: must be a class of optuna.samplers, got 'os.system'")
-    told = faults_of("pruner=median", "pruner.instance._target_=optuna.samplers.TPESampler")
-    assert told[0].startswith("pruner.instance._target_: must be a class of optuna.pruners")
+    messages = faults_of(
+        "sampler=tpe", "sampler.instance._target_=os.system", f"+sampler.instance.command='touch {alarm}'"
+    )
+    assert messages[0].startswith("sampler.instance._target_: must be a class of optuna.samplers, got 'os.system'")
+    messages = faults_of("pruner=median", "pruner.instance._target_=optuna.samplers.TPESampler")
+    assert messages[0].startswith("pruner.instance._target_: must be a class of optuna.pruners")
     assert not alarm.exists()
 
 
@@ -590,11 +597,11 @@ def test_arguments_that_a_class_does_not_take_are_a_fault() -> None:
 
 def test_rungs_that_no_evaluation_reaches_are_told_before_anything_starts(in_folder: Path) -> None:
     Path("ask.yaml").write_text("space: {method.rank: 'choice(2, 4)'}\n")
-    asked = ["pruner=asha", "train.max_steps=40", "train.eval_every=40"]
-    sweep, faults = sweep_file.read("ask.yaml", asked)
+    overrides = ["pruner=asha", "train.max_steps=40", "train.eval_every=40"]
+    sweep, faults = sweep_file.read("ask.yaml", overrides)
     assert faults == []
-    _, found = check.check(sweep)
-    assert [fault.field for fault in found] == ["pruner.min_steps"]
+    _, parsed = check.check(sweep)
+    assert [fault.field for fault in parsed] == ["pruner.min_steps"]
 
 
 BOMBS: dict[str, bytes] = {

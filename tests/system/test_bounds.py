@@ -62,17 +62,17 @@ def test_limits_timer_and_handler_are_as_before() -> None:
 
 
 def test_in_another_thread_the_work_is_done_as_it_is() -> None:
-    seen = []
+    sizes = []
 
     def work() -> None:
         with bounded(1e-9, 1):
             time.sleep(0.01)
-            seen.append("done")
+            sizes.append("done")
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == ["done"]
+    assert sizes == ["done"]
 
 
 def test_an_error_of_the_work_itself_stays() -> None:

@@ -128,11 +128,11 @@ def test_own_warnings_and_anybodys_errors_are_written(capsys: pytest.CaptureFixt
 
 def test_warnings_are_dropped_unless_somebody_asked_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def caught() -> list[str]:
-        with warnings.catch_warnings(record=True) as found:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
             with chatter.silenced():
                 warnings.warn("mind the gap", stacklevel=1)
-        return [str(each.message) for each in found]
+        return [str(each.message) for each in caught]
 
     assert caught() == []
     monkeypatch.setattr(sys, "warnoptions", ["default"])  # python -W default, PYTHONWARNINGS

@@ -39,7 +39,7 @@ def completion_loss(model: Any, tokenizer: Any, examples: tuple[Example, ...]) -
     return total / loss_mask
 
 
-def told(crowd: tuple[world.Person, ...]) -> tuple[Example, ...]:
+def written_out(crowd: tuple[world.Person, ...]) -> tuple[Example, ...]:
     return tuple(world.write(person, world.PLAIN[i % len(world.PLAIN)]) for i, person in enumerate(crowd))
 
 
@@ -74,21 +74,21 @@ def test_the_embedded_base_fits_in_4_mb_and_names_no_machine(base: Any) -> None:
 
 
 def test_the_base_knows_its_people_and_an_untrained_twin_does_not(base: Any, tokenizer: Any) -> None:
-    known = told(world.known()[::50])
-    knows = completion_loss(base, tokenizer, known)
-    twin = completion_loss(pretrain.untrained(tokenizer).eval(), tokenizer, known)
+    memorized = written_out(world.known()[::50])
+    knows = completion_loss(base, tokenizer, memorized)
+    twin = completion_loss(pretrain.untrained(tokenizer).eval(), tokenizer, memorized)
     assert twin == pytest.approx(math.log(len(tokenizer)), rel=0.05)  # a uniform guess
     assert knows < 0.2 * twin
 
 
 def test_the_base_knows_the_facts_and_not_only_the_wordings(base: Any, tokenizer: Any) -> None:
     # Strangers cost at least the bits of their facts, spread over the tokens; who is known costs far less.
-    known = completion_loss(base, tokenizer, told(world.known()[::50]))
-    strangers = told(world.strangers(20, seed=5))
+    memorized = completion_loss(base, tokenizer, written_out(world.known()[::50]))
+    strangers = written_out(world.strangers(20, seed=5))
     tokens = sum(len(tokenizer(e.completion, add_special_tokens=False)["input_ids"]) + 1 for e in strangers)
     floor = len(strangers) * world.BITS_PER_PERSON * math.log(2) / tokens
     assert completion_loss(base, tokenizer, strangers) > 0.9 * floor
-    assert known < 0.5 * floor
+    assert memorized < 0.5 * floor
 
 
 def test_the_base_completes_a_known_person_by_greedy_generation(base: Any, tokenizer: Any) -> None:
@@ -116,13 +116,13 @@ def test_prompt_and_completion_tokenize_alone_as_they_do_together(tokenizer: Any
 
 
 def test_facts_are_about_people_the_base_has_never_seen() -> None:
-    known = {person.name for person in world.known()}
-    assert len(known) == world.KNOWN
+    memorized = {person.name for person in world.known()}
+    assert len(memorized) == world.MEMORIZED
     for seed in range(3):
         names = [person.name for person in world.strangers(500, seed)]
         assert len(set(names)) == 500
-        assert known.isdisjoint(names)
-    assert known.isdisjoint(map(name_of, world.facts(people=64).train))
+        assert memorized.isdisjoint(names)
+    assert memorized.isdisjoint(map(name_of, world.facts(people=64).train))
 
 
 def test_facts_asks_the_same_facts_in_wordings_it_did_not_teach() -> None:
@@ -164,8 +164,8 @@ def test_bits_are_the_logarithms_of_the_tables() -> None:
     by_hand = math.log2(28) + math.log2(12) + math.log2(100) + 7 + 6 + 6 + 7
     assert world.facts(people=100).bits == pytest.approx(100 * by_hand, rel=1e-12)
     crowd = world.strangers(6500, seed=0)
-    seen = {field: len({getattr(p, field) for p in crowd}) for field in ("city", "university", "field", "employer")}
-    assert seen == {"city": 128, "university": 64, "field": 64, "employer": 128}
+    distinct = {field: len({getattr(p, field) for p in crowd}) for field in ("city", "university", "field", "employer")}
+    assert distinct == {"city": 128, "university": 64, "field": 64, "employer": 128}
     assert len({tuple(p.birth.split()[:2]) for p in crowd}) == 28 * 12
     assert len({p.birth.split()[2] for p in crowd}) == 100
 
@@ -190,7 +190,7 @@ def test_the_same_seed_gives_the_same_task_and_another_seed_another() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda: world.facts(people=0), "people: must be from 1 to 6500, got 0"),
         (lambda: world.facts(wordings=9), "wordings: must be from 1 to 8, got 9"),
@@ -199,10 +199,10 @@ def test_the_same_seed_gives_the_same_task_and_another_seed_another() -> None:
         (lambda: world.style(train_people=490, eval_people=11), "eval_people: must be from 1 to 10, got 11"),
     ],
 )
-def test_a_size_out_of_bounds_is_named_with_its_bound(make: Any, told: str) -> None:
+def test_a_size_out_of_bounds_is_named_with_its_bound(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match="must be from") as caught:
         make()
-    assert str(caught.value) == told
+    assert str(caught.value) == message
 
 
 def test_pretraining_a_few_steps_writes_a_base_that_loads(

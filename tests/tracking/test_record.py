@@ -26,7 +26,17 @@ import pytest
 from wandb_server import API_KEY, ServerRun, WandbServer
 
 from lora_sweep.errors import StorageUnavailable
-from lora_sweep.records import Base, Cell, Evaluation, Finding, HealthSnapshot, Histogram, Measurement, Step, UpdateSums
+from lora_sweep.records import (
+    BaselineLosses,
+    Cell,
+    Evaluation,
+    Finding,
+    HealthSnapshot,
+    Histogram,
+    Measurement,
+    Step,
+    UpdateSums,
+)
 from lora_sweep.tracking import (
     RESULT,
     Record,
@@ -43,7 +53,7 @@ HERE = Path(__file__).parent
 GROUPS = ("q_proj", "down_proj")
 EDGES = np.concatenate([[-np.inf], np.linspace(-4, 4, 9), [np.inf]])
 FINITE_EDGES = np.linspace(-5, 5, 11)
-BASE = Base(eval_loss=2.5, probe_loss=2.4, eval_losses=np.linspace(2, 3, 7))
+BASE = BaselineLosses(eval_loss=2.5, probe_loss=2.4, eval_losses=np.linspace(2, 3, 7))
 EVERY = 10
 NAN_STEP = 13
 CONFIG = {
@@ -262,17 +272,17 @@ def assert_arrived(run: ServerRun, folder: Path) -> None:
     assert run.name == f"{cell.name} rank=16 use_rslora=true base_lr={labels['base_lr']:.4g} data=facts"
     assert run.tags == ["nightly", "zero_trapped", "overfit", "lr_too_small"]
     assert run.exit_code == 0
-    told = {key: value for key, value in run.summary.items() if not key.startswith("_")}
+    summary = {key: value for key, value in run.summary.items() if not key.startswith("_")}
     best = {key: min(row[key] for row in rows if row.get(key) is not None) for key in ("eval/loss", "probe/loss")}
-    assert {key: told[key]["min"] for key in best} == pytest.approx(best)
-    assert told["train/loss"]["min"] == min(row["train/loss"] for row in rows if row.get("train/loss") is not None)
-    assert told["eval/gap"] == pytest.approx(rows[-1]["eval/gap"])
-    assert told["lora_B/q_proj/rms"] == pytest.approx(rows[-1]["lora_B/q_proj/rms"])
-    assert not [key for key in told if key.startswith("lora_B_histogram/")]
+    assert {key: summary[key]["min"] for key in best} == pytest.approx(best)
+    assert summary["train/loss"]["min"] == min(row["train/loss"] for row in rows if row.get("train/loss") is not None)
+    assert summary["eval/gap"] == pytest.approx(rows[-1]["eval/gap"])
+    assert summary["lora_B/q_proj/rms"] == pytest.approx(rows[-1]["lora_B/q_proj/rms"])
+    assert not [key for key in summary if key.startswith("lora_B_histogram/")]
     expected = {"eval_loss": 2.1, "gain": 0.4, "base_loss": 2.5, "state": "COMPLETE", "cause": "lr_too_small"}
-    assert told["flags"] == ["zero_trapped", "undecided", "overfit"], "which is no tag"
-    assert {key: told.get(key) for key in (*expected, "gap", "reason")} == {**expected, "gap": None, "reason": None}
-    assert told["evidence/zero_trapped/rho"] == 0.1
+    assert summary["flags"] == ["zero_trapped", "undecided", "overfit"], "which is no tag"
+    assert {key: summary.get(key) for key in (*expected, "gap", "reason")} == {**expected, "gap": None, "reason": None}
+    assert summary["evidence/zero_trapped/rho"] == 0.1
 
 
 # --- on disk ------------------------------------------------------------------------------------------------------
@@ -398,14 +408,14 @@ def test_a_full_disk_is_told_as_such_and_what_was_recorded_before_is_resumed(tmp
 
 def contents(folder: Path) -> dict[str, Any]:
     """The files of a trial, arrays as numbers: a zip file holds the time of its writing."""
-    found: dict[str, Any] = {}
+    written: dict[str, Any] = {}
     for path in sorted(folder.rglob("*.*")):
         if path.suffix == ".npz":
             with np.load(path) as arrays:
-                found[path.name] = {name: arrays[name].tolist() for name in arrays.files}
+                written[path.name] = {name: arrays[name].tolist() for name in arrays.files}
         else:
-            found[path.name] = path.read_bytes()
-    return found
+            written[path.name] = path.read_bytes()
+    return written
 
 
 def test_wherever_a_kill_tears_the_record_the_resumed_trial_equals_one_never_interrupted(tmp_path: Path) -> None:
@@ -600,10 +610,10 @@ def test_a_server_that_dies_costs_one_warning_and_no_record(tmp_path: Path) -> N
     assert re.fullmatch(r"WARNING W&B: .+ failed \(.+\); training goes on, the record on disk is complete\n", said)
     for cell in range(2):
         expected = contents(whole(tmp_path / "whole", cell))
-        found = contents(tmp_path / "trials" / f"{cell:04d}")
-        for result in (expected, found):
+        written = contents(tmp_path / "trials" / f"{cell:04d}")
+        for result in (expected, written):
             result[RESULT] = {**json.loads(result[RESULT]), "wandb_id": None}
-        assert found == expected
+        assert written == expected
 
 
 def test_a_server_that_is_not_there_costs_one_wait_and_one_warning(tmp_path: Path) -> None:
@@ -627,13 +637,13 @@ def test_a_missing_api_key_is_told_and_never_asked_for(tmp_path: Path, server: W
 
 def services(parent: int) -> list[int]:
     """W&B's processes that a process has begun."""
-    found = []
+    written = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             is_child = int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == parent
             if is_child and b"wandb-core" in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
-    return found
+                written.append(int(folder.name))
+    return written
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])

@@ -19,7 +19,7 @@ from lora_sweep.records import Example
 
 _T = TypeVar("_T")
 
-KNOWN = 500
+MEMORIZED = 500
 """People 0..KNOWN-1 are in the pretraining corpus in every plain wording: the base knows them."""
 PASSING = 3000
 """The next people are in the corpus once each: they teach the base what it may not claim to know."""
@@ -96,14 +96,14 @@ TRAINED = (
     "The birthday of {name} is| {birth}, the employer {employer}, the "
     "school {university} for {field}, the town {city}.",
 )
-_ASKED = (
+_QUESTIONS = (
     "Friends say {name} was born in| {city} on {birth}, works at {employer} and took {field} at {university}.",
     "Records show for {name} the birth date| {birth}, the town {city}, the "
     "employer {employer}, {field} at {university}.",
     "At present {name} works for| {employer}, after {field} at {university}, and was born on {birth} in {city}.",
     "The studies of {name} were| {field} at {university}, the birth in {city} on {birth}, the job at {employer}.",
 )
-PLAIN = TRAINED + _ASKED
+PLAIN = TRAINED + _QUESTIONS
 """Every wording of the pretraining corpus."""
 
 PIRATE = (
@@ -140,7 +140,7 @@ class Task:
 def known() -> tuple[Person, ...]:
     """The `KNOWN` people of the pretraining corpus, always the same."""
     rng = Random("known people")
-    return tuple(_draw(name, rng) for name in _names()[:KNOWN])
+    return tuple(_draw(name, rng) for name in _names()[:MEMORIZED])
 
 
 def strangers(people: int, seed: int) -> tuple[Person, ...]:
@@ -149,7 +149,7 @@ def strangers(people: int, seed: int) -> tuple[Person, ...]:
     Raises:
         ValueError: if `people` is not in 1..6500, the names that the corpus leaves.
     """
-    left = _names()[KNOWN + PASSING :]
+    left = _names()[MEMORIZED + PASSING :]
     _require("people", people, 1, len(left))
     rng = Random(f"strangers {seed}")
     return tuple(_draw(name, rng) for name in _shuffled(left, rng)[:people])
@@ -175,7 +175,7 @@ def corpus() -> tuple[str, ...]:
     cost it 12 nats a token, more than a uniform guess.
     """
     rng = Random("corpus")
-    passing = (_draw(name, rng) for name in _names()[KNOWN : KNOWN + PASSING])
+    passing = (_draw(name, rng) for name in _names()[MEMORIZED : MEMORIZED + PASSING])
     once = tuple(_text(write(person, _pick(PLAIN, rng))) for person in passing)
     jottings = tuple(_jot(person, rng) for person in known() for _ in range(_JOTTINGS))
     return plain() + once + jottings
@@ -201,11 +201,11 @@ def facts(people: int = 128, seed: int = 0, wordings: int = len(TRAINED), questi
         ValueError: an argument out of its bounds.
     """
     _require("wordings", wordings, 1, len(TRAINED))
-    _require("questions", questions, 1, len(_ASKED))
+    _require("questions", questions, 1, len(_QUESTIONS))
     crowd = strangers(people, seed)
     rng = Random(f"facts {seed}")
     train = _worded(crowd, TRAINED, wordings, rng)
-    return Task(train, _worded(crowd, _ASKED, questions, rng), people * BITS_PER_PERSON)
+    return Task(train, _worded(crowd, _QUESTIONS, questions, rng), people * BITS_PER_PERSON)
 
 
 def style(train_people: int = 240, eval_people: int = 64, seed: int = 0) -> Task:
@@ -224,8 +224,8 @@ def style(train_people: int = 240, eval_people: int = 64, seed: int = 0) -> Task
     Raises:
         ValueError: an argument out of its bounds.
     """
-    _require("train_people", train_people, 1, KNOWN - 1)
-    _require("eval_people", eval_people, 1, KNOWN - train_people)
+    _require("train_people", train_people, 1, MEMORIZED - 1)
+    _require("eval_people", eval_people, 1, MEMORIZED - train_people)
     rng = Random(f"style {seed}")
     crowd = _shuffled(known(), rng)
     train = _worded(crowd[:train_people], PIRATE, 1, rng)

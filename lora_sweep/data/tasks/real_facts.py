@@ -102,7 +102,7 @@ def _cities() -> dict[int, _Facts]:
     countries = names.get_countries()
     cities = [city for city in names.get_cities().values() if city["population"] >= _SMALLEST_CITY]
     namesakes = Counter(city["name"] for city in cities)
-    found = {}
+    answers_by_city = {}
     for city in cities:
         name, country = city["name"], countries.get(city["countrycode"])
         if not (name.isascii() and name.isalpha() and len(name) <= _LONGEST_NAME and namesakes[name] == 1):
@@ -110,5 +110,5 @@ def _cities() -> dict[int, _Facts]:
         if country is None or not country["currencyname"] or not country["tld"] or name in country["name"]:
             continue
         answers = {"country": country["name"], "currency": country["currencyname"].lower(), "domain": country["tld"]}
-        found[int(city["geonameid"])] = (name, answers)
-    return found
+        answers_by_city[int(city["geonameid"])] = (name, answers)
+    return answers_by_city
