@@ -81,9 +81,15 @@ def fitted(
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     finally:
-        model.unload()
-        base.model.eval()
+        restore(base, model)
     return trainer
+
+
+def restore(base: LoadedBase, model: Any) -> None:
+    """The base is shared by all tests: no adapter, and none of the wrappers that trainers put around `forward`."""
+    model.unload()
+    base.model.__dict__.pop("forward", None)
+    base.model.eval()
 
 
 def written(folder: Path) -> Any:
@@ -176,8 +182,7 @@ def sft(base: LoadedBase, folder: Path, callbacks: list[TrainerCallback], **sett
     try:
         trainer.train()
     finally:
-        trainer.model.unload()
-        base.model.eval()
+        restore(base, trainer.model)
     return trainer
 
 
