@@ -83,8 +83,12 @@ class DataConfig:
     """Of a hub data set: the one to evaluate on; null: a share of `split`."""
     eval_share: InnerShare
     """Of the training examples, held out where no evaluation data is given."""
+    format: Literal["auto", "alpaca", "dolly", "sharegpt", "messages", "prompt_completion", "text"]
+    """Which columns an example has (lora_sweep/data/README.md); `auto`: by the columns that are there."""
     columns: dict[str, str]
-    """The data's own names for `text`, `prompt`, `completion` or `messages`, e.g. `{prompt: question}`."""
+    """The data's own names for the columns of a format, e.g. `{prompt: question, completion: answer}`."""
+    undesirable: Literal["refuse", "skip", "train"]
+    """Rows of preference data whose `label` is false, answers not to give: end with an error, or leave them out."""
     chat_template: Text | None
     """Jinja file for `messages`; null: the tokenizer's own."""
     subjects: Count | None
@@ -312,6 +316,9 @@ class Config:
 
 RENAMED = {"health": {"look_every": "check_every"}}
 """Group -> {a key of older versions: its name now}; the old one is accepted, with a warning."""
+
+YOUNGER = {"data": {"format": "auto", "undesirable": "refuse"}}
+"""Group -> {a key that older studies and options lack: what it means there}."""
 
 GROUPS: dict[str, Any] = {field.name: field.type for field in fields(Config)}
 

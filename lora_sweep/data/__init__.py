@@ -1,6 +1,7 @@
 """Files, hub data sets and tasks -> token batches with a loss mask."""
 
-from lora_sweep.data.prepare import USER_DATA, Data, Progress, check, load
+from lora_sweep.data.faults import USER_DATA, check
+from lora_sweep.data.prepare import Data, Progress, load
 from lora_sweep.data.report import Report
 from lora_sweep.data.tokens import Batch, TokenSet, encode, order
 

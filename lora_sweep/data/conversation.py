@@ -1,13 +1,15 @@
-"""Conversations as people keep them: what is allowed, and the forms in which chat templates expect them."""
+"""Conversations as OpenAI's chat writes them: what is allowed, and the forms in which chat templates expect them."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lora_sweep.records import Example
+
 Message = Mapping[str, Any]
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class ChatFault(ValueError):
@@ -24,9 +26,18 @@ class Conversation:
     """JSON schemas of the functions that may be called: a list, JSON of one, or None."""
     loss_from: int = 0
     """Place of the first message whose turns count: 0, or the length of a conversational prompt."""
+    silent: tuple[int, ...] = ()
+    """Places of the assistant's turns that are read and have no loss: of weight 0, or without a word."""
+    plain: Example | None = None
+    """The same where there is no chat template, if its format has a wording of its own."""
+
+    def turns(self) -> Iterator[int]:
+        """Places of the messages that have a loss."""
+        places = range(self.loss_from, len(self.messages))
+        return (place for place in places if _is_turn(self.messages[place]) and place not in self.silent)
 
 
-def check(messages: Any, loss_from: int = 0) -> None:
+def check(messages: Any, loss_from: int = 0, silent: Sequence[int] = ()) -> None:
     """Raises ChatFault unless these are messages with something of the assistant at `loss_from` or later."""
     if not isinstance(messages, list) or not messages:
         raise ChatFault("`messages` is no list with something in it")
@@ -35,8 +46,11 @@ def check(messages: Any, loss_from: int = 0) -> None:
             raise ChatFault(f"messages[{place}] is no object with a `role` and a `content`")
         if wrong := _wrong(message):
             raise ChatFault(f"messages[{place}] {wrong}")
-    if not any(_has_reply(message) for message in messages[loss_from:]):
+    replies = [place for place in range(loss_from, len(messages)) if has_reply(messages[place])]
+    if not replies:
         raise ChatFault("no message of the assistant has something in it to learn from")
+    if all(place in silent for place in replies):
+        raise ChatFault("every message of the assistant has the weight 0, so that there is nothing to learn from")
 
 
 def _wrong(message: Message) -> str:
@@ -52,9 +66,11 @@ def _wrong(message: Message) -> str:
         for part in content:
             if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
                 kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+                if kind == "text":
+                    return "has a part of the type `text` in its `content` without a `text` in it"
                 return f"has a part of the type `{kind}` in its `content`; only text can be learnt from"
-    elif content is None and not calls:
-        return "has no `content`"
+    elif content is None and not _is_turn(message):
+        return "has a `content` that is null" if "content" in message else "has no `content`"
     elif not isinstance(content, str | None):
         return "has a `content` that is neither text nor a list of text parts"
     return ""
@@ -67,8 +83,20 @@ def called(call: Any) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _has_reply(message: Message) -> bool:
-    return message["role"] == "assistant" and bool(message.get("tool_calls") or "".join(texts(message)).strip())
+def arguments_of(call: Mapping[str, Any]) -> Any:
+    """Of a call, as they stand: an object, or JSON text of one."""
+    return call.get("function", call).get("arguments")
+
+
+def _is_turn(message: Message) -> bool:
+    return bool(message["role"] == "assistant") if "role" in message else False
+
+
+def has_reply(message: Message) -> bool:
+    """Whether the assistant says, calls or thinks something in it."""
+    if not _is_turn(message):
+        return False
+    return bool(message.get("tool_calls") or "".join(texts(message)).strip() or any(thoughts(message)))
 
 
 def texts(message: Message) -> list[str]:
@@ -82,19 +110,25 @@ def texts(message: Message) -> list[str]:
 def forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
     """The same conversation in the forms that templates may expect, the most common first.
 
-    One text a message and arguments as objects; as it was given (arguments as JSON text); all contents as parts.
+    One text a message and arguments as objects; as it was given; arguments as JSON text; null, then nothing, for the
+    content of a call, since some templates branch on it; all contents as parts.
     """
     plain = [_plain(message) for message in messages]
     given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    yield plain
-    if given != plain:
-        yield given
-    parts = [
-        {**message, "content": [{"type": "text", "text": message["content"]}]} if "content" in message else message
-        for message in plain
-    ]
-    if parts != given:
-        yield parts
+    tried = [plain, given]
+    in_text = [_with_text_arguments(message) for message in plain]
+    for content in (None, ""):
+        tried += [[_with_content(message, content) for message in form] for form in (plain, in_text)]
+    tried.insert(2, in_text)
+    tried.append(
+        [
+            {**message, "content": [{"type": "text", "text": message["content"]}]} if "content" in message else message
+            for message in plain
+        ]
+    )
+    for place, form in enumerate(tried):
+        if form not in tried[:place]:
+            yield form
 
 
 def _plain(message: Message) -> dict[str, Any]:
@@ -121,6 +155,24 @@ def _plain_call(call: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(parsed, dict):
             return {**call, "arguments": parsed}
     return dict(call)
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in message:
+        return message
+    return {**message, "tool_calls": [_text_call(call) for call in message["tool_calls"]]}
+
+
+def _text_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _text_call(call["function"])}
+    arguments = call.get("arguments")
+    return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)} if isinstance(arguments, dict) else {**call}
+
+
+def _with_content(message: dict[str, Any], content: str | None) -> dict[str, Any]:
+    """The message with this for a content that holds nothing."""
+    return message if message.get("content") else {**message, "content": content}
 
 
 def schemas(tools: Any) -> list[dict[str, Any]] | None:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TextIO, cast
 import datasets
 from pyarrow import parquet
 
+from lora_sweep.data import containers
 from lora_sweep.system import files
 
 MAX_LINE_BYTES = 2**26
@@ -125,9 +126,20 @@ def _read_jsonl(file: Path) -> Iterator[Row]:
     for number, line, share in _lines(file):
         where = f"{file}:{number}"
         text, broken = _decoded(line, number)
+        if number == 1 and text.strip() in ("{", "["):
+            # One value over many lines, whatever the file's name promises.
+            try:
+                value = list(_read_json(file))
+            except Unreadable:
+                value = []
+            if value:
+                yield from value
+                return
         if broken or text.strip():
             record, broken = (None, broken) if broken else _parsed(text)
-            yield Row(where, record, broken, share)
+            several = containers.records(record) if isinstance(record, list) else [record]
+            for place, each in enumerate(several, start=1):
+                yield Row(where if len(several) == 1 else f"{where}, example {place}", each, broken, share)
 
 
 def _parsed(text: str) -> tuple[Any, str]:
@@ -148,7 +160,7 @@ def _read_text(file: Path) -> Iterator[Row]:
 
 
 def _read_json(file: Path) -> Iterator[Row]:
-    """An array of objects, an object that holds one, or lines after all."""
+    """One JSON value, by `containers.records`, or lines after all."""
     with _opened(file) as raw:
         stream = _plain(file, raw)
         first = stream.readline(MAX_LINE_BYTES)
@@ -171,13 +183,11 @@ def _read_json(file: Path) -> Iterator[Row]:
         raise Unreadable(f"{file}:{error.lineno}: is no JSON ({error.msg} at column {error.colno})") from error
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"{file}: cannot be read ({str(error).partition(';')[0]})") from error
-    if isinstance(value, dict):
-        arrays = [each for each in value.values() if isinstance(each, list)]
-        value = arrays[0] if len(arrays) == 1 else [value]
-    if not isinstance(value, list):
-        raise Unreadable(f"{file}: is neither an array of objects nor one object a line")
-    for place, record in enumerate(value, start=1):
-        yield Row(f"{file}, example {place}", record, share=place / len(value))
+    records = containers.records(value)
+    if isinstance(records, str):
+        raise Unreadable(f"{file}: {records}")
+    for place, record in enumerate(records, start=1):
+        yield Row(f"{file}, example {place}", record, share=place / len(records))
 
 
 def _read_csv(file: Path) -> Iterator[Row]:

@@ -1,37 +1,31 @@
 """From what the user brings to what a trial trains on: read, split, tokenized once, kept."""
 
 import hashlib
-import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_sweep.config import DataConfig
-from lora_sweep.data import encoding, example, retention, source, store, tokens
-from lora_sweep.data.chat import MAX_TEMPLATE_BYTES
+from lora_sweep.data import chat, encoding, example, faults, retention, source, store, tasks, tokens
+from lora_sweep.data.chat import ChatFault
 from lora_sweep.data.encoding import Placed
-from lora_sweep.data.example import Parsed
-from lora_sweep.data.file_rows import Row, Unreadable
-from lora_sweep.data.report import Report
+from lora_sweep.data.example import Parsed, ParsedRow
+from lora_sweep.data.file_rows import Unreadable
+from lora_sweep.data.report import Report, RowCounts
 from lora_sweep.data.source import Source
-from lora_sweep.data.tasks import biographies as world
-from lora_sweep.data.tasks import real_facts
 from lora_sweep.data.tokens import TokenSet
 from lora_sweep.errors import ConfigError, Fault
 from lora_sweep.records import Example
-from lora_sweep.system import files
 
-USER_DATA = ("files", "hub")
-"""Of data.name: what the user brings, tokenized once and kept."""
-ONLY_OWN_DATA = ("path", "eval_path", "columns", "chat_template")
-ONLY_HUB = ("subset", "split", "revision", "eval_split")
-"""Fields that mean nothing of other data: passed over, they would train on something else than was meant."""
 SETS = ("train", "evaluation")
-HEAD_ROWS = 100
-"""Rows read before anything is prepared."""
+PREPARATION = 2
+"""Version of what this file makes of the same rows: what an older one kept is not taken for this one's."""
+MOST_NAMES = 64
+"""Columns and keys counted by name; no file has more that anybody would read about."""
 BATCH_EXAMPLES, BATCH_CHARACTERS = 2048, 2**21
 """Tokenized at a time: enough for the tokenizer's threads, little enough for memory."""
 MOST = 0.5
@@ -67,85 +61,6 @@ class Data:
         return max(each.length for each in (self.train, self.evaluation, self.probe, self.retention) if each)
 
 
-def check(data: DataConfig) -> list[Fault]:
-    """Whether the files are there and their first rows are examples; tokenizes nothing, asks no hub."""
-    faults = [
-        Fault("data.columns", f"must name {', '.join(example.COLUMNS)}", name)
-        for name in data.columns
-        if name not in example.COLUMNS
-    ]
-    if not faults and not example.meanings(data.columns):
-        rule = "must name what goes together: " + "; ".join(" and ".join(form) for form in example.FORMS)
-        faults.append(Fault("data.columns", rule, ", ".join(data.columns)))
-    faults += _unread(data)
-    if faults:
-        return faults
-    if data.name not in USER_DATA:
-        try:
-            _task(data)
-        except ConfigError as error:
-            faults += error.faults
-    elif data.path is None:
-        remedy = "data.path=FILE.jsonl" if data.name == "files" else "data.path=ORGANISATION/NAME"
-        faults.append(Fault("data.path", "is needed", None, remedy))
-    elif data.name == "files":
-        faults += _head_faults("data.path", data.path, data.columns)
-    elif Path(data.path).expanduser().exists():
-        faults.append(Fault("data.path", "lies here, it is no hub id", data.path, f"data=files data.path={data.path}"))
-    if data.eval_path is not None:
-        faults += _head_faults("data.eval_path", data.eval_path, data.columns)
-    if data.retention is not None and data.retention != retention.EMBEDDED:
-        faults += _head_faults("data.retention", data.retention, data.columns, retention.parse)
-    if data.chat_template is not None:
-        try:
-            _template_text(data)
-        except ConfigError as error:
-            faults += error.faults
-    return faults
-
-
-def _unread(data: DataConfig) -> list[Fault]:
-    """Fields that are given and would not be read."""
-    is_own, is_hub = data.name in USER_DATA, data.name == "hub"
-    given = [key for key in (*ONLY_OWN_DATA, *ONLY_HUB) if getattr(data, key) not in (None, {})]
-    faults = []
-    for key in given:
-        got = getattr(data, key)
-        if not is_own:
-            faults.append(Fault(f"data.{key}", f"is not read by data={data.name}", got, "say data=files or data=hub"))
-        elif key in ONLY_HUB and not is_hub:
-            faults.append(Fault(f"data.{key}", "is of a hub data set, files have none", got, f"data.{key}=null"))
-    if is_hub and data.eval_path is not None and data.eval_split is not None:
-        faults.append(Fault("data.eval_split", "and data.eval_path exclude each other", data.eval_split))
-    return faults
-
-
-def _head_faults(
-    key: str, path: str, columns: Mapping[str, str], parse: Callable[[Any, Mapping[str, str]], Any] = example.parse
-) -> list[Fault]:
-    """Of a file: unreadable, empty, or not one usable example among its first rows."""
-    try:
-        parsed = [row.broken or parse(row.record, columns) for row in _head(path)]
-    except Unreadable as error:
-        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).expanduser().exists()
-        remedy = f"a data set of the hub is data=hub data.path={path}" if is_id and not Path(path).suffix else ""
-        return [Fault(key, f"cannot be read ({error})", path, remedy if key == "data.path" else "")]
-    reasons = [each for each in parsed if isinstance(each, str)]
-    if not parsed:
-        return [Fault(key, "holds no example", path)]
-    if len(reasons) == len(parsed):
-        where = next(iter(_head(path))).where
-        many = f"none of the first {len(parsed)} rows" if len(parsed) > 1 else "its only row"
-        asks_names = not columns and reasons[0].startswith("has no ")
-        remedy = "name them: data.columns='{prompt: question, completion: answer}'" if asks_names else ""
-        return [Fault(key, f"{many} can be used; {where} {reasons[0]}", path, remedy)]
-    return []
-
-
-def _head(path: str) -> Iterator[Row]:
-    return itertools.islice(source.rows_of_path(path)(), HEAD_ROWS)
-
-
 def load(data: DataConfig, tokenizer: Any, progress: Progress = silent) -> Data:
     """Reads, splits and tokenizes, or maps what was prepared before. Raises ConfigError with all faults of the data.
 
@@ -153,7 +68,7 @@ def load(data: DataConfig, tokenizer: Any, progress: Progress = silent) -> Data:
     >>> data.evaluation.examples, data.probe.examples
     (48, 24)
     """
-    if data.name in USER_DATA:
+    if data.name in faults.USER_DATA:
         train, evaluation, report = _user_data(data, tokenizer, progress)
         bits = 0.0
     else:
@@ -167,7 +82,7 @@ def load(data: DataConfig, tokenizer: Any, progress: Progress = silent) -> Data:
         sets = [each.packed(data.max_length) for each in sets]
     general = None
     if data.retention is not None:
-        kept = retention.load(data, tokenizer, _template_text(data))
+        kept = retention.load(data, tokenizer, encoding.template_text(data))
         general, largest_id = kept.tokens, max(largest_id, kept.largest_id)
         report.unretained = kept.broken
         report.sources |= {} if kept.source is None else {kept.source.name: kept.source.digest}
@@ -177,25 +92,8 @@ def load(data: DataConfig, tokenizer: Any, progress: Progress = silent) -> Data:
 # -- tasks in the package -----------------------------------------------------------------------------------------
 
 
-def _task(data: DataConfig) -> world.Task:
-    """Raises ConfigError."""
-    if data.subjects is None:
-        raise ConfigError([Fault("data.subjects", "is needed by this task")])
-    try:
-        if data.name == "facts":
-            return world.facts(data.subjects, data.seed)
-        if data.name == "real_facts":
-            return real_facts.facts(data.subjects, data.seed)
-        return world.style(data.subjects, data.eval_size or data.subjects, data.seed)
-    except ValueError as error:
-        raise ConfigError([Fault("data.subjects", str(error))]) from error
-    except ModuleNotFoundError as error:
-        rule = f"{data.name} needs the package {error.name}"
-        raise ConfigError([Fault("data", rule, None, 'pip install "lora-sweep[real]"')]) from error
-
-
 def _embedded(data: DataConfig, tokenizer: Any) -> tuple[TokenSet, TokenSet, Report, float]:
-    task, report = _task(data), Report()
+    task, report = tasks.task(data), Report()
     sets = []
     for part, examples in ((report.train, task.train), (report.evaluation, task.eval)):
         batch = [(f"{data.name}, example {place}", each) for place, each in enumerate(examples, start=1)]
@@ -209,11 +107,14 @@ def _embedded(data: DataConfig, tokenizer: Any) -> tuple[TokenSet, TokenSet, Rep
 
 def _user_data(data: DataConfig, tokenizer: Any, progress: Progress) -> tuple[TokenSet, TokenSet, Report]:
     train, evaluation = _sources(data)
-    template = _template_text(data)
+    template = encoding.template_text(data)
     settings = {
         "train": [train.digest, train.files],
         "evaluation": data.eval_share if evaluation is None else [evaluation.digest, evaluation.files],
         "columns": data.columns,
+        "format": data.format,
+        "undesirable": data.undesirable,
+        "preparation": PREPARATION,
         "chat_template": template,
         "max_length": data.max_length,
         "tokenizer": _tokenizer_digest(tokenizer),
@@ -262,17 +163,6 @@ def _sources(data: DataConfig) -> tuple[Source, Source | None]:
     return train, evaluation
 
 
-def _template_text(data: DataConfig) -> str | None:
-    if data.chat_template is None:
-        return None
-    try:
-        return files.read_text(Path(data.chat_template).expanduser(), MAX_TEMPLATE_BYTES)
-    except (OSError, files.Unsafe) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        fault = Fault("data.chat_template", f"cannot be read ({reason})", data.chat_template, "a jinja file is needed")
-        raise ConfigError([fault]) from error
-
-
 def _tokenizer_digest(tokenizer: Any) -> str:
     """Of all that decides its tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -292,6 +182,7 @@ class _Preparation:
         self._waiting: dict[str, list[Placed]] = {"train": [], "evaluation": []}
         self._characters = 0
         self._unseen = set(data.columns.values())
+        self._keys: Counter[str] = Counter()
 
     def write(self, folder: Path, train: Source, evaluation: Source | None) -> dict[str, Any]:
         """Returns the report; raises ConfigError where training would be meaningless."""
@@ -300,6 +191,7 @@ class _Preparation:
             self._read(train, evaluation)
         _refuse_nothing(self._data, self._report)
         self._report.unseen = sorted(self._unseen)
+        self._report.other_keys = self._unread_keys()
         return self._report.plain()
 
     def _read(self, train: Source, evaluation: Source | None) -> None:
@@ -321,26 +213,60 @@ class _Preparation:
 
     def _examples(self, read: Source, key: str) -> Iterator[Placed]:
         report, rows, broken = self._report, 0, self._report.broken.count
+        refused = RowCounts()
         try:
             for row in read.rows():
                 rows += 1
                 self._progress(read.name, row.share)
                 if self._unseen and isinstance(row.record, Mapping):
                     self._unseen -= row.record.keys()
-                parsed = row.broken or example.parse(row.record, self._data.columns)
-                if isinstance(parsed, str):
-                    report.broken.add(f"{row.where}: {parsed}")
+                if row.broken:
+                    report.broken.add(f"{row.where}: {row.broken}")
+                    continue
+                parsed = example.parse(row.record, self._data.columns, self._data.format)
+                if isinstance(parsed.example, str):
+                    report.broken.add(f"{row.where}: {parsed.example}")
+                elif parsed.is_undesirable and self._data.undesirable != "train":
+                    (refused if self._data.undesirable == "refuse" else report.undesirable).add(row.where)
                 else:
-                    yield row.where, parsed
+                    self._count(row.where, parsed)
+                    yield row.where, parsed.example
         except Unreadable as error:
             raise ConfigError([Fault(key, f"cannot be read ({error})", read.name)]) from error
         report.rows += rows
+        if refused.count:
+            raise ConfigError([faults.undesirable_fault(read.name, refused.count, refused.first[0], f" of {rows:,}")])
         broken = report.broken.count - broken
         if not rows:
             raise ConfigError([Fault(key, "holds no example", read.name)])
         if broken > MOST * rows:
             rule = f"{broken:,} of {rows:,} rows cannot be used: {report.broken.places()}"
             raise ConfigError([Fault(key, rule, read.name, "is it the right file?")])
+
+    def _count(self, place: str, row: ParsedRow) -> None:
+        """What of the row is not read, or is read as something else."""
+        report = self._report
+        renamed = [f"`{role}` as {other}" for role, other in row.renamed]
+        for names, counts in (
+            ([row.format], report.formats),
+            ([f"`{name}`" for name in row.other_columns], report.other_columns),
+            (renamed, report.renamed),
+            (row.other_keys, self._keys),
+        ):
+            for name in names:
+                if name in counts or len(counts) < MOST_NAMES:
+                    counts[name] = counts.get(name, 0) + 1
+        if row.empty_turns:
+            report.empty_turns.add(place)
+
+    def _unread_keys(self) -> dict[str, int]:
+        """Keys of messages that the chat template does not name either."""
+        try:
+            text = chat.template(self._tokenizer, self._template) if self._keys else ""
+        except ChatFault:
+            return {}
+        words = set(re.findall(r"\w+", text))
+        return {f"`{key}`": count for key, count in self._keys.items() if key not in words}
 
     def _put(self, name: str, place: str, one: Parsed) -> None:
         self._waiting[name].append((place, one))

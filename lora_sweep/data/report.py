@@ -62,6 +62,18 @@ class Report:
     """Columns that data.columns names and no row has."""
     passed_over: list[str] = field(default_factory=list)
     """Files of a folder that are no data."""
+    formats: dict[str, int] = field(default_factory=dict)
+    """Format -> rows that were read by it."""
+    other_columns: dict[str, int] = field(default_factory=dict)
+    """Column that is not used -> rows that have something in it."""
+    other_keys: dict[str, int] = field(default_factory=dict)
+    """Key of messages that is not used, the chat template included -> rows that have something in it."""
+    renamed: dict[str, int] = field(default_factory=dict)
+    """`model as assistant`: a role that is read as another -> rows."""
+    empty_turns: RowCounts = field(default_factory=RowCounts)
+    """Rows with a turn of the assistant in which nothing is said: it has no loss."""
+    undesirable: RowCounts = field(default_factory=RowCounts)
+    """Rows whose label is false, left out."""
 
     def plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,7 +82,8 @@ class Report:
     def of(cls, plain: Mapping[str, Any]) -> "Report":
         """The inverse of `plain`."""
         parts = {name: _part(plain[name]) for name in ("train", "evaluation")}
-        row_counts = {name: RowCounts(**plain[name]) for name in ("broken", "duplicates", "unretained")}
+        kinds = ("broken", "duplicates", "unretained", "empty_turns", "undesirable")
+        row_counts = {name: RowCounts(**plain[name]) for name in kinds if name in plain}
         return cls(**{**plain, **parts, **row_counts})
 
     def warnings(self) -> list[str]:
@@ -81,6 +94,22 @@ class Report:
             lines.append(f"data: {len(self.passed_over)} files of the folder are no data and were passed over: {shown}")
         if self.unseen:
             lines.append(f"data.columns: no row has {', '.join(f'`{name}`' for name in self.unseen)}")
+        others = {name: rows for name, rows in self.formats.items() if name in ("alpaca", "dolly", "sharegpt")}
+        if others:
+            lines.append(f"data: read as {_listed(others)}")
+        if self.other_columns:
+            lines.append(f"data: columns that are not used: {_listed(self.other_columns)}")
+        if self.other_keys:
+            rule = "keys of messages that neither the chat template nor lora_sweep reads"
+            lines.append(f"data: {rule}: {_listed(self.other_keys)}")
+        if self.renamed:
+            lines.append(f"data: roles: {_listed(self.renamed)}")
+        if self.empty_turns.count:
+            rule = "have a turn of the assistant without a word, which has no loss"
+            lines.append(f"data: {self.empty_turns.count:,} of {self.rows:,} rows {rule}: {self.empty_turns.places()}")
+        if self.undesirable.count:
+            rule = "rows with `label: false` were left out"
+            lines.append(f"data.undesirable: {self.undesirable.count:,} {rule}: {self.undesirable.places()}")
         if self.broken.count:
             lines.append(f"data: {self.broken.count:,} of {self.rows:,} rows were skipped: {self.broken.places()}")
         if self.duplicates.count:
@@ -102,6 +131,12 @@ class Report:
                     f"learn within it and were left out: {part.emptied.places()}"
                 )
         return lines
+
+
+def _listed(rows: Mapping[str, int]) -> str:
+    """The first few names, with their rows."""
+    shown = [f"{name} ({count:,} row{'s' * (count != 1)})" for name, count in list(rows.items())[: 2 * SHOWN]]
+    return ", ".join(shown) + (f" and {len(rows) - len(shown)} more" if len(rows) > len(shown) else "")
 
 
 def _part(plain: Mapping[str, Any]) -> Part:

@@ -13,7 +13,7 @@ import numpy as np
 from lora_sweep.config import DataConfig
 from lora_sweep.data import encoding, example, source
 from lora_sweep.data.encoding import Placed
-from lora_sweep.data.example import Parsed
+from lora_sweep.data.example import ParsedRow
 from lora_sweep.data.file_rows import Unreadable
 from lora_sweep.data.report import Part, RowCounts
 from lora_sweep.data.source import Source
@@ -41,10 +41,10 @@ class Retention:
     """Rows of it that could not be read, as far as it was read."""
 
 
-def parse(record: Any, columns: Mapping[str, str]) -> Parsed | str:
+def parse(record: Any, columns: Mapping[str, str], form: str = "auto") -> ParsedRow:
     """As the training data are read, or by everybody's names: general text rarely has the training data's own."""
-    parsed = example.parse(record, columns)
-    return example.parse(record, {}) if columns and isinstance(parsed, str) else parsed
+    row = example.parse(record, columns, form)
+    return example.parse(record, {}) if isinstance(row.example, str) else row
 
 
 def load(data: DataConfig, tokenizer: Any, template: str | None) -> Retention:
@@ -54,7 +54,7 @@ def load(data: DataConfig, tokenizer: Any, template: str | None) -> Retention:
     part, broken = Part(), RowCounts()
     try:
         read = None if data.retention == EMBEDDED else source.of_path(str(data.retention))
-        texts = _embedded() if read is None else _texts(read, data.columns, broken)
+        texts = _embedded() if read is None else _texts(read, data, broken)
         while len(stretches) < size and (batch := list(itertools.islice(texts, BATCH))):
             for ids, _ in encoding.encoded(batch, tokenizer, template, None, part, broken):
                 cuts = [ids[first : first + limit] for first in range(0, len(ids), limit)]
@@ -71,8 +71,8 @@ def _embedded() -> Iterator[Placed]:
     return ((EMBEDDED, Example(text)) for text in world.plain())
 
 
-def _texts(read: Source, columns: Mapping[str, str], broken: RowCounts) -> Iterator[Placed]:
-    rows = _parsed(read, columns, broken)
+def _texts(read: Source, data: DataConfig, broken: RowCounts) -> Iterator[Placed]:
+    rows = _parsed(read, data, broken)
     if read.is_lines:
         while chunk := list(itertools.islice(rows, JOINED_LINES)):
             lines = [one.completion for _, one in chunk if isinstance(one, Example)]
@@ -81,9 +81,9 @@ def _texts(read: Source, columns: Mapping[str, str], broken: RowCounts) -> Itera
     yield from rows
 
 
-def _parsed(read: Source, columns: Mapping[str, str], broken: RowCounts) -> Iterator[Placed]:
+def _parsed(read: Source, data: DataConfig, broken: RowCounts) -> Iterator[Placed]:
     for row in read.rows():
-        parsed = row.broken or parse(row.record, columns)
+        parsed = row.broken or parse(row.record, data.columns, data.format).example
         if isinstance(parsed, str):
             broken.add(f"{row.where}: {parsed}")
         else:

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from lora_sweep.config import GROUPS, RENAMED, Config, cross_faults
+from lora_sweep.config import GROUPS, RENAMED, YOUNGER, Config, cross_faults
 from lora_sweep.errors import ConfigError, Fault
 from lora_sweep.system import files
 from lora_sweep.system.bounds import BoundExceeded, bounded
@@ -307,13 +307,15 @@ def validated(group: str, plain: Any) -> Any:
 
 
 def _current(group: str, plain: Any) -> Any:
-    """A group's values under the names that its keys have now; one under an old name was asked for and stands."""
-    names = RENAMED.get(group, {})
-    if not isinstance(plain, Mapping) or not names.keys() & plain.keys():
+    """A group's values under the names that its keys have now, those that it lacks with their meaning of then.
+
+    One under an old name was given and stands.
+    """
+    names, younger = RENAMED.get(group, {}), YOUNGER.get(group, {})
+    if not isinstance(plain, Mapping) or not (names.keys() & plain.keys() or younger.keys() - plain.keys()):
         return plain
-    return {key: value for key, value in plain.items() if key not in names} | {
-        new: plain[old] for old, new in names.items() if old in plain
-    }
+    renamed = {new: plain[old] for old, new in names.items() if old in plain}
+    return younger | {key: value for key, value in plain.items() if key not in names} | renamed
 
 
 def current(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -485,9 +485,10 @@ def test_results_come_in_order_with_the_faults_in_their_places() -> None:
         ([{"content": "Hi"}], "messages[0] has no `role`"),
         (
             [*TALK[:2], {"role": "asistant", "content": "Hi"}],
-            "messages[2] has the role `asistant`, not one of system, user, assistant, tool",
+            "messages[2] has the role `asistant`, not one of system, developer, user, assistant, tool",
         ),
-        ([user(None)], "messages[0] has no `content`"),
+        ([user(None)], "messages[0] has a `content` that is null"),
+        ([{"role": "user"}], "messages[0] has no `content`"),
         ([user(3)], "messages[0] has a `content` that is neither text nor a list of text parts"),
         (
             [user([{"type": "text", "text": "What is it?"}, {"type": "image"}])],
@@ -663,10 +664,10 @@ def test_smollm2s_own_tokenizer_and_template() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes longer than 0.5 s"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "takes longer than 1.5 s"),
         ("{% set ns = namespace(n=0) %}{% macro m(n) %}{{ m(n) }}{% endmacro %}"
          "{% for i in range(99999) %}{% for j in range(99999) %}{% set ns.n = i %}{% endfor %}{% endfor %}",
-         "takes longer than 0.5 s"),
+         "takes longer than 1.5 s"),
         ("{% if messages %}{{ 'a' * 10000000000 }}{% endif %}", "needs more than 256 MiB"),
         ("{% if messages %}{{ 'a' | center(10000000000) }}{% endif %}", "needs more than 256 MiB"),
         ("{% if messages %}{{ '%10000000000d' % 1 }}{% endif %}", "needs more than 256 MiB"),
@@ -679,7 +680,7 @@ def test_smollm2s_own_tokenizer_and_template() -> None:
 def test_a_template_that_takes_too_long_or_too_much_is_ended_and_named(
     monkeypatch: pytest.MonkeyPatch, text: str, told: str
 ) -> None:
-    monkeypatch.setattr("lora_sweep.data.chat.RENDER_SECONDS", 0.5)
+    monkeypatch.setattr("lora_sweep.data.renderer.RENDER_SECONDS", 1.5)
     talk = Conversation([user("a"), assistant("b")], None, 1)
     with pytest.raises(ConfigError) as raised:
         _turns([talk], tokenizer_of(), text)

@@ -346,20 +346,26 @@ def test_what_is_not_named_keeps_its_name_and_a_name_that_no_row_has_is_told(min
     config = mine([{"question": "a b", "completion": "c", "prompt": "d"}], eval_path=str(tmp_path / "eval.jsonl"))
     data = data_room.load(replace(config, columns={"prompt": "question"}), words(None))
     assert rows(data.train) == {(A, B, C, EOS)}
-    assert data.report.warnings() == []
+    assert data.report.warnings() == ["data: columns that are not used: `prompt` (1 row)"]
     data = data_room.load(replace(config, columns={"prompt": "question", "tools": "functions"}), words(None))
-    assert data.report.warnings() == ["data.columns: no row has `functions`"]
+    assert data.report.warnings() == [
+        "data.columns: no row has `functions`",
+        "data: columns that are not used: `prompt` (1 row)",
+    ]
 
 
 @pytest.mark.parametrize("columns", [{"text": "a", "prompt": "b"}, {"messages": "a", "completion": "b"}])
 def test_columns_that_do_not_go_together_are_a_fault(mine: Write, columns: dict[str, str]) -> None:
     (fault,) = faults_of(mine(texts(3), columns=columns))
-    assert fault.startswith("data.columns: must name what goes together: text; prompt and completion; ")
+    assert fault.startswith("data.columns: must name what goes together: messages, tools; ")
 
 
 def test_a_column_of_no_known_meaning_is_a_fault(mine: Write) -> None:
     (fault,) = faults_of(mine(texts(3), columns={"promt": "question"}))
-    assert fault == "data.columns: must name text, prompt, completion, messages, tools, got 'promt'"
+    assert fault == (
+        "data.columns: must name messages, tools, conversations, system, prompt, completion, instruction, output, "
+        "input, response, context, text, got 'promt'"
+    )
 
 
 KINDS: dict[str, Callable[[Path, list[dict[str, str]]], None]] = {
@@ -481,7 +487,9 @@ BROKEN = [
     ('{"text": null}', "has no `text`"),
     ('{"prompt": "a"}', "has no `text`, no `prompt` with a `completion` and no `messages`, but `prompt`"),
     ('{"prompt": "a", "completion": " "}', "has an empty `completion`"),
-    ('{"prompt": 1, "completion": "a"}', "has a `prompt` that is no text but a number"),
+    ('{"prompt": [1], "completion": "a"}', "has a `prompt` that is a list, no text"),
+    ('{"prompt": null, "completion": "a"}', 'has a `prompt` that is null, no text; write "" where there is no prompt'),
+    ('{"prompt": "a", "completion": true}', "has a `completion` that is true or false, no text"),
     ('{"completion": "a"}', "has no `text`"),
     ('{"text": "\\ud800"}', "holds half of a surrogate pair"),
     ('{"prompt": "\\udfff", "completion": "a"}', "holds half of a surrogate pair"),

@@ -99,6 +99,8 @@ KNOBS: dict[str, tuple[list[Any], list[Any]]] = {
     "data.eval_path": TEXT_OR_NULL,
     "data.eval_split": TEXT_OR_NULL,
     "data.columns": ([{}, {"prompt": "question"}], ["prompt", 5, None]),
+    "data.format": (["auto", "alpaca", "text"], ["csv", None]),
+    "data.undesirable": (["refuse", "skip", "train"], [False, None]),
     "data.chat_template": TEXT_OR_NULL,
     "data.pack_examples": TRUTH,
     "data.retention": TEXT_OR_NULL,
