@@ -31,6 +31,8 @@ Several = Annotated[int, Field(ge=2), _NO_TRUTH_VALUE]
 Text = Annotated[str, StringConstraints(min_length=1)]
 """Never empty: a shell variable that is not set would name the working directory."""
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+Tag = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+"""As W&B takes them: not empty, at most 64 characters."""
 
 _FORBID = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -227,9 +229,9 @@ class TrackerConfig:
     """offline keeps runs on disk until `wandb sync`; online sends them as trials train."""
     project: Name
     """Of W&B."""
-    entity: Text | None
+    entity: Name | None
     """W&B user or team; null: the account's default."""
-    tags: list[str]
+    tags: list[Tag]
     """Of every run, beside the flags."""
 
 

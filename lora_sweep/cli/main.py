@@ -29,6 +29,8 @@ app.add_typer(bench.app, name="bench")
 SweepFile = Annotated[
     str, typer.Argument(metavar="SWEEP", help="Sweep file, yours or a shipped one (sweeps/NAME.yaml).")
 ]
+# Whoever comes from Hydra types it; every launch runs its whole space anyway.
+Multirun = Annotated[bool, typer.Option("--multirun", "-m", hidden=True)]
 StudyFolder = Annotated[Path, typer.Argument(metavar="STUDY", help="Study folder, e.g. outputs/quickstart.")]
 Overrides = Annotated[
     list[str] | None,
@@ -64,7 +66,7 @@ def main() -> NoReturn:
 
 
 @app.command()
-def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
+def launch(sweep: SweepFile, overrides: Overrides = None, multirun: Multirun = False) -> None:
     """Run or resume a study here; ends with a ranking, the flags, the winner and where everything lies."""
     chatter.import_quietly()
     from lora_sweep.cli.live import Show
@@ -103,7 +105,7 @@ def launch(sweep: SweepFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def plan(sweep: SweepFile, overrides: Overrides = None, as_json: Json = False) -> None:
+def plan(sweep: SweepFile, overrides: Overrides = None, as_json: Json = False, multirun: Multirun = False) -> None:
     """Check a sweep and show its cells, memory and time estimate; trains nothing."""
     chatter.import_quietly()
     from lora_sweep.cli.validate import validate_sweep
@@ -280,8 +282,10 @@ def _conclude(console: "Console", folder: Path, table: list[dict[str, Any]], con
     winner = next((row for row in ranked if results.is_healthy(row)), None)
     if winner is None and all(row["reason"] == "memory" for row in table):
         say(console, "no cell was trained: there is not enough memory for one of them")
+    elif table and all(row["reason"] == "diverged" for row in results.runs(table)):
+        say(console, "every cell diverged: lower optimizer.base_lr, or the ratio and alpha that multiply it")
     elif winner is None:
-        say(console, "no healthy cell is finished: widen the learning rates")
+        say(console, "no healthy cell is finished: the flags above say why, and what to change")
     else:
         share = winner["eval_loss"] / winner["base_loss"]
         say(console, f"winner: cell {cell_name(winner['number'])}  {short(winner['params'])}")
@@ -293,4 +297,5 @@ def _conclude(console: "Console", folder: Path, table: list[dict[str, Any]], con
         where = where if config.tracker.mode == "offline" else config.tracker.project
         off = "none: WANDB_MODE or WANDB_DISABLED switches W&B off"
         say(console, f"W&B runs      {off if is_switched_off() else where}")
-    say(console, f"ship it       lora-sweep pick {folder}")
+    if winner is not None:
+        say(console, f"ship it       lora-sweep pick {folder}")

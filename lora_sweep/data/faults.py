@@ -97,8 +97,8 @@ def _head_faults(
     if not rows:
         return [Fault(key, "holds no example", path)]
     if all(isinstance(row.example, str) for row in rows):
-        many = f"none of the first {len(rows)} rows" if len(rows) > 1 else "its only row"
-        return [Fault(key, f"{many} can be used; {places[0]} {rows[0].example}", path, rows[0].remedy)]
+        many = f"none of the first {len(rows)} rows can" if len(rows) > 1 else "its only row cannot"
+        return [Fault(key, f"{many} be used; {places[0]} {rows[0].example}", path, rows[0].remedy)]
     undesirable = [place for place, row in zip(places, rows, strict=True) if row.is_undesirable]
     if undesirable and data.undesirable == "refuse" and key != "data.retention":
         return [undesirable_fault(path, len(undesirable), undesirable[0], f" of the first {len(rows)}")]

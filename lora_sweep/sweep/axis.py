@@ -23,6 +23,7 @@ MAX_LINE = 100_000
 """Characters of one override: a choice of 10,000 values has as many."""
 PARSE_SECONDS, PARSE_BYTES = 10.0, 2**29
 """Most that Hydra's parser may take for one override; a choice of 1,000 values takes 0.2 s."""
+_NULL, _NULL_TEXT = re.compile(r"(?<=[(,\s])null(?=[),\s])"), "__null__"
 _CALL = re.compile(r"\s*[a-z]+\(")
 """A function of the grammar: choice(..."""
 
@@ -91,7 +92,7 @@ def parse(line: str) -> tuple[Override | None, list[Fault]]:
         return None, [Fault(key, f"must have at most {MAX_LINE:,} characters", f"{len(line):,}")]
     try:
         with bounded(PARSE_SECONDS, PARSE_BYTES):
-            return OverridesParser.create().parse_override(line), []
+            return OverridesParser.create().parse_override(_with_nulls(line)), []
     except HydraException as error:
         reason = str(error).splitlines()[0]
         return None, [Fault(line, f"is not in Hydra's override grammar: {reason}", None, _quoted(line))]
@@ -99,6 +100,14 @@ def parse(line: str) -> tuple[Override | None, list[Fault]]:
         return None, [Fault(key, "is nested too deep for Hydra's override grammar")]
     except BoundExceeded as error:
         return None, [Fault(key, f"{error} to read as an override")]
+
+
+def _with_nulls(line: str) -> str:
+    """A choice with text in place of each null, which Hydra's own function refuses."""
+    key, equals, value = line.partition("=")
+    if not value.lstrip().startswith("choice(") or "'" in value or '"' in value:
+        return line
+    return f"{key}{equals}{_NULL.sub(_NULL_TEXT, value)}"
 
 
 def _quoted(line: str) -> str:
@@ -172,7 +181,7 @@ def _unquoted(value: Any) -> Any:
     """Hydra's quoted strings as plain ones."""
     if isinstance(value, list):
         return [_unquoted(item) for item in value]
-    return getattr(value, "text", value)
+    return None if value == _NULL_TEXT else getattr(value, "text", value)
 
 
 def inside(axis: Axis) -> float:

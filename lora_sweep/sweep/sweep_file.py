@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Override, OverrideType
 
 from lora_sweep import config as schema
 from lora_sweep.errors import ConfigError, Fault
-from lora_sweep.sweep import compose
+from lora_sweep.sweep import compose, spellings
 from lora_sweep.sweep.axis import Axis, of_override, parse, written
 from lora_sweep.sweep.sweep import Sweep
 
@@ -50,13 +50,13 @@ def read(path: str | None, overrides: Sequence[str]) -> tuple[Sweep, list[Fault]
         if isinstance(text, list):
             faults.append(Fault(key, "must be in Hydra's grammar", text, f"choice({', '.join(map(written, text))})"))
             continue
-        line = f"{key}={written(text)}"
+        line = spellings.alias(f"{key}={written(text)}")
         faults += compose.text_faults(f"space.{key}", line)
         parsed, more = parse(line)
         faults += more
         if parsed is not None:
             faults += _sort_in(parsed, axes, fixed)
-    for line in overrides:
+    for line in map(spellings.alias, overrides):
         faults += compose.text_faults(line.partition("=")[0], line)
         parsed, more = parse(line)
         faults += more
@@ -95,6 +95,16 @@ def _read_file(path: str) -> tuple[dict[str, Any], dict[str, Any], str]:
     space = content.pop("space", None) or {}
     if not isinstance(space, dict):
         raise ConfigError([Fault("space", "must map a key to choice(...), range(...) or interval(...)", space)])
+    if faults := spellings.foreign(content):
+        raise ConfigError(faults)
+    if axes := [(name, value) for name, value in space.items() if spellings.is_axis_of_wandb(value)]:
+        rule = "must be in Hydra's grammar"
+        raise ConfigError(
+            [Fault(f"space.{name}", rule, value, f"{name}: {spellings.axis_of(value)}") for name, value in axes]
+        )
+    content, faults = spellings.renamed(content)
+    if faults:
+        raise ConfigError(faults)
     study = content.get("study")
     if study is not None and not isinstance(study, dict):
         raise ConfigError([Fault("study", "must be a mapping", study)])
@@ -124,9 +134,14 @@ def _sort_in(parsed: Override, axes: dict[str, Axis], fixed: list[str]) -> list[
     """Puts an override where it belongs: among the axes or the fixed values. Returns its faults."""
     key, line = parsed.key_or_group, str(parsed.input_line)
     if parsed.type is OverrideType.DEL or parsed.package is not None:
-        return [Fault(line, "deletions and packages are not read", None, "give the key a value")]
+        name = key.partition("@")[0]
+        remedy = (
+            f"{name}=VALUE gives the key one value, an axis too" if "." in name else f"{name}=OPTION chooses another"
+        )
+        return [Fault(line, "deletions and packages are not read", None, remedy)]
     if key.split(".")[0] == "hydra":
-        return [Fault(key, "Hydra's own settings are not read")]
+        remedy = "the sampler is sampler=grid, random or tpe; devices are launcher.device; studies lie in study.root"
+        return [Fault(key, "Hydra's own settings are not read", None, remedy)]
     if parsed.is_sweep_override():
         axis, faults = of_override(parsed)
         if axis is not None:
@@ -136,6 +151,11 @@ def _sort_in(parsed: Override, axes: dict[str, Axis], fixed: list[str]) -> list[
         fixed.append(f"{key}={parsed.value()}")
     elif "." not in key:
         return [_unknown(key)]
+    elif spellings.is_axis_of_wandb(parsed.value()):
+        remedy = f"'{key}={spellings.axis_of(parsed.value())}'"
+        return [Fault(key, "must be in Hydra's grammar", parsed.value(), remedy)]
+    elif key == "study.name" and isinstance(parsed.value(), int | float):
+        fixed.append(f'++{key}="{line.partition("=")[2].strip()}"')
     else:
         fixed.append("++" + line.lstrip("+"))
     return []
@@ -155,6 +175,6 @@ def _key_faults(key: str) -> list[Fault]:
 
 def _unknown(key: str) -> Fault:
     keys = [f"{group}.{field.name}" for group, section in schema.GROUPS.items() for field in fields(section)]
-    same_name = [full for full in keys if full.endswith(f".{key}")]
-    near = f"did you mean {same_name[0]}?" if same_name else compose.nearest(key, [*keys, *schema.GROUPS])
+    own = spellings.near_key(key, keys)
+    near = f"did you mean {own}?" if own else compose.nearest(key, [*keys, *schema.GROUPS])
     return Fault(key or "=", "unknown key", None, near or "see conf/")
