@@ -89,7 +89,7 @@ def foreign(content: Mapping[str, Any]) -> list[Fault]:
         rule = "are a W&B sweep's; here axes stand under `space`, one a line"
         return [Fault("parameters", rule, None, "; ".join(lines))]
     if _MARKS & content.keys():
-        known = [
+        words = [
             f"{ELSEWHERE[key]}={_short(value)}"
             for key, value in content.items()
             if key in ELSEWHERE and isinstance(value, str | int | float)
@@ -97,7 +97,7 @@ def foreign(content: Mapping[str, Any]) -> list[Fault]:
         rule = "is a key of another tool's configuration, and this no sweep file"
         mark = next(key for key in content if key in _MARKS)
         hub = "model=hub " if {"base_model", "model_name_or_path"} & content.keys() else ""
-        return [Fault(mark, rule, None, f"lora-sweep launch sweeps/quickstart.yaml {hub}{' '.join(known)}")]
+        return [Fault(mark, rule, None, f"lora-sweep launch sweeps/quickstart.yaml {hub}{' '.join(words)}")]
     return []
 
 
