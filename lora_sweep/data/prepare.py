@@ -293,18 +293,19 @@ def _refuse_nothing(data: DataConfig, report: Report) -> None:
             rule = f"no usable {name} example is left within data.max_length={data.max_length}: {part.emptied.places()}"
             wrong.append(Fault("data.max_length", rule))
     is_split = data.name in faults.USER_DATA and data.eval_path is None and data.eval_split is None
-    if not train.examples and is_split and evaluation.examples:
-        rule = f"holds out all {evaluation.examples:,} examples, by their hashes: none is left to train on"
+    left = [f"{report.duplicates.count:,} stand in the evaluation set"] if report.duplicates.count else []
+    left += [f"{report.broken.count:,} are broken: {report.broken.places()}"] if report.broken.count else []
+    why = f" ({'; '.join(left)})" if left else ""
+    if not train.examples and not train.emptied.count and is_split and evaluation.examples:
+        rule = f"holds out every example ({evaluation.examples:,}), by their hashes: none is left to train on{why}"
         wrong.append(Fault("data.eval_share", rule, data.eval_share, "give a smaller share, or data.eval_path=FILE"))
     elif not train.examples and not train.emptied.count:
-        left = [f"{report.duplicates.count:,} stand in the evaluation set"] if report.duplicates.count else []
-        left += [f"{report.broken.count:,} are broken: {report.broken.places()}"] if report.broken.count else []
-        why = f" ({'; '.join(left)})" if left else ""
         wrong.append(Fault("data.path", f"holds no training example{why}", data.path))
     if not evaluation.examples and not evaluation.emptied.count:
         if data.eval_path is None and data.eval_split is None:
             rule = f"no evaluation example is left of {train.examples:,} at data.eval_share={data.eval_share}"
-            wrong.append(Fault("data.eval_share", rule, None, "give data.eval_path or a larger share"))
+            if train.examples:
+                wrong.append(Fault("data.eval_share", rule, None, "give data.eval_path or a larger share"))
         else:
             key = "data.eval_path" if data.eval_path is not None else "data.eval_split"
             wrong.append(Fault(key, "holds no evaluation example", data.eval_path or data.eval_split))

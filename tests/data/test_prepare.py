@@ -632,7 +632,7 @@ def test_a_share_that_leaves_nothing_to_evaluate_is_a_fault(mine: Write) -> None
         "(give data.eval_path or a larger share)"
     )
     (fault,) = faults_of(mine(texts(3), eval_share=1 - 1e-9))
-    assert fault.startswith("data.path: holds no training example")
+    assert fault.startswith("data.eval_share: holds out every example (3), by their hashes: none is left to train on")
 
 
 def test_no_example_within_max_length_is_a_fault(mine: Write) -> None:

@@ -139,7 +139,7 @@ def test_intervals_keep_their_bounds_their_type_and_their_scale(
             r"method.target_modules=.*layers\.[01]\.(q|v)_proj",
             r"""(in quotes, and those in the shell's: 'method.target_modules=".*layers\.[01]\.(q|v)_proj"')""",
         ),
-        ("method.alpha=${times:2,${method.rank}}", "put quotes around a value with ${...}"),
+        ("method.alpha=1 ${times:2,${method.rank}}", "put quotes around a value with ${...}"),
         ("~method.rank", "deletions and packages are not read"),
         ("data@elsewhere=facts", "deletions and packages are not read"),
         ("hydra.run.dir=x", "Hydra's own settings are not read"),
