@@ -70,7 +70,7 @@ def _data_files(at: Path) -> tuple[list[Path], tuple[str, ...]]:
         raise Unreadable(f"holds no data file ({', '.join(READERS)})")
     for file in files:
         if kind(file) is None:
-            raise Unreadable(f"is of no known kind ({', '.join(READERS)})")
+            raise Unreadable(f"is of no known kind ({', '.join(READERS)}); save it as one of them")
         if not file.is_file():
             raise Unreadable("is no regular file")
     if at.is_dir():

@@ -165,7 +165,9 @@ def _key_faults(key: str) -> list[Fault]:
     """An axis must be a known key of a trial's configuration."""
     group, _, name = key.partition(".")
     if group in schema.GROUPS and (group not in SWEPT_GROUPS or key in NEVER_SWEPT):
-        return [Fault(key, f"cannot be swept, only keys of {', '.join(SWEPT_GROUPS)} can")]
+        only = f"only keys of {', '.join(SWEPT_GROUPS)} can"
+        rule = "it says how a study is run, not what is trained" if key in NEVER_SWEPT else only
+        return [Fault(key, f"cannot be swept, {rule}")]
     if key in SWEPT_GROUPS or (
         group in SWEPT_GROUPS and name in [field.name for field in fields(schema.GROUPS[group])]
     ):
