@@ -41,6 +41,7 @@ MAX_YAML_VALUES = 100_000
 """Of one YAML file, aliases written out."""
 COMPOSE_SECONDS, COMPOSE_BYTES = 4.0, 2**29
 """Most that reading a YAML file, composing or resolving a configuration may take; it takes 0.1 s and a few MiB."""
+_DEVICE = "must be auto, cpu, cuda or cuda:N"
 _PLAIN_NAME = "must be a plain name: letters, digits, `.`, `_`, `-`, no path parts"
 MAX_NUMBER = 1e300
 """Of a derived value: whole numbers have no end of their own."""
@@ -199,9 +200,8 @@ def _default_faults(sweep: Mapping[str, Any]) -> list[Fault]:
     faults = []
     for entry in entries:
         if not isinstance(entry, Mapping):
-            faults += (
-                [] if entry == "_self_" else [Fault("defaults", "must choose an option of a group", entry, remedy)]
-            )
+            wrong = [Fault("defaults", "must choose an option of a group", entry, remedy)]
+            faults += wrong if entry != "_self_" else []
             continue
         for key, value in entry.items():
             word, _, group = str(key).partition("/")
@@ -349,13 +349,13 @@ def _readable(group: str, error: ValidationError) -> list[Fault]:
         elif item["type"] in ("missing", "missing_argument"):
             faults[key] = Fault(key, "is missing")
         elif item["type"] == "string_pattern_mismatch":
-            device = ("must be auto, cpu, cuda or cuda:N", got, f"{key}=cuda")
-            faults[key] = Fault(key, *(device if key == "launcher.device" else (_PLAIN_NAME, got)))
+            faults[key] = Fault(key, _DEVICE if key == "launcher.device" else _PLAIN_NAME, got)
         elif key in faults:
             rule = f"{faults[key].rule}, or {_rule(item['msg'])}"
             faults[key] = Fault(key, rule, faults[key].got)
         else:
-            faults[key] = Fault(key, _rule(item["msg"]), got)
+            number = item["type"] == "string_type" and isinstance(got, int | float)
+            faults[key] = Fault(key, _rule(item["msg"]), got, f'in quotes: "{got}"' if number else "")
     return list(faults.values())
 
 

@@ -104,7 +104,7 @@ LINES = {
     "model=local": "model.path: is needed (model.path=...)",
     "model=local model.path=./none": "model.path: ",
     "model.dtype=fp8": "model.dtype: must be 'auto', 'fp32', 'bf16' or 'fp64', got 'fp8'",
-    "launcher.device=gpu": "launcher.device: must be auto, cpu, cuda or cuda:N, got 'gpu' (launcher.device=cuda)",
+    "launcher.device=gpu": "launcher.device: must be auto, cpu, cuda or cuda:N, got 'gpu'",
     "launcher.threads=0": "launcher.threads: must be at least 1, got 0",
     "study.name=a/b": "study.name: must be a plain name: letters, digits, `.`, `_`, `-`, no path parts, got 'a/b'",
     "study.root=''": "study.root: must name a folder, in printable characters, got '' (study.root=. is the working",

@@ -71,6 +71,10 @@ READ = {
         {"conversations": SHAREGPT["conversations"][1:], "system": "Be brief."},
         turn("system", end("Be brief.")) + turn("user", end("Up?")) + said("Down."),
     ),
+    "turns under a column of another name": (
+        {"talk": SHAREGPT["conversations"][1:]},
+        turn("user", end("Up?")) + said("Down."),
+    ),
     "turns under messages": ({"messages": SHAREGPT["conversations"][1:]}, turn("user", end("Up?")) + said("Down.")),
     "a bare list": ([user("Up?"), assistant("Down.")], turn("user", end("Up?")) + said("Down.")),
     "roles of others": (
@@ -108,7 +112,8 @@ READ = {
 @pytest.mark.parametrize("name", READ)
 def test_a_format_is_read_as_it_is_and_the_answer_alone_has_a_loss(name: str) -> None:
     record, expected = READ[name]
-    assert text_with_loss(record) == expected
+    columns = {"messages": "talk"} if "another name" in name else {}
+    assert text_with_loss(record, **columns) == expected
 
 
 def test_with_generation_tags_a_turn_of_weight_0_has_no_loss_either() -> None:

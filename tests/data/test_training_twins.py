@@ -182,19 +182,42 @@ def test_a_turn_in_the_middle_ends_in_the_token_of_any_message() -> None:
     assert "<|end|>" not in shown("gptoss", two).split("«")[2].partition("»")[0]
 
 
+GEMMA = "<|turn>user\nWhere is Rome?<turn|>\n<|turn>model\n«In Italy.<turn|>»\n<|turn>user\nAnd Oslo?<turn|>\n<|turn>model\n«In Norway.<turn|>»\n"
+GEMMA_CALL = (
+    '<|turn>model\n«<|tool_call>call:weather{city:<|"|>Rome<|"|>}<tool_call|><|tool_response>»'
+    'response:weather{value:<|"|>Rain.<|"|>}<tool_response|>«It rains.<turn|>»\n'
+)
+LFM = "<|im_start|>user\nWhere is Rome?<|im_end|>\n<|im_start|>assistant\n«In Italy.<|im_end|>»\n<|im_start|>user\nAnd Oslo?<|im_end|>\n<|im_start|>assistant\n«In Norway.<|im_end|>»\n"
+LFM_CALL = (
+    "<|im_start|>assistant\n«<|tool_call_start|>[weather(city='Rome')]<|tool_call_end|><|im_end|>»\n"
+    "<|im_start|>tool\nRain.<|im_end|>\n<|im_start|>assistant\n«It rains.<|im_end|>»\n"
+)
+HEAD, HEAD_USER = ("<|start_header_id|>" + role + "<|end_header_id|>\n\n" for role in ("assistant", "user"))
+LLAMA = f"{HEAD_USER}Where is Rome?<|eot_id|>{HEAD}«In Italy.<|eot_id|>»{HEAD_USER}And Oslo?<|eot_id|>{HEAD}«In Norway.<|eot_id|>»"
+LLAMA_CALL = (
+    f'{HEAD}«{{"name": "weather", "parameters": {{"city": "Rome"}}}}<|eot_id|>»'
+    f'<|start_header_id|>ipython<|end_header_id|>\n\n"Rain."<|eot_id|>{HEAD}«It rains.<|eot_id|>»'
+)
 UNTWINNED = {
-    "gemma4": "<bos><|turn>user\nRome?<turn|>\n<|turn>model\n«In Italy.<turn|>»\n",
-    "lfm2_2_5": "<|im_start|>user\nRome?<|im_end|>\n<|im_start|>assistant\n«In Italy.<|im_end|>»\n",
-    "lfm2_2_5_v2": "<|im_start|>user\nRome?<|im_end|>\n<|im_start|>assistant\n«In Italy.<|im_end|>»\n",
-    "llama3_1": "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n«In Italy.<|eot_id|>»",
-    "llama3_2": "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n«In Italy.<|eot_id|>»",
+    **{f"gemma4{version}": (GEMMA, GEMMA_CALL) for version in ("", "_v3", "_v4", "_v5")},
+    "gemma4_v2": (
+        GEMMA,
+        '«<|tool_call>call:weather{city:<|"|>Rome<|"|>}<tool_call|><turn|>»\n<|turn>tool\nRain.<turn|>\n'
+        "<|turn>model\n«It rains.<turn|>»\n",
+    ),
+    **dict.fromkeys(("lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl"), (LFM, LFM_CALL)),
+    **dict.fromkeys(("llama3_1", "llama3_2"), (LLAMA, LLAMA_CALL)),
 }
-"""The end of what templates without a twin write of one question, marked by hand."""
+"""The end of what templates without a twin write of two questions and of a call, marked by hand."""
 
 
 @pytest.mark.parametrize("name", UNTWINNED)
 def test_templates_without_a_twin_are_as_marked_by_hand(name: str) -> None:
-    begin, _, end = UNTWINNED[name].partition("«")
-    text = shown(name, [user("Rome?"), assistant("In Italy.")])
-    assert text.endswith(f"«{end}"), text
-    assert begin.partition("user")[2] in text
+    two, called = UNTWINNED[name]
+    assert shown(name, TALKS["two"]).endswith(two)
+    assert shown(name, TALKS["call"], [WEATHER]).endswith(called)
+
+
+def test_every_template_of_trl_is_held_to_a_twin_or_to_a_hand() -> None:
+    names = {file.name.removesuffix(".jinja") for file in FOLDER.glob("*.jinja")}
+    assert {name for name in names if not name.endswith("_training")} <= {*TWINS, *UNTWINNED}

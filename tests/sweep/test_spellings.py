@@ -97,6 +97,12 @@ def test_keys_of_a_file_may_be_peft_s_and_two_names_of_one_key_are_a_fault(tmp_p
     assert str(fault) == "method.rank: means method.rank, which method.r gives too; leave one of them out"
 
 
+def test_a_number_for_a_name_in_a_file_wants_quotes(tmp_path: Path) -> None:
+    (fault,) = faults_of(path=file_of(tmp_path, {"study": {"name": 2024}}))
+    assert (fault.field, fault.remedy) == ("study.name", 'in quotes: "2024"')
+    assert read(path=file_of(tmp_path, {"study": {"name": "2024"}})).base().study.name == "2024"
+
+
 def test_null_may_stand_in_a_choice() -> None:
     sweep = read("optimizer.weight_decay_B=choice(null, 0.01)", "method.rank=4", "method.alpha=8")
     assert {config.optimizer.weight_decay_B for config in map(sweep.config, sweep.cells())} == {None, 0.01}
