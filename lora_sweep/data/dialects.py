@@ -146,6 +146,8 @@ def _with_calls(message: dict[str, Any], role: Any, place: int) -> dict[str, Any
     if "function_call" not in message:
         return message
     calls = _calls(message["function_call"]) if message["function_call"] else []
+    if message["function_call"] and not calls:
+        raise ChatFault(f"messages[{place}] has a `function_call` that is no call: {{name, arguments}}")
     rest = {key: value for key, value in message.items() if key != "function_call"}
     if calls and not rest.get("tool_calls"):
         rest["tool_calls"] = calls

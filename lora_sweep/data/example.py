@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -180,6 +181,9 @@ def _pair(values: Mapping[str, Any]) -> tuple[Parsed | str, Notes]:
     prompt, completion = values["prompt"], values["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         return _conversation([*prompt, *completion], values["tools"], len(prompt))
+    if isinstance(prompt, list) != isinstance(completion, list):
+        kinds = f"a `prompt` that is {_kind(prompt)} and a `completion` that is {_kind(completion)}"
+        return f"has {kinds}; both must be lists of messages, or both text", {}
     texts = {}
     for name, value in (("prompt", prompt), ("completion", completion)):
         worded = _worded(value)
@@ -203,7 +207,7 @@ def _instruction(task: str, beside: str, answer: str, heading: str) -> Any:
             value = values.get(name)
             worded = "" if value is None and name in (beside, "system") else _worded(value)
             if worded is None:
-                return f"has a `{name}` that is {_kind(value)}, no text", {}
+                return f"has {_a(name)} `{name}` that is {_kind(value)}, no text", {}
             if broken := _whole(worded):
                 return broken, {}
             texts[name] = worded
@@ -227,7 +231,7 @@ def _messages(values: Mapping[str, Any]) -> tuple[Parsed | str, Notes]:
 
 
 def _sharegpt(values: Mapping[str, Any]) -> tuple[Parsed | str, Notes]:
-    turns, system = values["conversations"], values["system"]
+    turns, system = _parsed(values["conversations"]), values["system"]
     if isinstance(turns, list) and isinstance(system, str) and system.strip():
         turns = [{"role": "system", "content": system}, *turns]
     return _conversation(turns, values["tools"], 0, "conversations")
@@ -235,12 +239,9 @@ def _sharegpt(values: Mapping[str, Any]) -> tuple[Parsed | str, Notes]:
 
 def _conversation(messages: Any, tools: Any, loss_from: int, name: str = "messages") -> tuple[Parsed | str, Notes]:
     """Raises ChatFault."""
+    messages = _parsed(messages)
     if isinstance(messages, str):
-        # CSV and text columns hold a conversation as JSON.
-        try:
-            messages = json.loads(messages)
-        except (ValueError, RecursionError):
-            return f"has `{name}` that are neither a list nor JSON of one", {}
+        return f"has `{name}` that are neither a list nor JSON of one", {}
     if isinstance(messages, Mapping):
         return f"has `{name}` that are one object, not a list of messages", {}
     read = talk(messages)
@@ -259,17 +260,34 @@ _READERS: Mapping[str, Any] = {
 }
 
 
+def _parsed(messages: Any) -> Any:
+    """CSV and text columns hold a conversation as JSON; a text that is none stays."""
+    if not isinstance(messages, str):
+        return messages
+    try:
+        return json.loads(messages)
+    except (ValueError, RecursionError):
+        return messages
+
+
 def _worded(value: Any) -> str | None:
     """A text, or a number as JSON writes it; None where it is neither."""
     if isinstance(value, str):
         return value
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return json.dumps(value) if is_number else None
 
 
+def _a(name: str) -> str:
+    return "an" if name[0] in "aeiou" else "a"
+
+
 def _kind(value: Any) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "not a number"
     names = {
-        type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"
+        type(None): "null", str: "text", bool: "true or false", int: "a number", float: "a number", list: "a list",
+        dict: "an object",
     }  # fmt: skip
     return names.get(type(value), type(value).__name__)
 

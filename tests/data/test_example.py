@@ -265,6 +265,34 @@ def test_what_cannot_be_honoured_is_a_fault_of_the_row(messages: Any, fault: str
     assert parse({"messages": messages}, {}).example == fault
 
 
+@pytest.mark.parametrize(
+    ("record", "fault"),
+    [
+        ({"prompt": "a", "completion": float("nan")}, "has a `completion` that is not a number, no text"),
+        ({"instruction": None, "output": "x"}, "has an `instruction` that is null, no text"),
+        ({"instruction": "a", "output": ["x"]}, "has an `output` that is a list, no text"),
+        (
+            {"prompt": [user("a")], "completion": "b"},
+            "has a `prompt` that is a list and a `completion` that is text; "
+            "both must be lists of messages, or both text",
+        ),
+        (
+            {"messages": [user("a"), assistant("b", function_call="x")]},
+            "messages[1] has a `function_call` that is no call: {name, arguments}",
+        ),
+        ({"conversations": "no JSON", "system": "x"}, "has `conversations` that are neither a list nor JSON of one"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_a_fault_of_the_row(record: Any, fault: str) -> None:
+    assert parse(record, {}).example == fault
+
+
+def test_a_conversation_in_json_text_has_its_system_message_too() -> None:
+    turns = json.dumps(SHAREGPT["conversations"][1:])
+    talk = conversation({"conversations": turns, "system": "Be brief."})
+    assert talk.messages == conversation(SHAREGPT).messages
+
+
 def test_every_format_can_be_named_and_refuses_what_it_is_not() -> None:
     records: dict[str, Any] = {
         "messages": {"messages": [user("a"), assistant("b")]}, "sharegpt": SHAREGPT, "text": {"text": "a"},

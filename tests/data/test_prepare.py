@@ -487,7 +487,7 @@ BROKEN = [
     ('{"text": null}', "has no `text`"),
     ('{"prompt": "a"}', "has no `text`, no `prompt` with a `completion` and no `messages`, but `prompt`"),
     ('{"prompt": "a", "completion": " "}', "has an empty `completion`"),
-    ('{"prompt": [1], "completion": "a"}', "has a `prompt` that is a list, no text"),
+    ('{"prompt": [1], "completion": "a"}', "has a `prompt` that is a list and a `completion` that is text; both"),
     ('{"prompt": null, "completion": "a"}', 'has a `prompt` that is null, no text; write "" where there is no prompt'),
     ('{"prompt": "a", "completion": true}', "has a `completion` that is true or false, no text"),
     ('{"completion": "a"}', "has no `text`"),
