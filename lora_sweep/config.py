@@ -90,7 +90,8 @@ class DataConfig:
     columns: dict[str, str]
     """The data's own names for the columns of a format, e.g. `{prompt: question, completion: answer}`."""
     undesirable: Literal["refuse", "skip", "train"]
-    """Rows of preference data whose `label` is false, answers not to give: end with an error, or leave them out."""
+    """Rows of preference data whose `label` is false, answers not to give. refuse: they are an error; skip: they are
+    left out; train: they are trained like the others."""
     chat_template: Text | None
     """Jinja file for `messages`; null: the tokenizer's own."""
     subjects: Count | None

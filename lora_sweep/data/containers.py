@@ -16,7 +16,7 @@ def records(value: Any) -> Sequence[Any] | str:
     """
     if isinstance(value, list):
         if value and all(map(is_message, value)):
-            return [{"messages": value}]
+            return [value]
         return value
     if not isinstance(value, Mapping):
         return "is neither an array of objects nor one object a line"

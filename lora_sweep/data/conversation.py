@@ -114,21 +114,26 @@ def forms(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
     content of a call, since some templates branch on it; all contents as parts.
     """
     plain = [_plain(message) for message in messages]
-    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    tried = [plain, given]
-    in_text = [_with_text_arguments(message) for message in plain]
-    for content in (None, ""):
-        tried += [[_with_content(message, content) for message in form] for form in (plain, in_text)]
-    tried.insert(2, in_text)
-    tried.append(
-        [
-            {**message, "content": [{"type": "text", "text": message["content"]}]} if "content" in message else message
-            for message in plain
-        ]
-    )
-    for place, form in enumerate(tried):
-        if form not in tried[:place]:
+    tried = [plain]
+    yield plain
+    # Nearly every template takes the first: the others are made when they are needed.
+    for form in _other_forms(messages, plain):
+        if form not in tried:
+            tried.append(form)
             yield form
+
+
+def _other_forms(messages: Sequence[Message], plain: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    yield [{key: value for key, value in message.items() if value is not None} for message in messages]
+    in_text = [_with_text_arguments(message) for message in plain]
+    yield in_text
+    for content in (None, ""):
+        for form in (plain, in_text):
+            yield [_with_content(message, content) for message in form]
+    yield [
+        {**message, "content": [{"type": "text", "text": message["content"]}]} if "content" in message else message
+        for message in plain
+    ]
 
 
 def _plain(message: Message) -> dict[str, Any]:

@@ -58,7 +58,8 @@ def talk(messages: Any) -> Talk:
             read.append(message)
             continue
         others |= {key: None for key, value in message.items() if key not in READ_KEYS and not is_nothing(value)}
-        role, plain = _role(message), _content(message)
+        role = _role(message)
+        plain = _content(message, role)
         if "role" in message and role != message["role"]:
             renamed[str(message["role"])] = "assistant" if role == "function_call" else str(role)
         has_loss = _has_loss(message, place, role)
@@ -95,11 +96,11 @@ def _role(message: Message) -> Any:
     return name if name in ROLES else ROLE_ALIASES.get(name, role)
 
 
-def _content(message: Message) -> dict[str, Any]:
+def _content(message: Message, role: Any) -> dict[str, Any]:
     """The message by its role's own name, with its content as text or as parts of text."""
     plain: dict[str, Any] = {key: value for key, value in message.items() if key not in WEIGHTS}
     if "role" in plain or "from" in plain:
-        plain = {"role": _role(message), **{key: value for key, value in plain.items() if key not in ("role", "from")}}
+        plain = {"role": role, **{key: value for key, value in plain.items() if key not in ("role", "from")}}
     if "value" in plain and "content" not in plain:
         plain = {"content" if key == "value" else key: value for key, value in plain.items()}
     content = plain.get("content")

@@ -44,7 +44,8 @@ class Retention:
 def parse(record: Any, columns: Mapping[str, str], form: str = "auto") -> ParsedRow:
     """As the training data are read, or by everybody's names: general text rarely has the training data's own."""
     row = example.parse(record, columns, form)
-    return example.parse(record, {}) if isinstance(row.example, str) else row
+    names_columns = bool(columns) or form != "auto"
+    return example.parse(record, {}) if names_columns and isinstance(row.example, str) else row
 
 
 def load(data: DataConfig, tokenizer: Any, template: str | None) -> Retention:

@@ -18,7 +18,7 @@ ALIASES = {
 }  # fmt: skip
 """A key as PEFT, transformers or axolotl has it -> ours; it means nothing else here."""
 
-HINTS = {"r": "method.rank", "rank": "method.rank", "alpha": "method.alpha", "model": "model.path"}
+HINTS = {"r": "method.rank"}
 """Words too short to be taken for a key, proposed as one."""
 
 ELSEWHERE = {
@@ -121,10 +121,8 @@ def is_axis_of_wandb(value: Any) -> bool:
 
 
 def near_key(key: str, keys: Iterable[str]) -> str:
-    """The key that a bare word may mean: our own of that name, or another tool's word for it; empty where none."""
-    if key in HINTS:
-        return HINTS[key]
-    return ALIASES.get(key) or next((full for full in keys if full.endswith(f".{key}")), "")
+    """The key that a bare word may mean; empty where none."""
+    return HINTS.get(key) or next((full for full in keys if full.endswith(f".{key}")), "")
 
 
 def _short(value: Any) -> str:
